@@ -1,0 +1,1 @@
+"""The architectures, on torch and transformers alone: vanilla Llama, recursive, Mixture-of-Recursions."""

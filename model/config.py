@@ -1,0 +1,100 @@
+"""`MoRConfig`: one configuration class for vanilla Llama, recursive Transformers and Mixture-of-Recursions.
+
+Names follow the paper (arXiv 2507.10524). Which architecture a configuration describes is read off two fields,
+`num_recursions` and `routing`, and spelled out by the property `architecture`.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlamaConfig
+
+Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
+Routing = Literal["none", "expert_choice", "token_choice"]
+KVStrategy = Literal["recursion_wise", "shared", "shared_update"]
+RoutingMode = Literal["causal", "topk"]
+ARCHITECTURES = ("vanilla", "recursive", "mor_expert", "mor_token")
+
+
+@strict
+class MoRConfig(LlamaConfig):
+    """Everything of `LlamaConfig`, and the fields below.
+
+    `num_hidden_layers` is the effective depth L: the number of layers that a token of full depth passes.
+
+    num_recursions: Nr, how often the shared block is applied; 1 is a vanilla Llama.
+    sharing: map from depth to unique layer (Table 1); the `middle_` maps keep the first and the last layer unshared.
+    share_norms: whether shared layers share their RMSNorm weights too; False gives each depth its own.
+    kv_strategy: `recursion_wise` (a token attends to the tokens of its recursion), `shared` (keys and values of the
+        first recursion serve every deeper one), `shared_update` (as shared, but a token that enters a deeper recursion
+        replaces its keys and values).
+    routing: `expert_choice` (each recursion picks its top-k tokens, section 2.2.1), `token_choice` (each token picks
+        its depth once, section 2.2.1) or `none`.
+    router: `linear`, `mlp` and `wide_mlp` score a token from its hidden state; `random` is the control without one.
+    router_activation: sigmoid, tanh or none for expert_choice; softmax or sigmoid for token_choice.
+    router_alpha: scale of the gate; None takes 0.1 for expert_choice and 1.0 for token_choice.
+    router_temperature: divides the router's logits.
+    gating: `weighted` (h + g * block(h)) or `additive` (h + block(h)).
+    selection: how expert-choice decides without looking ahead: `aux_loss` (the router's own score, trained by BCE),
+        `aux_router` (a second router, trained on detached states), `none` (no causal decision can be made).
+    selection_coefficient: weight of that BCE in the loss. The auxiliary router trains apart from the model.
+    capacity_factors: c_1 .. c_Nr, the share of the sequence that recursion r takes; None is (Nr - r + 1) / Nr.
+    capacity_warmup_steps: optimizer steps over which every capacity falls from 1 to its value (cosine).
+    balancing: token-choice: `loss`, `loss_free` (a bias on the choice, never on the gate) or `none`.
+    balancing_coefficient: weight of the balancing loss.
+    bias_update_rate: u of the loss-free update b <- b + u * sign(mean load - load).
+    balancing_warmup_steps: optimizer steps during which every token takes the full depth.
+    z_loss_coefficient: weight of the router z-loss; 0 leaves it out.
+    routing_mode: at evaluation and generation, `causal` (no look-ahead) or `topk` (the paper's; sees the whole sequence).
+    relaxation: `lora`, `dora` (per-depth low-rank deltas on shared weights), `recursion_encoding` (a vector per
+        recursion that scales the block's output) or `none`.
+    lora_rank, lora_alpha, lora_dropout, lora_targets: of `lora` and `dora`; the delta is scaled by alpha / rank.
+    """
+
+    model_type = "mor"
+
+    vocab_size: int = 49152
+    hidden_size: int = 960
+    intermediate_size: int = 2560
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 15
+    num_key_value_heads: int | None = 5
+    rms_norm_eps: float = 1e-5
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = True
+
+    num_recursions: int = 1
+    sharing: Sharing = "middle_cycle"
+    share_norms: bool = True
+    kv_strategy: KVStrategy = "recursion_wise"
+    routing: Routing = "none"
+    router: Literal["linear", "mlp", "wide_mlp", "random"] = "linear"
+    router_activation: Literal["sigmoid", "tanh", "softmax", "none"] | None = None
+    router_alpha: float | None = None
+    router_temperature: float = 1.0
+    gating: Literal["weighted", "additive"] = "weighted"
+    selection: Literal["aux_loss", "aux_router", "none"] = "aux_loss"
+    selection_coefficient: float = 0.001
+    capacity_factors: list[float] | tuple[float, ...] | None = None
+    capacity_warmup_steps: int = 0
+    balancing: Literal["loss", "loss_free", "none"] = "loss"
+    balancing_coefficient: float = 0.1
+    bias_update_rate: float = 0.001
+    balancing_warmup_steps: int = 0
+    z_loss_coefficient: float = 0.0
+    routing_mode: RoutingMode = "causal"
+    relaxation: Literal["none", "lora", "dora", "recursion_encoding"] = "none"
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    lora_targets: list[str] | tuple[str, ...] = ("q_proj", "v_proj")
+
+    @property
+    def architecture(self) -> str:
+        """One of `ARCHITECTURES`."""
+        if self.routing == "expert_choice":
+            return "mor_expert"
+        if self.routing == "token_choice":
+            return "mor_token"
+        return "recursive" if self.num_recursions > 1 else "vanilla"
