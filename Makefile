@@ -1,0 +1,42 @@
+# make setup | compare | test | lint: each builds the environment in .venv first if it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A pip index that carries CPU builds of torch; on Linux the default index brings the CUDA build. See README.
+TORCH_INDEX ?=
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: setup compare test test-fast lint bench-model bench-inference bench-data
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name it with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,evaluate,test,lint]'
+	touch $@
+
+compare: setup
+	$(BIN)/python launchers/compare.py --config configs/compare/cpu.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not slow and not slurm'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-model: setup
+	$(BIN)/python tests/benchmarks/bench_model.py
+
+bench-inference: setup
+	$(BIN)/python tests/benchmarks/bench_inference.py
+
+bench-data: setup
+	$(BIN)/python tests/benchmarks/bench_tokenize.py
+	$(BIN)/python tests/benchmarks/bench_loader.py
