@@ -42,11 +42,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read one YAML mapping, following `extends`. Raises UserError naming the file."""
+def read_yaml(path: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read one YAML mapping, following `extends`. Raises UserError naming the file.
+
+    above: the files that led here by `extends`, so that a circle is refused.
+    """
     path = Path(path)
+    chain = (*above, str(path))
+    if str(path) in above:
+        raise UserError(f"{path}: `extends` goes in a circle: {' -> '.join(chain)}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
         hint = f"; did you mean {', '.join(near)}?" if near else ""
@@ -58,7 +64,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
     parent = content.pop("extends", None)
-    return merge(read_yaml(parent), content) if parent else content
+    return merge(read_yaml(parent, chain), content) if parent else content
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         key, equals, text = item.partition("=")
         if not equals or not key:
             raise UserError(f"{item!r}: expected key=value, for instance seed=1 or model.hidden_size=64")
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader=_Loader)
         for part in reversed(key.split(".")):
             value = {part: value}
         result = merge(result, value)
