@@ -1,0 +1,499 @@
+"""Loader: from a prepared folder to the micro-batches of one rank.
+
+The pipeline, stage by stage; every stage is a pure function of the one before it:
+
+    manifest.json -> Manifest         what the folder holds, verified before anything is read
+    position p    -> (epoch, place)   p counts samples since the start of the run: epoch = p // n, place = p % n
+    place         -> sample index     a keyed pseudo-random permutation per (seed, epoch), computed, never stored
+    sample index  -> (shard, offset)  cumulative shard sizes, then the index file beside the shard
+    offset        -> tokens           a view of the memory-mapped shard, T + 1 tokens
+    tokens        -> MicroBatch       rows gathered as int64, documents numbered by their end-of-text tokens
+    MicroBatch    -> trainer          read ahead by threads, handed out in order
+
+Nothing is iterated in order to reach a position, so starting at position 1,000,000 costs what starting at 0 costs.
+
+Which rank reads what. The global batch at position p is the samples at positions p .. p + B - 1, whatever the number
+of ranks. With W ranks and micro-batches of m, it is cut into A = B / (m W) accumulation steps; step a covers the
+positions p + a m W .. p + (a + 1) m W - 1, of which rank r takes the r-th run of m.
+
+Shapes: B global batch (samples), m micro-batch (samples), T tokens of a sequence, n samples of the split.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import tarfile
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ConfigDict, Field
+
+from data_prep.files import fingerprint, sha256_of
+from data_prep.settings import Settings, UserError, build
+
+VERSION = 1
+SPLITS = ("train", "validation")
+ROUNDS = 6  # of the Feistel network; four make a permutation, two more make small data sets well mixed too
+
+Indices = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint64]
+Result = TypeVar("Result")
+
+
+class Shard(Settings):
+    """One tar: `name` is its path inside the folder, `samples` its blocks, `bytes` its size."""
+
+    name: str
+    samples: int = Field(gt=0)
+    bytes: int = Field(gt=0)
+    sha256: str
+
+
+class Split(Settings):
+    """Train or validation: totals, and the shards in the order of their samples."""
+
+    samples: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    shards: list[Shard]
+
+
+class Manifest(Settings):
+    """What a prepared folder holds (`manifest.json`); get one by `Manifest.read`."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
+
+    folder: Path
+    version: Literal[1]
+    fingerprint: str
+    sequence_length: int = Field(gt=0)
+    token_dtype: Literal["uint16", "uint32"]
+    vocab_size: int = Field(gt=0)
+    eos_token_id: int = Field(ge=0)
+    tokenizer_fingerprint: str
+    corpus: str
+    licence: str
+    seed: int
+    documents: dict[str, int]
+    unigram_loss: float
+    splits: dict[str, Split]
+
+    @staticmethod
+    def read(folder: str | Path, verify: bool = False) -> Manifest:
+        """Read and check `folder/manifest.json`: version, fingerprint, presence and size of every shard.
+
+        verify: read every shard too, and compare its sha256 and its index.
+        Raises UserError naming the file and what to do.
+        """
+        folder = Path(folder)
+        path = folder / "manifest.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            state = "its preparation has not finished" if folder.is_dir() else "no such folder"
+            raise UserError(
+                f"{folder}: no prepared data ({state}); prepare it with "
+                f"`python data_prep/prepare.py --config configs/data/NAME.yaml folder={folder}`"
+            ) from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: cannot be read: {error}; prepare the folder anew") from None
+        if not isinstance(content, dict) or content.get("version") != VERSION:
+            found = content.get("version") if isinstance(content, dict) else None
+            raise UserError(f"{path}: version {found}, expected {VERSION}; prepare the folder anew")
+        manifest = build(Manifest, {**content, "folder": folder}, str(path))
+        computed = fingerprint({key: value for key, value in content.items() if key != "fingerprint"})
+        if manifest.fingerprint != computed:
+            raise UserError(
+                f"{path}: altered since it was written (fingerprint {manifest.fingerprint}, content {computed}); "
+                "prepare the folder anew"
+            )
+        manifest._check_shards()
+        if verify:
+            manifest._verify_shards()
+        return manifest
+
+    def split(self, name: str) -> Split:
+        """The split `name`; raises UserError if it does not exist or holds no sample."""
+        if name not in self.splits or not self.splits[name].samples:
+            raise UserError(f"{self.folder}: split {name!r} holds no sample; prepare it from more text")
+        return self.splits[name]
+
+    def check_model(self, vocab_size: int, sequence_length: int) -> None:
+        """Raise UserError if a model of `vocab_size` tokens cannot be trained on this folder at `sequence_length`."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"{self.folder}: prepared with a vocabulary of {self.vocab_size} tokens, larger than the model's "
+                f"{vocab_size}; set model.vocab_size={self.vocab_size} or prepare the data with a smaller tokenizer"
+            )
+        if self.sequence_length != sequence_length:
+            raise UserError(
+                f"{self.folder}: prepared in sequences of {self.sequence_length} tokens, the run asks for "
+                f"{sequence_length}; set batch.sequence_length={self.sequence_length} or prepare the data anew"
+            )
+
+    def check_tokenizer(self, tokenizer_fingerprint: str, where: str) -> None:
+        """Raise UserError if `where` (a checkpoint, another folder) was made with another tokenizer."""
+        if self.tokenizer_fingerprint != tokenizer_fingerprint:
+            raise UserError(
+                f"{self.folder}: prepared with tokenizer {self.tokenizer_fingerprint}, but {where} uses tokenizer "
+                f"{tokenizer_fingerprint}; use data prepared with the same tokenizer.json"
+            )
+
+    def _check_shards(self) -> None:
+        for name, split in self.splits.items():
+            if split.samples != sum(shard.samples for shard in split.shards):
+                raise UserError(f"{self.folder}/manifest.json: split {name!r} does not add up; prepare the folder anew")
+            for shard in split.shards:
+                path = self.folder / shard.name
+                try:
+                    size = path.stat().st_size
+                except OSError as error:
+                    raise UserError(f"{path}: shard is missing ({error.strerror}); prepare the folder anew") from None
+                if size != shard.bytes:
+                    kind = "truncated" if size < shard.bytes else "altered"
+                    raise UserError(f"{path}: shard is {kind}: {size} bytes, manifest says {shard.bytes}")
+                if not index_path(path).is_file():
+                    raise UserError(f"{index_path(path)}: index is missing; prepare the folder anew")
+
+    def _verify_shards(self) -> None:
+        for name, split in self.splits.items():
+            for shard in split.shards:
+                path = self.folder / shard.name
+                digest = sha256_of(path)
+                if digest != shard.sha256:
+                    raise UserError(f"{path}: shard is altered: sha256 {digest}, manifest says {shard.sha256}")
+            if split.samples:
+                Blocks(self, name).verify_index()
+
+
+def index_path(shard: Path) -> Path:
+    """`shard-000000.idx.npy` beside `shard-000000.tar`: byte offset of each sample's first token."""
+    return shard.with_suffix(".idx.npy")
+
+
+def _mix(words: Words) -> Words:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014): 64 bits in, 64 well-mixed bits out."""
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+def permute(places: Indices, size: int, keys: Words) -> Indices:
+    """A keyed permutation of range(size), evaluated at `places` [N] alone; returns [N].
+
+    A generalised Feistel network with cycle walking (Black and Rogaway, Ciphers with Arbitrary Finite Domains,
+    CT-RSA 2002): the domain is a x b with a about b about sqrt(size), each round adds a hash of one half to the other,
+    and what lands outside range(size) walks on until it is inside. keys [ROUNDS] are 64-bit words.
+    """
+    a = math.isqrt(size - 1) + 1
+    b = -(-size // a)
+    moduli = (np.uint64(a), np.uint64(b))
+
+    def rounds(words: Words) -> Words:
+        halves = list(np.divmod(words, moduli[1]))
+        for number, key in enumerate(keys):
+            this, other = number % 2, 1 - number % 2
+            hashed = _mix(halves[other] ^ key)
+            halves[this] = (halves[this] + hashed % moduli[this]) % moduli[this]
+        return halves[0] * moduli[1] + halves[1]
+
+    result = rounds(places.astype(np.uint64))
+    while (outside := result >= size).any():
+        result[outside] = rounds(result[outside])
+    return result.astype(np.int64)
+
+
+def sample_order(positions: Indices, samples: int, seed: int) -> Indices:
+    """Sample index at each global position [N] of a split of `samples`: a pure function of its arguments.
+
+    Every epoch visits every sample once, in an order of its own.
+    """
+    epochs, places = np.divmod(positions, samples)
+    order = np.empty_like(places)
+    for epoch in np.unique(epochs):
+        keys = np.random.SeedSequence([seed, int(epoch)]).generate_state(ROUNDS, np.uint64).astype(np.uint64)
+        order[epochs == epoch] = permute(places[epochs == epoch], samples, keys)
+    return order
+
+
+def _map(path: Path, dtype: torch.dtype) -> npt.NDArray[Any]:
+    """The file at `path`, memory-mapped and read-only, as a flat array of `dtype`.
+
+    `torch.from_file` keeps no file descriptor open, unlike `numpy.memmap`, so thousands of shards stay mapped.
+    """
+    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size // dtype.itemsize, dtype=dtype).numpy()
+    mapped.flags.writeable = False
+    return mapped
+
+
+class Blocks:
+    """Random access to the samples of one split: `blocks[i]` is a read-only view [T+1] of the mapped shard."""
+
+    def __init__(self, manifest: Manifest, split: str) -> None:
+        self.manifest = manifest
+        self.shards = manifest.split(split).shards
+        self.length = manifest.sequence_length + 1
+        self.dtype: torch.dtype = getattr(torch, manifest.token_dtype)
+        self._starts = list(itertools.accumulate((shard.samples for shard in self.shards), initial=0))
+        self._opened: dict[int, tuple[npt.NDArray[Any], Indices]] = {}
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> npt.NDArray[Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect_right(self._starts, index) - 1
+        tokens, offsets = self._open(number)
+        start = offsets[index - self._starts[number]] // self.dtype.itemsize
+        return tokens[start : start + self.length]
+
+    def gather(self, indices: Iterable[int]) -> torch.Tensor:
+        """The samples `indices` as int64 [len(indices), T+1]. Raises UserError for a token outside the vocabulary."""
+        indices = list(indices)
+        rows = np.empty((len(indices), self.length), dtype=np.int64)
+        for row, index in zip(rows, indices, strict=True):
+            row[:] = self[index]
+        wrong = np.flatnonzero(rows.max(axis=1) >= self.manifest.vocab_size)
+        if wrong.size:  # an embedding looked up out of range would end the run without a name
+            index = indices[wrong[0]]
+            shard = self.shards[bisect_right(self._starts, index) - 1]
+            raise UserError(
+                f"{self.manifest.folder / shard.name}: shard is altered: sample {index} holds token "
+                f"{rows[wrong[0]].max()}, vocabulary is {self.manifest.vocab_size}"
+            )
+        return torch.from_numpy(rows)
+
+    def verify_index(self) -> None:
+        """Walk every tar and compare the end of each member with the index; raises UserError naming the index."""
+        size = self.length * self.dtype.itemsize
+        for number, shard in enumerate(self.shards):
+            path = self.manifest.folder / shard.name
+            with tarfile.open(path) as tar:
+                starts = [member.offset_data + member.size - size for member in tar if member.isfile()]
+            if not np.array_equal(self._open(number)[1], starts):
+                raise UserError(f"{index_path(path)}: index does not match its shard; prepare the folder anew")
+
+    def _open(self, number: int) -> tuple[npt.NDArray[Any], Indices]:
+        """Tokens of shard `number`, and the byte in it at which each of its samples starts; both mapped."""
+        if number not in self._opened:
+            shard = self.shards[number]
+            path = self.manifest.folder / shard.name
+            offsets = _read_index(index_path(path), shard, self.length, self.dtype.itemsize)
+            self._opened[number] = _map(path, self.dtype), offsets
+        return self._opened[number]
+
+
+def _read_index(path: Path, shard: Shard, length: int, token_bytes: int) -> Indices:
+    """The index at `path`, mapped; raises UserError unless it points at samples of `length` tokens in the shard."""
+    sample_bytes = length * token_bytes
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as an index: {error}; prepare the folder anew") from None
+    if (
+        not isinstance(array, np.memmap)
+        or (array.dtype, array.shape) != (np.int64, (shard.samples,))
+        or array[0] < 0
+        or array[-1] + sample_bytes > shard.bytes
+        or (np.diff(array) < sample_bytes).any()
+        or (array % token_bytes).any()
+    ):
+        raise UserError(f"{path}: index is altered; prepare the folder anew")
+    return _map(path, torch.int64)[array.offset // 8 :]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward takes: `model(input_ids, targets=targets, document_ids=document_ids)`.
+
+    input_ids [m,T] int64: tokens 0 .. T-1 of each block.
+    targets [m,T] int64: tokens 1 .. T, what each position predicts; -100 where nothing is predicted.
+    document_ids [m,T] int64: end-of-text tokens strictly before each position, so that end-of-text belongs to the
+        document that it ends; None where attention crosses documents.
+    samples: rows that count. Rows from `samples` on fill up a last validation batch, and all their targets are -100.
+    """
+
+    input_ids: torch.Tensor
+    targets: torch.Tensor
+    document_ids: torch.Tensor | None
+    samples: int
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same on `device`."""
+        documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
+        inputs, targets = (x.to(device, non_blocking=True) for x in (self.input_ids, self.targets))
+        return MicroBatch(inputs, targets, documents, self.samples)
+
+
+def number_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Document of each position [m,T]: how many end-of-text tokens stand strictly before it in its row."""
+    ends = (input_ids == eos_token_id).long()
+    return ends.cumsum(dim=1) - ends
+
+
+def _micro_batch(blocks: Blocks, indices: Iterable[int], document_masking: bool, samples: int) -> MicroBatch:
+    rows = blocks.gather(indices)
+    input_ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    targets[samples:] = -100
+    documents = number_documents(input_ids, blocks.manifest.eos_token_id) if document_masking else None
+    return MicroBatch(input_ids, targets, documents, samples)
+
+
+def read_ahead(load: Callable[[int], Result], arguments: Iterable[int], depth: int, workers: int) -> Generator[Result]:
+    """`map(load, arguments)` in order, with at most `depth` results computed ahead by `workers` threads.
+
+    An exception of `load` is raised where its result would have come. Closing the generator ends the threads.
+    """
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+    remaining = iter(arguments)
+    pending: deque[Future[Result]] = deque(executor.submit(load, x) for x in itertools.islice(remaining, depth))
+    try:
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(executor.submit(load, x) for x in itertools.islice(remaining, 1))
+            yield result
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches that a rank runs per global batch; raises UserError where the sizes do not divide."""
+    at_once = micro_batch_size * world_size
+    if batch_size < 1 or at_once < 1 or batch_size % at_once:
+        at_once = max(1, at_once)
+        below, above = batch_size // at_once * at_once, -(-batch_size // at_once) * at_once
+        works = " or ".join(str(x) for x in sorted({below, above, at_once}) if x >= at_once)
+        raise UserError(
+            f"batch.size {batch_size} does not divide into micro-batches of {micro_batch_size} sequences on "
+            f"{world_size} ranks ({at_once} at a time); set batch.size to {works}"
+        )
+    return batch_size // at_once
+
+
+class BlockLoader(Iterator[list[MicroBatch]]):
+    """Endless iterator over the global batches of a split: of each, this rank's micro-batches, in order.
+
+    `position` counts the samples that all ranks together have been handed since the start of the run; it is the whole
+    state. A batch may span two epochs. Batch size and number of ranks may change from one run to the next; samples are
+    neither skipped nor repeated.
+
+    batch_size: samples of a global batch; micro_batch_size: samples of one forward on one rank.
+    seed: of the order of samples. document_masking: give `document_ids`.
+    read_ahead_batches: global batches held ready; workers: threads that gather them. Neither changes what is yielded.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        split: str,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        seed: int = 0,
+        position: int = 0,
+        document_masking: bool = True,
+        read_ahead_batches: int = 4,
+        workers: int = 1,
+    ) -> None:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not one of world_size {world_size}")
+        for name, value, least in (("seed", seed, 0), ("position", position, 0), ("workers", workers, 1)):
+            if value < least:
+                raise ValueError(f"{name} {value} must be at least {least}")
+        self.manifest = manifest
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.accumulation_steps = accumulation_steps(batch_size, micro_batch_size, world_size)
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.document_masking = document_masking
+        self.position = position
+        self._blocks = Blocks(manifest, split)
+        self._depth, self._workers = max(1, read_ahead_batches), workers
+        self._batches: Generator[list[MicroBatch]] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Times that the whole split has been handed out."""
+        return self.position // len(self._blocks)
+
+    def __next__(self) -> list[MicroBatch]:
+        if self._batches is None:
+            starts = itertools.count(self.position, self.batch_size)
+            self._batches = read_ahead(self.load, starts, self._depth, self._workers)
+        try:
+            batch = next(self._batches)
+        except BaseException:  # a generator that raised is finished: the next call must raise too, not end the run
+            self._batches = None
+            raise
+        self.position += self.batch_size
+        return batch
+
+    def load(self, position: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the global batch that starts at `position`."""
+        size, batches = self.micro_batch_size, []
+        for step in range(self.accumulation_steps):
+            start = position + (step * self.world_size + self.rank) * size
+            order = sample_order(np.arange(start, start + size), len(self._blocks), self.seed)
+            batches.append(_micro_batch(self._blocks, order.tolist(), self.document_masking, size))
+        return batches
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps: JSON values, the same on every rank."""
+        return {"position": self.position, "seed": self.seed, "fingerprint": self.manifest.fingerprint}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken. Raises UserError if the data set or the seed is another one."""
+        if state["fingerprint"] != self.manifest.fingerprint:
+            raise UserError(
+                f"{self.manifest.folder}: not the data that the checkpoint was trained on: fingerprint "
+                f"{self.manifest.fingerprint}, checkpoint {state['fingerprint']}; restore that data or start a new run"
+            )
+        if state["seed"] != self.seed:
+            raise UserError(f"seed {self.seed} orders the data differently from the checkpoint's seed {state['seed']}")
+        self.close()
+        self.position = state["position"]
+
+    def close(self) -> None:
+        """End the threads. The loader may be used again; it goes on at `position`."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+def fixed_batches(
+    manifest: Manifest,
+    split: str,
+    micro_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    samples: int | None = None,
+    document_masking: bool = True,
+) -> Iterator[MicroBatch]:
+    """The first `samples` (None: all) of a split once, in stored order: this rank's micro-batches, for validation.
+
+    Every sample comes exactly once over all ranks. Every rank gets the same number of micro-batches of the same shape,
+    so that collectives inside the model stay in step: the last ones are filled up with rows that predict nothing.
+    """
+    blocks = Blocks(manifest, split)
+    total = len(blocks) if samples is None else min(samples, len(blocks))
+    at_once = micro_batch_size * world_size
+
+    def load(start: int) -> MicroBatch:
+        first = start + rank * micro_batch_size
+        real = min(max(total - first, 0), micro_batch_size)
+        indices = [index if index < total else 0 for index in range(first, first + micro_batch_size)]
+        return _micro_batch(blocks, indices, document_masking, real)
+
+    return read_ahead(load, range(0, total, at_once), depth=2, workers=1)
