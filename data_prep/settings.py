@@ -151,7 +151,7 @@ def _explain(cls: type[BaseModel], item: Any) -> str:
 def _names_at(cls: type[BaseModel], location: Sequence[str]) -> list[str]:
     current: Any = cls
     for part in location:
-        field = current.model_fields.get(part) if isinstance(current, type) else None
+        field = getattr(current, "model_fields", {}).get(part)
         if field is None:
             continue
         options = [field.annotation, *get_args(field.annotation)]
