@@ -306,7 +306,7 @@ def _read_index(path: Path, shard: Shard, length: int, token_bytes: int) -> Indi
         or array[0] < 0
         or array[-1] + sample_bytes > shard.bytes
         or (np.diff(array) < sample_bytes).any()
-        or (array % token_bytes).any()
+        or (array & (token_bytes - 1)).any()
     ):
         raise UserError(f"{path}: index is altered; prepare the folder anew")
     return _map(path, torch.int64)[array.offset // 8 :]
@@ -356,12 +356,14 @@ def read_ahead(load: Callable[[int], Result], arguments: Iterable[int], depth: i
     """
     executor = ThreadPoolExecutor(workers, thread_name_prefix="loader")
     remaining = iter(arguments)
-    pending: deque[Future[Result]] = deque(executor.submit(load, x) for x in itertools.islice(remaining, depth))
+    pending: deque[Future[Result]] = deque()
     try:
-        while pending:
-            result = pending.popleft().result()
-            pending.extend(executor.submit(load, x) for x in itertools.islice(remaining, 1))
-            yield result
+        while True:
+            for argument in itertools.islice(remaining, depth + 1 - len(pending)):
+                pending.append(executor.submit(load, argument))
+            if not pending:
+                return
+            yield pending.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
