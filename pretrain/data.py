@@ -22,7 +22,6 @@ Shapes: B global batch (samples), m micro-batch (samples), T tokens of a sequenc
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import tarfile
 from bisect import bisect_right
@@ -38,11 +37,10 @@ import numpy.typing as npt
 import torch
 from pydantic import ConfigDict, Field
 
-from data_prep.files import fingerprint, sha256_of
+from data_prep.manifest import read_manifest
+from data_prep.manifest import verify as verify_files
 from data_prep.settings import Settings, UserError, build
 
-VERSION = 1
-SPLITS = ("train", "validation")
 ROUNDS = 6  # of the Feistel network; four make a permutation, two more make small data sets well mixed too
 
 Indices = npt.NDArray[np.int64]
@@ -73,7 +71,6 @@ class Manifest(Settings):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     folder: Path
-    version: Literal[1]
     fingerprint: str
     sequence_length: int = Field(gt=0)
     token_dtype: Literal["uint16", "uint32"]
@@ -91,34 +88,23 @@ class Manifest(Settings):
     def read(folder: str | Path, verify: bool = False) -> Manifest:
         """Read and check `folder/manifest.json`: version, fingerprint, presence and size of every shard.
 
-        verify: read every shard too, and compare its sha256 and its index.
+        verify: read every file too, and compare it with its sha256, and every tar with its index.
         Raises UserError naming the file and what to do.
         """
         folder = Path(folder)
-        path = folder / "manifest.json"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        content = read_manifest(folder)
+        if content is None:
             state = "its preparation has not finished" if folder.is_dir() else "no such folder"
             raise UserError(
                 f"{folder}: no prepared data ({state}); prepare it with "
                 f"`python data_prep/prepare.py --config configs/data/NAME.yaml folder={folder}`"
-            ) from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: cannot be read: {error}; prepare the folder anew") from None
-        if not isinstance(content, dict) or content.get("version") != VERSION:
-            found = content.get("version") if isinstance(content, dict) else None
-            raise UserError(f"{path}: version {found}, expected {VERSION}; prepare the folder anew")
-        manifest = build(Manifest, {**content, "folder": folder}, str(path))
-        computed = fingerprint({key: value for key, value in content.items() if key != "fingerprint"})
-        if manifest.fingerprint != computed:
-            raise UserError(
-                f"{path}: altered since it was written (fingerprint {manifest.fingerprint}, content {computed}); "
-                "prepare the folder anew"
             )
+        manifest = build(Manifest, {**content, "folder": folder}, str(folder / "manifest.json"))
         manifest._check_shards()
         if verify:
-            manifest._verify_shards()
+            verify_files(folder)
+            for split in manifest.splits:
+                Blocks(manifest, split).verify_index()
         return manifest
 
     def split(self, name: str) -> Split:
@@ -163,16 +149,6 @@ class Manifest(Settings):
                     raise UserError(f"{path}: shard is {kind}: {size} bytes, manifest says {shard.bytes}")
                 if not index_path(path).is_file():
                     raise UserError(f"{index_path(path)}: index is missing; prepare the folder anew")
-
-    def _verify_shards(self) -> None:
-        for name, split in self.splits.items():
-            for shard in split.shards:
-                path = self.folder / shard.name
-                digest = sha256_of(path)
-                if digest != shard.sha256:
-                    raise UserError(f"{path}: shard is altered: sha256 {digest}, manifest says {shard.sha256}")
-            if split.samples:
-                Blocks(self, name).verify_index()
 
 
 def index_path(shard: Path) -> Path:
@@ -452,10 +428,16 @@ class BlockLoader(Iterator[list[MicroBatch]]):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON values, the same on every rank."""
-        return {"position": self.position, "seed": self.seed, "fingerprint": self.manifest.fingerprint}
+        return {
+            "position": self.position,
+            "seed": self.seed,
+            "fingerprint": self.manifest.fingerprint,
+            "tokenizer_fingerprint": self.manifest.tokenizer_fingerprint,
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken. Raises UserError if the data set or the seed is another one."""
+        """Go on where `state` was taken. Raises UserError if the tokenizer, the data set or the seed is another one."""
+        self.manifest.check_tokenizer(state["tokenizer_fingerprint"], "the checkpoint")
         if state["fingerprint"] != self.manifest.fingerprint:
             raise UserError(
                 f"{self.manifest.folder}: not the data that the checkpoint was trained on: fingerprint "
