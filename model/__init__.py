@@ -1,1 +1,12 @@
 """The architectures, on torch and transformers alone: vanilla Llama, recursive, Mixture-of-Recursions."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from model.config import MoRConfig
+from model.modeling import MoRForCausalLM, MoRModel
+
+AutoConfig.register("mor", MoRConfig, exist_ok=True)
+AutoModel.register(MoRConfig, MoRModel, exist_ok=True)
+AutoModelForCausalLM.register(MoRConfig, MoRForCausalLM, exist_ok=True)
+
+__all__ = ["MoRConfig", "MoRForCausalLM", "MoRModel"]

@@ -14,6 +14,7 @@ Routing = Literal["none", "expert_choice", "token_choice"]
 KVStrategy = Literal["recursion_wise", "shared", "shared_update"]
 RoutingMode = Literal["causal", "topk"]
 ARCHITECTURES = ("vanilla", "recursive", "mor_expert", "mor_token")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @strict
@@ -33,7 +34,7 @@ class MoRConfig(LlamaConfig):
     router: `linear`, `mlp` and `wide_mlp` score a token from its hidden state; `random` is the control without one.
     router_activation: sigmoid, tanh or none for expert_choice; softmax or sigmoid for token_choice.
     router_alpha: scale of the gate; None takes 0.1 for expert_choice and 1.0 for token_choice.
-    router_temperature: divides the router's logits.
+    router_temperature: divides the router's input, which for a linear router is to divide its logits.
     gating: `weighted` (h + g * block(h)) or `additive` (h + block(h)).
     selection: how expert-choice decides without looking ahead: `aux_loss` (the router's own score, trained by BCE),
         `aux_router` (a second router, trained on detached states), `none` (no causal decision can be made).
@@ -90,6 +91,109 @@ class MoRConfig(LlamaConfig):
     lora_dropout: float = 0.0
     lora_targets: list[str] | tuple[str, ...] = ("q_proj", "v_proj")
 
+    def __post_init__(self, **kwargs):
+        expert = self.routing == "expert_choice"
+        if self.router_activation is None:
+            self.router_activation = "softmax" if self.routing == "token_choice" else "sigmoid"
+        if self.router_alpha is None:
+            self.router_alpha = 1.0 if self.routing == "token_choice" else 0.1
+        if expert and self.capacity_factors is None:
+            self.capacity_factors = [
+                (self.num_recursions - r) / self.num_recursions for r in range(self.num_recursions)
+            ]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse configurations that no model can be built from. Raises ValueError with the field and a value that works."""
+        self._validate_heads()
+        self._validate_depth()
+        self._validate_strategy()
+        if self.routing == "expert_choice":
+            self._validate_capacities()
+        if self.relaxation in ("lora", "dora"):
+            self._validate_lora()
+
+    def _validate_heads(self):
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
+                f"use {_nearest_divisor(self.hidden_size, self.num_attention_heads)}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
+                f"{self.num_attention_heads}; use {_nearest_divisor(self.num_attention_heads, self.num_key_value_heads)}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"head_dim: rotary positions need an even number, got {self.head_dim}; use {self.head_dim + 1}"
+            )
+
+    def _validate_depth(self):
+        if self.num_recursions < 1:
+            raise ValueError(f"num_recursions: must be at least 1, got {self.num_recursions}")
+        unshared = 2 if self.sharing.startswith("middle_") else 0
+        shared = self.num_hidden_layers - unshared
+        if self.num_recursions > 1 and (shared < self.num_recursions or shared % self.num_recursions):
+            repeats = max(1, -(-shared // self.num_recursions))
+            works = unshared + repeats * self.num_recursions
+            raise ValueError(
+                f"num_hidden_layers: {self.num_hidden_layers} leaves {max(shared, 0)} layers for num_recursions "
+                f"{self.num_recursions} with sharing {self.sharing!r}; use {works}, or another num_recursions"
+            )
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers: must be at least 1, got {self.num_hidden_layers}")
+
+    def _validate_strategy(self):
+        recursive, routed = self.num_recursions > 1, self.routing != "none"
+        if routed and not recursive:
+            raise ValueError(
+                f"num_recursions: routing {self.routing!r} needs at least 2, got {self.num_recursions}; use 2"
+            )
+        if routed and self.sharing not in ("cycle", "middle_cycle"):
+            raise ValueError(f"sharing: routing cannot use {self.sharing!r}; use 'middle_cycle' or 'cycle'")
+        if self.kv_strategy != "recursion_wise" and not recursive:
+            raise ValueError(
+                f"kv_strategy: {self.kv_strategy!r} needs num_recursions of at least 2; use 'recursion_wise'"
+            )
+        if self.kv_strategy == "shared_update" and not routed:
+            raise ValueError("kv_strategy: 'shared_update' needs routing, or it would share nothing; use 'shared'")
+        if self.relaxation != "none" and not recursive:
+            raise ValueError(f"relaxation: {self.relaxation!r} needs num_recursions of at least 2; use 'none'")
+        allowed = {"expert_choice": ("sigmoid", "tanh", "none"), "token_choice": ("softmax", "sigmoid")}.get(
+            self.routing
+        )
+        if allowed and self.router_activation not in allowed:
+            raise ValueError(
+                f"router_activation: {self.router_activation!r} does not fit routing {self.routing!r}; "
+                f"use one of {', '.join(map(repr, allowed))}"
+            )
+        if self.router_temperature <= 0:
+            raise ValueError(f"router_temperature: must be above 0, got {self.router_temperature}; use 1.0")
+
+    def _validate_capacities(self):
+        default = [round((self.num_recursions - r) / self.num_recursions, 4) for r in range(self.num_recursions)]
+        capacities = list(self.capacity_factors)
+        if len(capacities) != self.num_recursions:
+            raise ValueError(
+                f"capacity_factors: {len(capacities)} values for num_recursions {self.num_recursions}; use {default}"
+            )
+        if any(not 0.0 < c <= 1.0 for c in capacities):
+            raise ValueError(f"capacity_factors: each must lie in (0, 1], got {capacities}; use {default}")
+        if any(later > earlier for earlier, later in zip(capacities, capacities[1:], strict=False)):
+            falling = sorted(capacities, reverse=True)
+            raise ValueError(
+                f"capacity_factors: must not rise, since each recursion chooses among the tokens of the one before, "
+                f"got {capacities}; use {falling}"
+            )
+
+    def _validate_lora(self):
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank: must be at least 1, got {self.lora_rank}; use 16")
+        unknown = [name for name in self.lora_targets if name not in PROJECTIONS]
+        if unknown or not self.lora_targets:
+            raise ValueError(f"lora_targets: {unknown or 'none given'}; use names from {', '.join(PROJECTIONS)}")
+
     @property
     def architecture(self) -> str:
         """One of `ARCHITECTURES`."""
@@ -98,3 +202,7 @@ class MoRConfig(LlamaConfig):
         if self.routing == "token_choice":
             return "mor_token"
         return "recursive" if self.num_recursions > 1 else "vanilla"
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))

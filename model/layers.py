@@ -1,0 +1,250 @@
+"""Building blocks: which tokens are computed, attention, SwiGLU, the decoder layer, the output head.
+
+Shapes: B batch, T positions of a row, K slots of a row, N tokens packed over the batch, S key positions,
+D hidden size, H query heads, Hkv key/value heads, Dh head dimension, V vocabulary, R recursions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
+
+from model.config import MoRConfig
+from model.relaxation import make_projection, project
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Tokens:
+    """The tokens that a stretch of layers computes, and how their hidden states lie in memory.
+
+    index: [B, K] the position of each slot, ascending, unused slots last; None: slot and position are the same (K = T).
+    used: [B, K] bool; None: every slot is used.
+    packed: [N] flat slot b * K + k of each token, where hidden states are held as [N, D] without unused slots;
+        None: hidden states are [B, K, D].
+    cos, sin: [B or 1, K, Dh], or [N, Dh] when packed; rotary tables at the tokens' original positions.
+    mask: [B, 1, K, S] bool, True where a query may look; None: causal among the slots.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    index: Tensor | None = None
+    used: Tensor | None = None
+    packed: Tensor | None = None
+    mask: Tensor | None = None
+
+    def to_slots(self, x: Tensor) -> Tensor:
+        """[N, ...] or [B, K, ...] -> [B, K, ...]; unused slots of a packed batch are zero."""
+        if self.packed is None:
+            return x
+        assert self.index is not None
+        batch, slots = self.index.shape
+        padded = x.new_zeros(batch * slots, *x.shape[1:]).index_copy(0, self.packed, x)
+        return padded.view(batch, slots, *x.shape[1:])
+
+    def from_slots(self, x: Tensor) -> Tensor:
+        """[B, K, ...] -> [N, ...] or [B, K, ...]; the inverse of `to_slots`."""
+        return x if self.packed is None else x.flatten(0, 1).index_select(0, self.packed)
+
+
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
+    """x: [B, C, ...], index: [B, K] -> [B, K, ...]."""
+    trailing = x.shape[2:]
+    return x.gather(1, index.view(*index.shape, *[1] * len(trailing)).expand(-1, -1, *trailing))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; queries may be fewer than keys."""
+
+    def __init__(self, config: MoRConfig, shared: bool):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.head_dim
+        hidden, bias = config.hidden_size, config.attention_bias
+        heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = make_projection(config, "q_proj", hidden, heads, bias, shared)
+        self.k_proj = make_projection(config, "k_proj", hidden, kv_heads, bias, shared)
+        self.v_proj = make_projection(config, "v_proj", hidden, kv_heads, bias, shared)
+        self.o_proj = make_projection(config, "o_proj", heads, hidden, bias, shared)
+
+    def forward(
+        self, x: Tensor, tokens: Tokens, recursion: int, shared_kv: KeyValue | None, cache=None, depth: int = 0
+    ) -> tuple[Tensor, KeyValue]:
+        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values [B, Hkv, S, Dh] that were attended to.
+
+        shared_kv: keys and values of the first recursion; with `kv_strategy` "shared" they replace this recursion's
+        own, with "shared_update" the tokens at hand replace theirs for this recursion only.
+        """
+        query = self._heads(self.q_proj, x, recursion)
+        query = tokens.to_slots(_rotate(query, tokens)).transpose(1, 2)
+        if shared_kv is not None and self.config.kv_strategy == "shared":
+            key, value = shared_kv
+        else:
+            key = tokens.to_slots(_rotate(self._heads(self.k_proj, x, recursion), tokens)).transpose(1, 2)
+            value = tokens.to_slots(self._heads(self.v_proj, x, recursion)).transpose(1, 2)
+            if shared_kv is not None:
+                key, value = _replace(shared_kv[0], key, tokens), _replace(shared_kv[1], value, tokens)
+            if cache is not None:
+                key, value = cache.update(key, value, depth)
+        mixed = attend(query, key, value, tokens.mask, self.config, self.training)
+        mixed = tokens.from_slots(mixed.transpose(1, 2).flatten(2))
+        return project(self.o_proj, mixed, recursion), (key, value)
+
+    def _heads(self, projection: nn.Linear, x: Tensor, recursion: int) -> Tensor:
+        return project(projection, x, recursion).unflatten(-1, (-1, self.head_dim))
+
+
+def _rotate(x: Tensor, tokens: Tokens) -> Tensor:
+    """Rotary embedding. x: [..., H, Dh]."""
+    return x * tokens.cos.unsqueeze(-2) + rotate_half(x) * tokens.sin.unsqueeze(-2)
+
+
+def _replace(shared: Tensor, own: Tensor, tokens: Tokens) -> Tensor:
+    """Put the tokens' own keys or values [B, Hkv, K, Dh] at their positions into the shared ones [B, Hkv, T, Dh]."""
+    if tokens.index is None:
+        return own
+    index = tokens.index[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
+    if tokens.used is not None:
+        # Unused slots may repeat a position that a used slot writes: send them to one extra row, which is cut off.
+        length = shared.shape[2]
+        index = torch.where(tokens.used[:, None, :, None], index, length)
+        return F.pad(shared, (0, 0, 0, 1)).scatter(2, index, own)[:, :, :length]
+    return shared.scatter(2, index, own)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, config: MoRConfig, training: bool) -> Tensor:
+    """Scaled dot-product attention. query: [B, H, K, Dh], key and value: [B, Hkv, S, Dh], mask: [B, 1, K, S] or None.
+
+    Without a mask it is causal, which needs K = S, or one query that sees everything.
+    """
+    dropout = config.attention_dropout if training else 0.0
+    grouped = config.num_attention_heads != config.num_key_value_heads
+    causal = mask is None and query.shape[2] > 1
+    if config._attn_implementation != "eager":
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+        )
+    if causal:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    groups = query.unflatten(1, (config.num_key_value_heads, -1))
+    scores = (groups @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout, training)
+    return (weights.unflatten(1, (config.num_key_value_heads, -1)) @ value.unsqueeze(2)).flatten(1, 2)
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward layer down(act(gate(x)) * up(x))."""
+
+    def __init__(self, config: MoRConfig, shared: bool):
+        super().__init__()
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = make_projection(config, "gate_proj", hidden, inner, bias, shared)
+        self.up_proj = make_projection(config, "up_proj", hidden, inner, bias, shared)
+        self.down_proj = make_projection(config, "down_proj", inner, hidden, bias, shared)
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor, recursion: int) -> Tensor:
+        gate = self.activation(project(self.gate_proj, x, recursion))
+        return project(self.down_proj, gate * project(self.up_proj, x, recursion), recursion)
+
+
+class DecoderLayer(nn.Module):
+    """One unique layer: pre-norm attention and feed-forward, registered once and applied at each depth that shares it.
+
+    With `share_norms=False` a shared layer owns one pair of norms per recursion.
+    """
+
+    def __init__(self, config: MoRConfig, shared: bool):
+        super().__init__()
+        self.self_attn = Attention(config, shared)
+        self.mlp = SwiGLU(config, shared)
+        repeats = config.num_recursions if shared and not config.share_norms else 0
+        self.input_layernorm = _make_norm(config, repeats)
+        self.post_attention_layernorm = _make_norm(config, repeats)
+
+    def forward(
+        self, x: Tensor, tokens: Tokens, recursion: int, shared_kv: KeyValue | None = None, cache=None, depth: int = 0
+    ) -> tuple[Tensor, KeyValue]:
+        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values that were attended to."""
+        mixed, kv = self.self_attn(
+            _norm(self.input_layernorm, x, recursion), tokens, recursion, shared_kv, cache, depth
+        )
+        x = x + mixed
+        return x + self.mlp(_norm(self.post_attention_layernorm, x, recursion), recursion), kv
+
+
+def _make_norm(config: MoRConfig, repeats: int) -> nn.Module:
+    if not repeats:
+        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return nn.ModuleList(LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(repeats))
+
+
+def _norm(norm: nn.Module, x: Tensor, recursion: int) -> Tensor:
+    return norm[recursion](x) if isinstance(norm, nn.ModuleList) else norm(x)
+
+
+class LMHead(nn.Linear):
+    """Output head; with targets it returns the summed cross-entropy without ever holding all logits in fp32."""
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """x: [..., D] -> logits [..., V]; with targets [...] (-100 ignored): fp32 scalar, the summed cross-entropy."""
+        if targets is None:
+            return super().forward(x)
+        x, targets = x.flatten(0, -2), targets.flatten()
+        weight = self.weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _SummedCrossEntropy.apply(x, weight, targets)
+        rows = chunk_rows(weight.shape[0])
+        chunks = zip(x.split(rows), targets.split(rows), strict=True)
+        return torch.stack([cross_entropy_sum(F.linear(part, weight), target) for part, target in chunks]).sum()
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Tokens whose fp32 logits take about 64 MiB."""
+    return max(64, 2**24 // vocabulary)
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits: [N, V], targets: [N] (-100 ignored) -> fp32 scalar."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Head and cross-entropy in one, chunk by chunk; gradients are made in the forward pass, so nothing is recomputed."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        rows = chunk_rows(weight.shape[0])
+        total = x.new_zeros((), dtype=torch.float32)
+        grads_x, grad_weight = [], torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        for part, target in zip(x.split(rows), targets.split(rows), strict=True):
+            logits = F.linear(part, weight).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            counted = (target != -100).unsqueeze(-1)
+            label = target.clamp(min=0).unsqueeze(-1)
+            total = total + ((log_sum - logits.gather(-1, label)) * counted).sum()
+            # Gradient of the sum: softmax minus one-hot.
+            grad = (logits - log_sum).exp_()
+            grad = grad.scatter_add_(-1, label, grad.new_full((1, 1), -1.0).expand_as(label)) * counted
+            grad = grad.to(weight.dtype)
+            grads_x.append(grad @ weight)
+            grad_weight += grad.T @ part
+        ctx.save_for_backward(torch.cat(grads_x), grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None

@@ -1,0 +1,230 @@
+"""Routing: each equation of the paper (arXiv 2507.10524, section 2.2.1) in one function, and the record of what was routed.
+
+Shapes: B batch, T positions, C candidates of a recursion, K tokens it selects, N tokens packed over the batch,
+D hidden size, Nr recursions. Recursions count from 0 in the code (the paper's r - 1).
+Scores are fp32 whatever the model's precision: in bf16, alpha * sigmoid(s) takes a handful of values and ties would decide.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import MoRConfig
+
+
+class Router(nn.Module):
+    """Scores tokens in fp32: linear D -> outputs, or `mlp` / `wide_mlp` D -> 2D -> GELU -> outputs, without biases."""
+
+    def __init__(self, config: MoRConfig, outputs: int, tempered: bool = True):
+        super().__init__()
+        wide = config.router in ("mlp", "wide_mlp")
+        inner = 2 * config.hidden_size if wide else config.hidden_size
+        self.temperature = config.router_temperature if tempered else 1.0
+        self.hidden_weight = nn.Parameter(torch.empty(inner, config.hidden_size)) if wide else None
+        self.weight = nn.Parameter(torch.empty(outputs, inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] -> fp32 logits [..., outputs]."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.temperature != 1.0:
+                x = x / self.temperature
+            if self.hidden_weight is not None:
+                x = F.gelu(F.linear(x, self.hidden_weight.float()))
+            return F.linear(x, self.weight.float())
+
+
+def random_logits(input_ids: Tensor | None, positions: Tensor, recursion: int, outputs: int) -> Tensor:
+    """Logits of the control without a router: uniform numbers' logits, [B, T, outputs].
+
+    A hash of token, position and recursion stands for the dice, so that the choice sees nothing of the text around, is the
+    same when a block is recomputed, and does not depend on padding, batch or later tokens.
+    """
+    seed = positions * 2654435761 + (recursion + 1) * 40503
+    if input_ids is not None:
+        seed = seed + (input_ids + 1) * 2246822519
+    state = (seed[..., None] + torch.arange(1, outputs + 1, device=seed.device) * 3266489917) & 0x7FFFFFFF
+    for _ in range(2):
+        state = ((state ^ (state >> 15)) * 739982445) & 0x7FFFFFFF
+    uniform = (state.double() + 0.5) / 2**31
+    return torch.logit(uniform).float()
+
+
+# Expert-choice ------------------------------------------------------------------------------------------------------------
+
+
+def capacity(final: float, step: int | None, warmup_steps: int) -> float:
+    """Capacity factor at an optimizer step: c + (1 - c) * (1 + cos(pi * min(1, step / warmup))) / 2; None: warm-up is over."""
+    if step is None or warmup_steps <= 0:
+        return final
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / warmup_steps)))
+
+
+def selection_size(capacity_factor: float, offered: int) -> int:
+    """k_r = max(1, floor(c_r * T)), T the full length of the sequence."""
+    return max(1, int(capacity_factor * offered))
+
+
+def gate(logits: Tensor, activation: str, alpha: float) -> Tensor:
+    """Expert-choice gate g = alpha * act(s) (eq. 2.1); with activation `none` the score itself is the gate."""
+    if activation == "sigmoid":
+        return alpha * torch.sigmoid(logits)
+    if activation == "tanh":
+        return alpha * torch.tanh(logits)
+    return logits
+
+
+def document_quota(documents: Tensor, size: Tensor | int, offered: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Share a capacity of `size` tokens out among the documents of a row, from the left, by length only.
+
+    documents: [B, C] non-decreasing ids of the candidates; size, offered: [B, 1] or numbers, slots to fill and tokens
+    offered. With S and E the offered tokens before and up to a document's end, its quota is
+    floor(size * E / offered) - floor(size * S / offered): never more than it offers, summing to `size`, and the same
+    whatever the documents say. Returns (quota [B, C], first [B, C]): of each candidate's document, the quota and the
+    place of its first candidate.
+    """
+    first = torch.searchsorted(documents, documents)
+    end = torch.searchsorted(documents, documents, right=True)
+    return end * size // offered - first * size // offered, first
+
+
+def selected_mask(logits: Tensor, documents: Tensor | None, used: Tensor | None, size: Tensor | int) -> Tensor:
+    """Top-k of the raw scores, per document. logits: [B, C] -> bool [B, C]; ties go to the earlier token.
+
+    documents: [B, C] non-decreasing or None for one; used: [B, C], False for padding, which is never selected and stands
+    last; size: tokens to select in a row, a number or [B, 1].
+    """
+    if used is not None:
+        logits = logits.masked_fill(~used, -torch.inf)
+    order = torch.sort(logits, dim=1, descending=True, stable=True).indices
+    if documents is None:
+        rank = _ranks(order)
+        return rank < size if used is None else (rank < size) & used
+    if used is not None:
+        documents = documents.masked_fill(~used, torch.iinfo(documents.dtype).max)
+    offered = logits.shape[1] if used is None else used.sum(1, keepdim=True).clamp(min=1)
+    documents = documents.contiguous()
+    quota, first = document_quota(documents, size, offered)
+    by_document = torch.sort(documents.gather(1, order), dim=1, stable=True).indices
+    rank = _ranks(order.gather(1, by_document)) - first
+    return rank < quota if used is None else (rank < quota) & used
+
+
+def _ranks(order: Tensor) -> Tensor:
+    """The inverse permutation of each row."""
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places)
+
+
+def slots_of(selected: Tensor, used: Tensor | None, slots: int) -> Tensor:
+    """Candidates [B, slots] in causal order: the selected, then unused ones to fill the row."""
+    key = (~selected).long() if used is None else torch.where(selected, 0, torch.where(used, 2, 1))
+    return torch.sort(key, dim=1, stable=True).indices[:, :slots]
+
+
+def selection_loss(logits: Tensor, selected: Tensor, used: Tensor | None) -> Tensor:
+    """BCE between sigmoid(s) and "was selected", mean over the tokens offered (section 2.2.1)."""
+    loss = F.binary_cross_entropy_with_logits(logits, selected.float(), reduction="none")
+    return masked_mean(loss, used)
+
+
+# Token-choice -------------------------------------------------------------------------------------------------------------
+
+
+def depth_scores(logits: Tensor, activation: str, alpha: float) -> Tensor:
+    """Scores of the Nr depths, alpha * softmax(s) or alpha * sigmoid(s) (eq. 2.2). [..., Nr] -> [..., Nr]."""
+    return alpha * (logits.softmax(-1) if activation == "softmax" else torch.sigmoid(logits))
+
+
+def balancing_loss(load: Tensor, scores: Tensor, used: Tensor | None) -> Tensor:
+    """Nr * sum_i f_i P_i. load f: [Nr] share of tokens per depth; scores: [B, T, Nr], of which P is the mean."""
+    mean = (
+        scores.flatten(0, 1).mean(0)
+        if used is None
+        else (scores * used[..., None]).sum((0, 1)) / used.sum().clamp(min=1)
+    )
+    return load.shape[0] * (load * mean).sum()
+
+
+def bias_step(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """Loss-free balancing: b + u * sign(mean load - load)."""
+    return bias + rate * torch.sign(load.mean() - load)
+
+
+# Both ---------------------------------------------------------------------------------------------------------------------
+
+
+def z_loss(logits: Tensor, used: Tensor | None) -> Tensor:
+    """Mean of logsumexp(s)^2 over tokens. logits: [..., outputs]."""
+    return masked_mean(torch.logsumexp(logits, -1).square(), used)
+
+
+def masked_mean(x: Tensor, used: Tensor | None) -> Tensor:
+    """Mean of x over the entries where `used` is True (all of them if None)."""
+    return x.mean() if used is None else torch.where(used, x, 0.0).sum() / used.sum().clamp(min=1)
+
+
+def max_violation(load: Tensor) -> Tensor:
+    """MaxVio = max_i load_i / mean load - 1."""
+    return load.max() / load.mean() - 1.0
+
+
+def entropy(load: Tensor) -> Tensor:
+    """Entropy in nats of the distribution of tokens over depths."""
+    share = load / load.sum()
+    return -(share * share.clamp(min=1e-12).log()).sum()
+
+
+@dataclass
+class RoutingRecord:
+    """What one forward pass routed; detached tensors, made without waiting for the device.
+
+    depth: [B, T] recursions that each token executed, 0 .. Nr; 0 for padding.
+    counts: [B, Nr] queries per sequence and recursion.
+    pairs: [B, Nr] causal (query, key) pairs that attention covers per sequence and recursion, document boundaries ignored.
+    load: [Nr] share of tokens per depth (token-choice), or share that entered each recursion (expert-choice).
+    statistics: scalars by name. Expert-choice: `selection_accuracy` (how often the causal decision agrees with top-k),
+        `score_mean_r`, `entered_r`. Token-choice: `max_violation`, `entropy`, `score_mean_r`. Both: `dead_token_share`,
+        the share of positions that no sequence of the batch sends to the last recursion.
+    scores: raw fp32 logits per recursion, over its candidates; one entry for token-choice.
+    selected: positions [B, K] of the tokens selected per recursion (expert-choice by top-k).
+    """
+
+    depth: Tensor
+    counts: Tensor
+    pairs: Tensor
+    load: Tensor
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    scores: list[Tensor] = field(default_factory=list)
+    selected: list[Tensor] = field(default_factory=list)
+
+
+def make_record(depth: Tensor, used: Tensor | None, config: MoRConfig, dense_first: bool) -> RoutingRecord:
+    """Derive counts, pairs, load and shares from the depth of every token.
+
+    depth: [B, T]; used: [B, T], False for padding, or None; dense_first: the first recursion computes every token.
+    """
+    recursions = torch.arange(1, config.num_recursions + 1, device=depth.device)
+    ran = depth[..., None] >= recursions
+    real = torch.ones_like(depth, dtype=torch.bool) if used is None else used
+    queries = ran.clone()
+    if dense_first:
+        queries[..., 0] = real
+    counts = queries.sum(1)
+    if config.kv_strategy == "recursion_wise":
+        pairs = counts * (counts + 1) // 2
+    else:
+        pairs = (queries * real.cumsum(1)[..., None]).sum(1)
+    tokens = real.sum().clamp(min=1)
+    if config.routing == "token_choice":
+        load = (depth[..., None] == recursions).sum((0, 1)) / tokens
+    else:
+        load = ran.sum((0, 1)) / tokens
+    reached, exists = ran[..., -1].any(0), real.any(0)
+    dead = 1.0 - (reached & exists).sum() / exists.sum().clamp(min=1)
+    return RoutingRecord(depth, counts, pairs, load, {"dead_token_share": dead})
