@@ -1,0 +1,242 @@
+"""Statistics of a comparison: paired differences, isoFLOP parabolas, the joint scaling law. Numbers in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, stats
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Mean of (loss - baseline loss) over the seeds that both have, nats per token.
+
+    low, high: confidence interval of the mean; None where one seed gives no interval.
+    within_noise: whether the interval holds 0; None where there is no interval.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    num_seeds: int
+    within_noise: bool | None
+
+    @property
+    def verdict(self) -> str:
+        if self.within_noise is None:
+            return "one seed"
+        if self.within_noise:
+            return "within noise"
+        return "worse" if self.mean > 0 else "better"
+
+
+def paired_difference(
+    losses: Mapping[int, float], baseline: Mapping[int, float], confidence: float = 0.95
+) -> PairedDifference:
+    """Paired t interval of `losses - baseline`, both seed -> loss, over the seeds that both have.
+
+    The seed fixes the order of the data for both, so the difference of a pair is less noisy than either loss.
+    Raises ValueError if no seed is in both.
+    """
+    seeds = sorted(set(losses) & set(baseline))
+    if not seeds:
+        raise ValueError(f"losses: no seed in common with the baseline ({sorted(losses)} and {sorted(baseline)})")
+    differences = np.array([losses[seed] - baseline[seed] for seed in seeds])
+    mean = float(differences.mean())
+    if len(seeds) == 1:
+        return PairedDifference(mean, None, None, 1, None)
+    error = float(differences.std(ddof=1) / np.sqrt(len(seeds)))
+    half = float(stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)) * error
+    return PairedDifference(mean, mean - half, mean + half, len(seeds), mean - half <= 0 <= mean + half)
+
+
+@dataclass(frozen=True)
+class Isoflop:
+    """Parabola loss = c0 + c1 x + c2 x^2 in x = ln(parameters) at one FLOP budget.
+
+    coefficients: (c0, c1, c2).
+    optimal_parameters, optimal_loss: the vertex; None where the parabola has no minimum.
+    low, high: interval of the optimal size; None where it cannot be had (see `note`).
+    note: what a reader must know, empty if nothing.
+    """
+
+    coefficients: tuple[float, float, float]
+    optimal_parameters: float | None
+    optimal_loss: float | None
+    low: float | None
+    high: float | None
+    note: str
+
+    def loss(self, parameters: Array) -> Array:
+        """The fitted loss at `parameters` [n]."""
+        return np.polynomial.polynomial.polyval(np.log(parameters), self.coefficients)
+
+
+def fit_isoflop(
+    parameters: Sequence[float],
+    losses: Sequence[float],
+    confidence: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
+) -> Isoflop:
+    """Fit the parabola and bootstrap its vertex over residuals.
+
+    A residual is scaled by sqrt(n / (n - 3)): three constants were fitted.
+
+    parameters, losses: [n], a point per run; several seeds at one size are several points.
+    Raises ValueError below three different sizes.
+    """
+    if len(set(parameters)) < 3:
+        raise ValueError(f"parameters: a parabola needs three sizes, got {len(set(parameters))}")
+    x, y = np.log(np.asarray(parameters, float)), np.asarray(losses, float)
+    center = float(x.mean())  # fitted about the mean, where the three terms are nearly orthogonal
+    basis = np.stack([np.ones_like(x), x - center, (x - center) ** 2], axis=1)
+    solve = np.linalg.pinv(basis)
+    c0, c1, c2 = (float(c) for c in solve @ y)
+    coefficients = (c0 - c1 * center + c2 * center**2, c1 - 2 * c2 * center, c2)
+    if c2 <= 0:
+        return Isoflop(coefficients, None, None, None, None, "no minimum: the parabola opens downwards")
+    vertex = center - c1 / (2 * c2)
+    notes = [] if x.min() <= vertex <= x.max() else ["the optimum lies outside the sizes tried: an extrapolation"]
+    low = high = None
+    if len(x) > 3:
+        fitted = basis @ np.array([c0, c1, c2])
+        residuals = (y - fitted) * np.sqrt(len(x) / (len(x) - 3))
+        drawn = np.random.default_rng(seed).choice(residuals, (samples, len(x)))
+        refits = (fitted + drawn) @ solve.T  # [samples, 3]
+        minima = refits[:, 2] > 0
+        if minima.mean() < confidence:
+            notes.append(f"{(~minima).mean():.0%} of the bootstrap fits have no minimum: no interval")
+        else:
+            vertices = center - refits[minima, 1] / (2 * refits[minima, 2])
+            low, high = (float(np.exp(v)) for v in np.quantile(vertices, _tails(confidence)))
+    else:
+        notes.append("three points fit a parabola exactly: no interval")
+    return Isoflop(coefficients, float(np.exp(vertex)), c0 - c1**2 / (4 * c2), low, high, "; ".join(notes))
+
+
+def _tails(confidence: float) -> tuple[float, float]:
+    return (1 - confidence) / 2, (1 + confidence) / 2
+
+
+@dataclass(frozen=True)
+class ScalingLaw:
+    """L = E + A (N_once + r^phi N_rec)^-a + B D^-b, with N and D as counts.
+
+    phi: what a recurrence is worth: 1, as much as fresh layers; 0, nothing (arXiv 2604.21106).
+    phi_low, phi_high: bootstrap interval.
+    residual: root mean square of the residuals of ln(loss).
+    """
+
+    irreducible: float
+    parameter_scale: float
+    parameter_exponent: float
+    data_scale: float
+    data_exponent: float
+    phi: float
+    phi_low: float
+    phi_high: float
+    residual: float
+    num_runs: int
+
+    def loss(self, once: Array, recurrent: Array, recursions: Array, tokens: Array) -> Array:
+        """Predicted loss, nats per token; every argument [n]."""
+        effective = once + recursions**self.phi * recurrent
+        return (
+            self.irreducible
+            + self.parameter_scale * effective**-self.parameter_exponent
+            + self.data_scale * tokens**-self.data_exponent
+        )
+
+
+# ln E, ln A', a, ln B', b, phi; A' and B' belong to sizes and tokens in units of their geometric means, which keeps
+# the six unknowns of one order and the search well conditioned.
+_LOWER = np.array([-6.0, -12.0, 0.01, -12.0, 0.01, -1.0])
+_UPPER = np.array([3.0, 5.0, 2.0, 5.0, 2.0, 2.0])
+_STARTS = [
+    np.array([np.log(e), np.log(c), a, np.log(c), b, phi])
+    for e in (0.5, 1.5, 2.5)
+    for c in (0.1, 0.6)
+    for a, b in ((0.2, 0.2), (0.4, 0.6), (0.6, 0.3))
+    for phi in (0.2, 0.8)
+]
+
+
+def fit_scaling_law(
+    once: Sequence[float],
+    recurrent: Sequence[float],
+    recursions: Sequence[float],
+    tokens: Sequence[float],
+    losses: Sequence[float],
+    confidence: float = 0.95,
+    samples: int = 100,
+    seed: int = 0,
+) -> ScalingLaw:
+    """Fit the joint law (arXiv 2604.21106) with a Huber loss (delta 1e-3) on ln(loss), from many starts.
+
+    once, recurrent: [n] parameters applied once, and those of the shared block; recursions: [n] mean applications of
+    the block; tokens: [n] training tokens; losses: [n] nats per token. The interval of phi is the bootstrap over runs.
+    Raises ValueError where the runs cannot tell the six constants apart.
+    """
+    columns = [np.asarray(column, float) for column in (once, recurrent, recursions, tokens, losses)]
+    n = len(columns[0])
+    _check_identifiable(columns)
+    size_unit = float(np.exp(np.log(columns[0] + columns[1]).mean()))
+    token_unit = float(np.exp(np.log(columns[3]).mean()))
+    scaled = [columns[0] / size_unit, columns[1] / size_unit, columns[2], columns[3] / token_unit, columns[4]]
+    fits = [_fit_from(scaled, start) for start in _STARTS]
+    best = min(fits, key=lambda fit: fit.cost)
+    ln_e, ln_a, a, ln_b, b, phi = (float(value) for value in best.x)
+    random = np.random.default_rng(seed)
+    phis = []
+    for _ in range(samples):
+        rows = random.integers(0, n, n)
+        phis.append(_fit_from([column[rows] for column in scaled], best.x).x[5])
+    low, high = (float(value) for value in np.quantile(phis, _tails(confidence)))
+    residual = float(np.sqrt(np.mean(_residuals(best.x, scaled) ** 2)))
+    return ScalingLaw(
+        float(np.exp(ln_e)),
+        float(np.exp(ln_a)) * size_unit**a,
+        a,
+        float(np.exp(ln_b)) * token_unit**b,
+        b,
+        phi,
+        low,
+        high,
+        residual,
+        n,
+    )
+
+
+def _check_identifiable(columns: Sequence[Array]) -> None:
+    once, recurrent, recursions, tokens, _ = columns
+    looped = (recursions > 1) & (recurrent > 0)
+    needs = {
+        "runs": (len(once), 8),
+        "model sizes": (len(np.unique(np.round(np.log(once + recurrent), 3))), 3),
+        "token counts": (len(np.unique(np.round(np.log(tokens), 3))), 3),
+        "runs with recursion": (int(looped.sum()), 2),
+        "runs without recursion": (int((~looped).sum()), 2),
+    }
+    short = [f"{have} {what} (at least {least})" for what, (have, least) in needs.items() if have < least]
+    if short:
+        raise ValueError(f"losses: too few to tell six constants apart: {', '.join(short)}")
+
+
+def _residuals(x: Array, columns: Sequence[Array]) -> Array:
+    once, recurrent, recursions, tokens, losses = columns
+    ln_e, ln_a, a, ln_b, b, phi = x
+    effective = once + recursions**phi * recurrent
+    return np.log(np.exp(ln_e) + np.exp(ln_a) * effective**-a + np.exp(ln_b) * tokens**-b) - np.log(losses)
+
+
+def _fit_from(columns: Sequence[Array], start: Array) -> optimize.OptimizeResult:
+    inside = np.clip(start, _LOWER + 1e-6, _UPPER - 1e-6)
+    return optimize.least_squares(
+        _residuals, inside, bounds=(_LOWER, _UPPER), loss="huber", f_scale=1e-3, args=(columns,), max_nfev=2000
+    )

@@ -1,0 +1,232 @@
+"""The report's figures: variants and fits in, matplotlib figures out. Colour stands for the architecture throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from pretrain.analysis import Isoflop, PairedDifference
+from pretrain.runs import Run, Variant
+
+COLOURS = {"vanilla": "#0072b2", "recursive": "#d55e00", "mor_expert": "#009e73", "mor_token": "#cc79a7"}
+MARKERS = "osD^vP*X"
+DEPTH_COLOURS = "viridis"
+MANY = 12  # variants, beyond which a legend names architectures
+MAX_PANELS = 9
+UNIGRAM = "unigram model"
+LOSS_LABEL = "validation loss (nats per token, causal routing)"
+IsoflopCurve = tuple[float, Sequence[float], Sequence[float], Isoflop]  # budget, parameters [n], losses [n], fit
+AXIS_LABEL = {"flops": "training FLOPs", "tokens": "training tokens"}
+
+
+def styles(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    """Plot style per variant: colour by architecture, lightness and marker apart within one architecture."""
+    result = {}
+    for architecture, colour in COLOURS.items():
+        same = [variant for variant in variants if variant.architecture == architecture]
+        for place, variant in enumerate(same):
+            lighter = 0.55 * place / max(1, len(same) - 1)
+            mixed = tuple(channel + (1 - channel) * lighter for channel in matplotlib.colors.to_rgb(colour))
+            result[variant.name] = {"color": mixed, "marker": MARKERS[place % len(MARKERS)]}
+    return result
+
+
+def _curve(run: Run, x: str, y: str) -> tuple[list[float], list[float]]:
+    points = [(line[x], line[y]) for line in run.validations if line.get(y) is not None and line[x] > 0]
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(alpha=0.25, which="both", lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(axes: Axes, variants: Sequence[Variant]) -> None:
+    """Name the variants, or, where they are too many to tell apart, their architectures."""
+    style = styles(variants)
+    if len(variants) > MANY:
+        names = {v.architecture: {"color": COLOURS[v.architecture], "marker": "o"} for v in variants}
+    else:
+        names = {v.name: style[v.name] for v in variants}
+    handles = [axes.plot([], [], ls="-", label=name, **look)[0] for name, look in names.items()]
+    if any(v.architecture == "mor_expert" for v in variants):
+        handles += axes.plot([], [], color="#555555", ls="--", lw=1, label="top-k routing (sees the whole sequence)")
+    handles += [line for line in axes.get_lines() if line.get_label() == UNIGRAM]
+    axes.legend(handles=handles, fontsize=8, frameon=False)
+
+
+def loss_curves(variants: Sequence[Variant], x: str, unigram_loss: float, note: str) -> Figure:
+    """Validation loss against `x` ("flops" or "tokens"), a line per seed; beside it, the last losses enlarged.
+
+    Dashed lines and hollow markers: top-k routing that sees the whole sequence, where it changes the loss.
+    """
+    figure, (axes, finals) = plt.subplots(
+        1, 2, figsize=(12, max(5.0, 0.25 * len(variants))), width_ratios=(3, 2), layout="constrained"
+    )
+    style = styles(variants)
+    for variant in variants:
+        colour = style[variant.name]["color"]
+        alpha = 0.9 / len(variant.runs) ** 0.5
+        for run in variant.runs:
+            axes.plot(*_curve(run, x, "validation_loss"), color=colour, lw=1.6, alpha=alpha)
+            if variant.architecture == "mor_expert":
+                axes.plot(*_curve(run, x, "validation_loss_topk"), color=colour, lw=1, ls="--", alpha=alpha)
+        at = variant.flops if x == "flops" else variant.tokens
+        axes.plot(at, np.mean(list(variant.losses().values())), ms=7, markeredgecolor="white", **style[variant.name])
+    axes.axhline(unigram_loss, color="#777777", ls=":", lw=1.2, label=UNIGRAM)
+    axes.set_ylim(top=unigram_loss + 0.15)
+    axes.set(xlabel=f"{AXIS_LABEL[x]}{note}", ylabel=LOSS_LABEL, xscale="log")
+    _finish(axes)
+    _legend(axes, variants)
+    _final_losses(finals, variants)
+    return figure
+
+
+def _final_losses(axes: Axes, variants: Sequence[Variant]) -> None:
+    """The last loss of every run, a row per variant, with the mean in words."""
+    style = styles(variants)
+    for place, variant in enumerate(variants):
+        look = style[variant.name]
+        losses = list(variant.losses().values())
+        if variant.architecture == "mor_expert":
+            topk = list(variant.losses("validation_loss_topk").values())
+            axes.plot(topk, [place] * len(topk), ls="", ms=5, mfc="white", **look)
+        axes.plot(losses, [place] * len(losses), ls="", ms=6, **look)
+        spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
+        axes.annotate(f"{np.mean(losses):.4f}{spread}", (float(np.mean(losses)), place), xytext=(0, 6),
+                      textcoords="offset points", fontsize=8, ha="center")  # fmt: skip
+    axes.set(yticks=range(len(variants)), yticklabels=[v.name for v in variants], ylim=(len(variants) - 0.4, -0.7))
+    axes.set_xlabel("last validation loss; filled: causal, hollow: top-k")
+    axes.tick_params(axis="y", labelsize=8)
+    axes.margins(x=0.2)
+    _finish(axes)
+
+
+def depth_shares(variants: Sequence[Variant]) -> Figure | None:
+    """Share of training tokens per executed depth over training: a panel per routed variant, its first seed.
+
+    Of many variants, the last `MAX_PANELS` (those of the largest budgets) are drawn.
+    """
+    routed = [v for v in variants if v.architecture.startswith("mor") and v.runs[0].depth_lines][-MAX_PANELS:]
+    if not routed:
+        return None
+    columns = min(3, len(routed))
+    rows = -(-len(routed) // columns)
+    size = (4.2 * columns, 0.6 + 2.9 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axes in grid.flat[len(routed) :]:
+        axes.set_visible(False)
+    for variant, axes in zip(routed, grid.flat):
+        run = variant.runs[0]
+        shares = np.array([line["depth_shares"] for line in run.depth_lines]).T  # [Nr + 1, lines]
+        tokens = [line["tokens"] for line in run.depth_lines]
+        colours = matplotlib.colormaps[DEPTH_COLOURS](np.linspace(0.1, 0.95, len(shares)))
+        axes.stackplot(tokens, shares, colors=colours, labels=[f"{depth}" for depth in range(len(shares))])
+        axes.set(ylim=(0, 1), xlim=(tokens[0], max(tokens[-1], tokens[0] + 1)))
+        axes.set_title(f"{variant.name}, seed {run.seed}", fontsize=9)
+    figure.supxlabel("training tokens", fontsize=9)
+    grid.flat[0].set_ylabel("share of tokens")
+    handles, names = max((axes.get_legend_handles_labels() for axes in grid.flat), key=lambda pair: len(pair[1]))
+    figure.legend(
+        handles, names, title="recursions executed", loc="outside upper center", ncols=len(names), frameon=False
+    )
+    return figure
+
+
+def differences(rows: Sequence[tuple[str, str, PairedDifference]], baseline: str) -> Figure:
+    """Loss differences to the baseline with their intervals; rows are (name, architecture, difference)."""
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
+    for place, (_, architecture, difference) in enumerate(rows):
+        colour = COLOURS[architecture]
+        if difference.low is not None and difference.high is not None:
+            axes.plot([difference.low, difference.high], [place, place], color=colour, lw=2)
+        axes.plot(difference.mean, place, "o", color=colour)
+        axes.annotate(
+            f"{difference.mean:+.4f}  {difference.verdict}",
+            (difference.mean, place),
+            xytext=(0, 7),
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+        )
+    axes.axvline(0, color="#777777", lw=1, ls=":")
+    axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], ylim=(len(rows) - 0.4, -0.7))
+    axes.set_xlabel(f"validation loss minus {baseline}'s, at matched FLOPs (nats per token, causal routing)")
+    axes.margins(x=0.3)
+    axes.grid(alpha=0.25, lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def isoflop(panels: Mapping[str, Sequence[IsoflopCurve]], size_label: str) -> Figure:
+    """IsoFLOP parabolas: a panel per architecture, a curve per budget."""
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(4.4 * len(panels), 4), squeeze=False, sharey=True, layout="constrained"
+    )
+    for (architecture, curves), axes in zip(panels.items(), grid.flat):
+        shades = np.linspace(0.35, 1.0, len(curves))
+        for (budget, parameters, losses, fit), shade in zip(curves, shades):
+            colour = matplotlib.colors.to_rgba(COLOURS.get(architecture, "#333333"), shade)
+            axes.plot(parameters, losses, "o", color=colour, label=f"{budget:.3g} FLOPs")
+            dense = np.geomspace(min(parameters), max(parameters), 100)
+            axes.plot(dense, fit.loss(dense), color=colour, lw=1.2)
+            if fit.optimal_parameters is not None and min(parameters) <= fit.optimal_parameters <= max(parameters):
+                axes.plot(fit.optimal_parameters, fit.optimal_loss, "*", color=colour, ms=12, markeredgecolor="black")
+        axes.set(title=architecture, xscale="log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.legend(fontsize=8, frameon=False)
+        _finish(axes)
+    figure.supxlabel(size_label, fontsize=10)
+    grid.flat[0].set_ylabel("validation loss (nats per token)")
+    return figure
+
+
+def loss_against_cost(
+    variants: Sequence[Variant], costs: Mapping[str, Sequence[float]], labels: Mapping[str, str]
+) -> Figure:
+    """Final loss against each inference cost; costs maps a kind to a value per variant."""
+    figure, grid = plt.subplots(
+        1, len(costs), figsize=(5 * len(costs), 4.2), squeeze=False, sharey=True, layout="constrained"
+    )
+    style = styles(variants)
+    for (kind, values), axes in zip(costs.items(), grid.flat):
+        for variant, value in zip(variants, values):
+            finals = np.array(list(variant.losses().values()))
+            error = finals.std(ddof=1) if len(finals) > 1 else None
+            axes.errorbar(value, finals.mean(), yerr=error, ls="", capsize=3, **style[variant.name])
+        axes.set_xlabel(labels[kind])
+        _finish(axes)
+    grid.flat[0].set_ylabel(LOSS_LABEL)
+    _legend(grid.flat[-1], variants)
+    return figure
+
+
+def published_differences(own: Mapping[str, float], published: Mapping[str, float], note: str) -> Figure:
+    """Differences to vanilla at matched FLOPs, one's own beside the paper's; both map a variant's name to nats."""
+    names = list(dict.fromkeys([*own, *published]))
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.42 * len(names)), layout="constrained")
+    for offset, values, label, colour in (
+        (-0.19, own, "these runs, causal routing", "#0072b2"),
+        (0.19, published, note, "#bbbbbb"),
+    ):
+        places = [place for place, name in enumerate(names) if name in values]
+        bars = axes.barh(
+            [p + offset for p in places], [values[names[p]] for p in places], 0.36, label=label, color=colour
+        )
+        axes.bar_label(bars, fmt="%+.4f", fontsize=8, padding=3)
+    axes.axvline(0, color="#555555", lw=1)
+    axes.set(yticks=range(len(names)), yticklabels=names, xlabel="validation loss minus vanilla's (nats per token)")
+    axes.invert_yaxis()
+    axes.margins(x=0.18)
+    axes.legend(fontsize=8, frameon=False)
+    _finish(axes)
+    return figure

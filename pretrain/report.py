@@ -1,0 +1,493 @@
+"""The report of any set of runs: `python -m pretrain.report RUN... [--output DIR]`.
+
+Reads each run's `run.json` and `metrics.jsonl` and nothing else of it; writes `results.json`, `report.md`,
+`report.html` (one self-contained file) and PNG figures, and prints the table. Every number that a table shows is in
+`results.json`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by path: the repository's root takes the place of this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+from collections.abc import Sequence
+from typing import Literal
+
+from rich.console import Console
+
+from data_prep.settings import read_yaml, run_command
+from model.flops import CONVENTIONS
+from pretrain import analysis, document, figures
+from pretrain.document import Block, Heading, Picture, Table, Text
+from pretrain.runs import Run, Variant, comparable_sets, read_runs
+from pretrain.summary import Results, build_results, merge_sets, ordered_variants
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "configs" / "report" / "published.yaml"
+REPORT_FILES = ("report.html", "report.md", "results.json")
+TrackerMode = Literal["online", "offline", "disabled"]
+SIZE_LABEL = "parameters without embeddings, counted once per application"
+PAPER_SIZE_LABEL = "parameters of the vanilla model of this size"
+
+
+# --- words, tables, figures -------------------------------------------------------------------------------------
+
+
+def set_blocks(results: Results, runs: Sequence[Run], published: Results | None, prefix: str) -> list[Block]:
+    """The report of one comparable set. prefix: of the figures' file names."""
+    groups = ordered_variants(runs)
+    blocks: list[Block] = [Text(statement(results)), loss_table(results)]
+    note = f" ({results['convention']} convention)"
+    unigram = results["unigram_loss"]
+    blocks.append(
+        Picture(
+            f"{prefix}loss_flops",
+            "Validation loss against training FLOPs. A thin line per seed, the "
+            "marker is the mean of the last validations.",
+            figures.loss_curves(groups, "flops", unigram, note),
+        )
+    )
+    blocks.append(
+        Picture(
+            f"{prefix}loss_tokens",
+            "The same against training tokens: what a model saw, not what it cost.",
+            figures.loss_curves(groups, "tokens", unigram, ""),
+        )
+    )
+    shares = figures.depth_shares(groups)
+    if shares is not None:
+        blocks.append(
+            Picture(
+                f"{prefix}depth_shares",
+                "Share of training tokens by the number of recursions that they executed.",
+                shares,
+            )
+        )
+    blocks += difference_blocks(results, prefix)
+    blocks += cost_blocks(results, groups, prefix)
+    blocks += fit_blocks(results, prefix)
+    if published is not None:
+        blocks += published_blocks(results, published, prefix)
+    blocks.append(conventions_table(results))
+    return [*blocks, runs_table(results)]
+
+
+def statement(results: Results) -> str:
+    """What every number of the set rests on, in one paragraph."""
+    masking = "attention kept inside documents" if results["document_masking"] else "attention across documents"
+    seeds = ", ".join(map(str, results["seeds"]))
+    spread = "± is the standard deviation over seeds" if len(results["seeds"]) > 1 else "one seed: the noise is unknown"
+    attention = f" ({results['attention']})" if results["attention"] else ""
+    return (
+        f"Corpus: {results['corpus']} (data {short(results['data_fingerprint'])}). Tokenizer: {results['vocab_size']} "
+        f"tokens ({short(results['tokenizer_fingerprint'])}). Sequences of {results['sequence_length']} tokens, "
+        f"{masking}. FLOPs: `{results['convention']}` convention{attention}. Seeds: {seeds}; {spread}. "
+        f"Losses are nats per token on the validation split. Evaluation: {results['evaluation']}."
+    )
+
+
+def short(fingerprint: str) -> str:
+    return str(fingerprint)[:12]
+
+
+def with_spread(mean: float, spread: float | None) -> str:
+    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
+
+
+def loss_table(results: Results) -> Table:
+    """One row per variant, and the unigram model's."""
+    better = {row["name"]: row for row in results["differences"]}
+    rows = []
+    for row in results["variants"]:
+        difference = better.get(row["name"])
+        rows.append(
+            [
+                row["name"] + ("" if row["finished"] else " (not finished)"),
+                f"{row['unique_parameters'] / 1e6:,.2f}M",
+                f"{row['flops']:.4g}",
+                f"{row['tokens'] / 1e6:,.2f}M",
+                f"{row['steps']:,.0f}",
+                str(len(row["seeds"])),
+                with_spread(row["validation_loss"], row["validation_loss_std"]),
+                "" if difference is None else interval(difference),
+                "–" if row["validation_loss_topk"] is None else f"{row['validation_loss_topk']:.4f}",
+                f"{row['mean_recursions']:.2f}",
+                "–" if row["seconds"] is None else f"{row['seconds']:,.0f} s",
+            ]
+        )
+    rows.append(["unigram model", "", "", "", "", "", f"{results['unigram_loss']:.4f}", "", "", "", ""])
+    header = [
+        "model",
+        "unique parameters",
+        f"FLOPs ({results['convention']})",
+        "tokens",
+        "steps",
+        "seeds",
+        "validation loss, causal",
+        "minus baseline",
+        "top-k (sees ahead)",
+        "mean recursions",
+        "time per run",
+    ]
+    return Table("Validation loss", header, rows)
+
+
+def interval(difference: Results) -> str:
+    if difference["low"] is None:
+        return f"{difference['mean']:+.4f}"
+    return f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
+
+
+def half_width(difference: Results) -> str:
+    return "" if difference["high"] is None else f" ± {difference['high'] - difference['mean']:.4f}"
+
+
+def difference_blocks(results: Results, prefix: str) -> list[Block]:
+    """Matched-FLOP differences as a table and, for one budget, a figure."""
+    rows = results["differences"]
+    if not rows:
+        return []
+    gap = max(abs(row["flops_over_baseline"]) for row in rows)
+    seeds = {row["num_seeds"] for row in rows}
+    text = f"FLOPs agree within {gap:.3%}. Differences are paired by seed; brackets are 95% t intervals of the mean."
+    if 1 in seeds:
+        text += " One seed gives no interval: such a difference may be noise."
+    table = Table(
+        "Matched-FLOP differences",
+        ["model", "baseline", "FLOPs", "tokens / baseline's", "difference (nats)", "seeds", "verdict"],
+        [
+            [
+                row["name"],
+                row["baseline"],
+                f"{row['flops']:.4g}",
+                f"{row['tokens_over_baseline']:.3f}",
+                interval(row),
+                str(row["num_seeds"]),
+                row["verdict"],
+            ]
+            for row in rows
+        ],
+    )
+    blocks: list[Block] = [Heading("At matched FLOPs"), Text(text), table]
+    baselines = {row["baseline"] for row in rows}
+    if len(baselines) == 1:
+        fields = analysis.PairedDifference.__dataclass_fields__
+        drawn = [
+            (row["name"], row["architecture"], analysis.PairedDifference(**{k: row[k] for k in fields})) for row in rows
+        ]
+        figure = figures.differences(drawn, next(iter(baselines)))
+        blocks.append(Picture(f"{prefix}differences", "Differences to the baseline with 95% intervals.", figure))
+    return blocks
+
+
+def cost_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> list[Block]:
+    """Loss against what inference costs."""
+    by_name = {row["name"]: row for row in results["variants"]}
+    labels = {
+        "inference_flops_per_token": "forward FLOPs per token (exact)",
+        "kv_bytes_per_token": "KV cache, bytes per token (bf16)",
+    }
+    costs = {kind: [by_name[group.name][kind] for group in groups] for kind in labels}
+    rows = [
+        [
+            group.name,
+            f"{by_name[group.name]['inference_flops_per_token']:.4g}",
+            f"{by_name[group.name]['kv_bytes_per_token']:,.0f}",
+            f"{by_name[group.name]['validation_loss']:.4f}",
+        ]
+        for group in groups
+    ]
+    text = (
+        f"For a context of {results['sequence_length']} tokens; FLOPs under the routing that validation saw, KV cache "
+        "under the configured capacities."
+    )
+    return [
+        Heading("What inference costs"),
+        Text(text),
+        Table(
+            "Inference cost",
+            ["model", labels["inference_flops_per_token"], labels["kv_bytes_per_token"], "validation loss, causal"],
+            rows,
+        ),
+        Picture(f"{prefix}inference", "Loss against inference cost.", figures.loss_against_cost(groups, costs, labels)),
+    ]
+
+
+def fit_blocks(results: Results, prefix: str) -> list[Block]:
+    """IsoFLOP parabolas and the scaling law, where there are runs enough for them."""
+    blocks: list[Block] = []
+    if results["isoflop"]:
+        rows = []
+        panels: dict[str, list[figures.IsoflopCurve]] = {}
+        for row in results["isoflop"]:
+            fit = analysis.Isoflop(**row["fit"])
+            panels.setdefault(row["architecture"], []).append(
+                (row["flops"], row["effective_parameters"], row["losses"], fit)
+            )
+            size = "–" if fit.optimal_parameters is None else f"{fit.optimal_parameters / 1e6:,.2f}M"
+            if fit.low is not None and fit.high is not None:
+                size += f" [{fit.low / 1e6:,.2f}M, {fit.high / 1e6:,.2f}M]"
+            loss = "–" if fit.optimal_loss is None else f"{fit.optimal_loss:.4f}"
+            rows.append([row["architecture"], f"{row['flops']:.4g}", size, loss, fit.note])
+        header = ["architecture", "FLOPs", "compute-optimal effective parameters (95% bootstrap)", "loss there", "note"]
+        blocks += [Heading("IsoFLOP"), Table("Compute-optimal sizes", header, rows)]
+        blocks.append(
+            Picture(
+                f"{prefix}isoflop",
+                "Loss against size at equal FLOPs; stars are the parabolas' minima.",
+                figures.isoflop(panels, SIZE_LABEL),
+            )
+        )
+    fitted = [row for row in results["scaling_law"] if row["fit"] is not None]
+    if fitted:
+        header = ["architecture", "phi (95% bootstrap)", "E", "A", "a", "B", "b", "rms of ln loss", "runs"]
+        rows = [
+            [
+                row["architecture"],
+                f"{fit['phi']:.3f} [{fit['phi_low']:.3f}, {fit['phi_high']:.3f}]",
+                f"{fit['irreducible']:.3f}",
+                f"{fit['parameter_scale']:.4g}",
+                f"{fit['parameter_exponent']:.3f}",
+                f"{fit['data_scale']:.4g}",
+                f"{fit['data_exponent']:.3f}",
+                f"{fit['residual']:.2e}",
+                str(fit["num_runs"]),
+            ]
+            for row in fitted
+            for fit in [row["fit"]]
+        ]
+        text = (
+            "L = E + A (N_once + r^phi N_rec)^-a + B D^-b, r the mean recursions of a token, N without embeddings: "
+            "phi is what a recurrence is worth (1: as much as fresh layers; 0: nothing)."
+        )
+        blocks += [Heading("Joint scaling law"), Text(text), Table("Scaling law", header, rows)]
+    return blocks
+
+
+def published_blocks(results: Results, published: Results, prefix: str) -> list[Block]:
+    """The paper's figures beside these runs': differences to vanilla, and its isoFLOP curves."""
+    matched = published["matched"]
+    reference = next(row["loss"] for row in matched["rows"] if row["architecture"] == "vanilla")
+    theirs = {row["name"]: row["loss"] - reference for row in matched["rows"] if row["loss"] != reference}
+    ours = {row["name"]: row["mean"] for row in results["differences"]}
+    note = f"paper, {matched['size']}, {matched['budget']:.3g} FLOPs (forward only), top-k routing"
+    panels = {}
+    for architecture, table in published["isoflop"]["loss"].items():
+        sizes = published["isoflop"]["vanilla_parameters"]
+        panels[architecture] = [
+            (budget, sizes, [row[place] for row in table], analysis.fit_isoflop(sizes, [row[place] for row in table]))
+            for place, budget in enumerate(published["isoflop"]["budgets"])
+        ]
+    text = (
+        "The paper trained on another corpus at another scale, counted forward FLOPs only and evaluated with routing "
+        "that sees the whole sequence: compare signs and order, not sizes."
+    )
+    return [
+        Heading("Beside the paper's figures"),
+        Text(text),
+        Picture(
+            f"{prefix}published_differences",
+            "Differences to vanilla, these runs' and the paper's.",
+            figures.published_differences(ours, theirs, note),
+        ),
+        Picture(
+            f"{prefix}published_isoflop",
+            "The paper's isoFLOP figures (its Table 9).",
+            figures.isoflop(panels, PAPER_SIZE_LABEL),
+        ),
+    ]
+
+
+def conventions_table(results: Results) -> Table:
+    """The same tokens counted under each convention, relative to the first vanilla variant (or the first of all)."""
+    first = next((row for row in results["runs"] if row["architecture"] == "vanilla"), results["runs"][0])
+    rows = []
+    for name in dict.fromkeys(row["variant"] for row in results["runs"]):
+        run = next(row for row in results["runs"] if row["variant"] == name)
+        cells = [
+            f"{run['expected_flops'][c]:.4g} ({run['expected_flops'][c] / first['expected_flops'][c]:.3f})"
+            for c in CONVENTIONS
+        ]
+        rows.append([name, *cells])
+    title = (
+        f"The tokens of each model, counted under every convention at the expected routing (over {first['variant']}'s)"
+    )
+    return Table(title, ["model", *CONVENTIONS], rows)
+
+
+def runs_table(results: Results) -> Table:
+    """One row per run."""
+    header = ["model", "seed", "FLOPs", "tokens", "steps", "validation loss, causal", "top-k", "seconds", "finished"]
+    rows = [
+        [
+            row["variant"],
+            str(row["seed"]),
+            f"{row['flops']:.6g}",
+            f"{row['tokens']:,}",
+            f"{row['steps']:,}",
+            f"{row['validation_loss']:.4f}",
+            "–" if row["validation_loss_topk"] is None else f"{row['validation_loss_topk']:.4f}",
+            "–" if row["seconds"] is None else f"{row['seconds']:,.0f}",
+            "yes" if row["finished"] else "no",
+        ]
+        for row in results["runs"]
+    ]
+    return Table("Runs", header, rows)
+
+
+def side_by_side(sets: Sequence[Results]) -> list[Block]:
+    """Sets shown apart, in one table: each variant's difference to its own set's baseline."""
+    names = list(dict.fromkeys(row["name"] for one in sets for row in one["differences"]))
+    if len(sets) < 2 or not names:
+        return []
+    rows = []
+    for name in names:
+        found = [next((row for row in one["differences"] if row["name"] == name), None) for one in sets]
+        rows.append(
+            [name, *("–" if f is None else f"{interval(f)}, {f['tokens_over_baseline']:.3f}x tokens" for f in found)]
+        )
+    header = ["model minus its baseline", *(one["title"] for one in sets)]
+    return [Heading("Side by side"), Table("Difference to the baseline in each set", header, rows)]
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def write_report(
+    folders: Sequence[str | Path],
+    output: Path,
+    *,
+    published: bool = False,
+    allow_mixed: bool = False,
+    baseline: str | None = None,
+    track: TrackerMode = "disabled",
+    console: Console | None = None,
+) -> Results:
+    """Read the runs, write the report's files to `output`, print the table, and return what `results.json` holds.
+
+    track: W&B mode (online, offline, disabled). Raises UserError for runs that cannot be read or compared.
+    """
+    runs, warnings = read_runs(folders)
+    sets, blocks = [], []
+    paper = read_yaml(PUBLISHED) if published else None
+    groups = comparable_sets(runs, allow_mixed)
+    for place, members in enumerate(groups):
+        results = build_results(members, baseline)
+        results["title"] = members[0].condition_name
+        prefix = f"set{place + 1}_" if len(groups) > 1 else ""
+        blocks += [Heading(results["title"], 1), *set_blocks(results, members, paper, prefix)]
+        sets.append(results)
+    blocks = [*side_by_side(sets), *blocks]
+    if warnings:
+        blocks = [Text("Warnings: " + "; ".join(warnings)), *blocks]
+    merged = {**sets[0], "warnings": warnings} if len(sets) == 1 else {**merge_sets(sets), "warnings": warnings}
+    document.write(blocks, output, title="Training report", results=merged)
+    print_report(sets, output, warnings, console or Console())
+    if track != "disabled":
+        send_to_wandb(blocks, runs, merged, output, track)
+    document.close(blocks)
+    return merged
+
+
+def terminal_tables(results: Results) -> list[Table]:
+    """The two tables that matter most, narrow enough for a terminal of 80 columns."""
+    header = ["model", "params", "FLOPs", "tokens", "loss, causal", "top-k"]
+    rows = [
+        [
+            row["name"] + ("" if row["finished"] else " *"),
+            f"{row['unique_parameters'] / 1e6:,.2f}M",
+            f"{row['flops']:.4g}",
+            f"{row['tokens'] / 1e6:,.1f}M",
+            with_spread(row["validation_loss"], row["validation_loss_std"]),
+            "–" if row["validation_loss_topk"] is None else f"{row['validation_loss_topk']:.4f}",
+        ]
+        for row in results["variants"]
+    ]
+    rows.append(["unigram model", "", "", "", f"{results['unigram_loss']:.4f}", ""])
+    unfinished = "" if all(row["finished"] for row in results["variants"]) else "; * not finished"
+    tables = [Table(f"Validation loss, FLOPs by `{results['convention']}`{unfinished}".replace("`", "'"), header, rows)]
+    if results["differences"]:
+        header = ["model", "minus", "nats, 95% interval", "verdict"]
+        rows = [
+            [row["name"], row["baseline"], f"{row['mean']:+.4f}{half_width(row)}", row["verdict"]]
+            for row in results["differences"]
+        ]
+        tables.append(Table("Differences at matched FLOPs, paired by seed", header, rows))
+    return tables
+
+
+def print_report(sets: Sequence[Results], output: Path, warnings: Sequence[str], console: Console) -> None:
+    """The tables that matter most, in the terminal."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    for results in sets:
+        console.print(f"\n{results['title']}", style="bold", highlight=False)
+        for table in terminal_tables(results):
+            console.print(document.rich_table(table))
+    for block in side_by_side(sets):
+        if isinstance(block, Table):
+            console.print(document.rich_table(block))
+    console.print("report: " + ", ".join(str(output / name) for name in REPORT_FILES), soft_wrap=True, highlight=False)
+
+
+def send_to_wandb(
+    blocks: Sequence[Block], runs: Sequence[Run], results: Results, output: Path, mode: TrackerMode
+) -> None:
+    """Log tables, figures and the loss curves (x axis FLOPs) as one W&B run."""
+    import wandb
+
+    folder = output / "tracker"
+    folder.mkdir(parents=True, exist_ok=True)
+    tracker = wandb.init(
+        project="mixture-of-recursions",
+        job_type="report",
+        mode=mode,
+        dir=str(folder),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    tracker.define_metric("flops")
+    tracker.define_metric("validation_loss/*", step_metric="flops")
+    for run in runs:
+        for line in run.validations:
+            tracker.log({"flops": line["flops"], f"validation_loss/{run.name}-seed{run.seed}": line["validation_loss"]})
+    for block in blocks:
+        if isinstance(block, Table):
+            tracker.log({block.title: wandb.Table(columns=list(block.header), data=block.rows)})
+        elif isinstance(block, Picture):
+            tracker.log({block.name: wandb.Image(str(output / f"{block.name}.png"), caption=block.caption)})
+    tracker.summary["runs"] = len(results["runs"])
+    tracker.finish()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="pretrain/report.py", description="Report on any set of runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders that hold some")
+    parser.add_argument("--output", type=Path, help="where the report goes (default: report/ beside or below the runs)")
+    parser.add_argument("--published", action="store_true", help="draw the paper's published figures beside these")
+    parser.add_argument("--allow-mixed", action="store_true", help="show runs that cannot be compared apart")
+    parser.add_argument("--baseline", help="name to compare with (default: the vanilla model of the same width)")
+    parser.add_argument("--track", choices=["disabled", "offline", "online"], default="disabled", help="send to W&B")
+    given = parser.parse_args(arguments)
+    output = given.output or default_output(given.runs)
+    write_report(
+        given.runs,
+        output,
+        published=given.published,
+        allow_mixed=given.allow_mixed,
+        baseline=given.baseline,
+        track=given.track,
+    )
+    return 0
+
+
+def default_output(runs: Sequence[Path]) -> Path:
+    """`report/` in the one folder that was given, or beside several."""
+    return (runs[0] if len(runs) == 1 else runs[0].resolve().parent) / "report"
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,81 @@
+"""Run directories as the trainer writes them, made up: for the report's and the comparison's tests."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from model import flops
+from model.config import MoRConfig
+
+SEQUENCE_LENGTH = 64
+MODELS: dict[str, dict[str, Any]] = {
+    "vanilla": {},
+    "recursive_nr3": {"num_recursions": 3},
+    "mor_expert_nr3": {"num_recursions": 3, "routing": "expert_choice"},
+    "mor_token_nr3": {"num_recursions": 3, "routing": "token_choice"},
+}
+
+
+def make_run(
+    folder: Path,
+    model_name: str = "vanilla",
+    *,
+    seed: int = 0,
+    loss: float = 3.0,
+    budget: float = 1e12,
+    lines: int = 8,
+    finished: bool = True,
+    hidden_size: int = 32,
+    name: str | None = None,
+    **facts: Any,
+) -> Path:
+    """Write run.json and metrics.jsonl of a run that ends at `loss` after about `budget` exact FLOPs."""
+    model = {
+        "vocab_size": 64,
+        "hidden_size": hidden_size,
+        "intermediate_size": 2 * hidden_size,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **MODELS[model_name],
+    }
+    config = MoRConfig(**model)
+    static = {
+        "name": name or model_name,
+        "architecture": config.architecture,
+        "seed": seed,
+        "unique_parameters": flops.unique_parameters(config),
+        "effective_parameters": flops.effective_parameters(config),
+        "convention": "exact",
+        "attention": "causal work",
+        "corpus": "made-up",
+        "data_fingerprint": "d" * 64,
+        "tokenizer_fingerprint": "t" * 64,
+        "vocab_size": 64,
+        "unigram_loss": 4.1,
+        "document_masking": True,
+        "sequence_length": SEQUENCE_LENGTH,
+        "budget": {"flops": int(budget), "convention": "exact"},
+        "model": model,
+        **facts,
+    }
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps(static))
+    step_flops = flops.training_flops(config, SEQUENCE_LENGTH, 4)
+    steps = round(budget / step_flops)
+    shares = [0.0, 1 / 3, 1 / 3, 1 / 3] if config.routing != "none" else None
+    rows: list[dict[str, Any]] = []
+    for place in range(1, lines + 1):
+        step = steps * place // lines
+        row = {"step": step, "tokens": step * 4 * SEQUENCE_LENGTH, "flops": step * step_flops, "seconds": float(place)}
+        now = loss + math.exp(-4 * place / lines) - math.exp(-4)
+        rows.append({**row, "loss": now, "learning_rate": 1e-3, **({"depth_shares": shares} if shares else {})})
+        causal = {"validation_loss": now, "validation_loss_topk": now - 0.01 * (config.architecture == "mor_expert")}
+        rows.append({**row, **causal, "validation_tokens": 640, "validation_depth_shares": shares})
+    if finished:
+        rows.append({**rows[-1], "event": "finished"})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
