@@ -419,12 +419,11 @@ class BlockLoader(Iterator[list[MicroBatch]]):
 
     def load(self, position: int) -> list[MicroBatch]:
         """This rank's micro-batches of the global batch that starts at `position`."""
-        size, batches = self.micro_batch_size, []
-        for step in range(self.accumulation_steps):
-            start = position + (step * self.world_size + self.rank) * size
-            order = sample_order(np.arange(start, start + size), len(self._blocks), self.seed)
-            batches.append(_micro_batch(self._blocks, order.tolist(), self.document_masking, size))
-        return batches
+        size = self.micro_batch_size
+        starts = position + (np.arange(self.accumulation_steps) * self.world_size + self.rank) * size
+        positions = (starts[:, None] + np.arange(size)).ravel()
+        order = sample_order(positions, len(self._blocks), self.seed).reshape(-1, size)
+        return [_micro_batch(self._blocks, indices, self.document_masking, size) for indices in order.tolist()]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON values, the same on every rank."""
