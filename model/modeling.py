@@ -273,7 +273,7 @@ class MoRModel(MoRPreTrainedModel):
         groups = [segment] if policy == "recursion" else [[use] for use in segment]
         whole = row.hidden_states is not None and x.dim() == 3 and self.config.routing == "none"
         for group in groups:
-            function = functools.partial(self._apply, group, tokens=tokens, kv=dict(kv), cache=row.cache)
+            function = functools.partial(self._apply_layers, group, tokens=tokens, kv=dict(kv), cache=row.cache)
             if policy == "none":
                 x, fresh = function(x)
             elif policy == "selective":
@@ -286,7 +286,7 @@ class MoRModel(MoRPreTrainedModel):
                 row.hidden_states.append(x)
         return x
 
-    def _apply(self, group: list[Application], x: Tensor, *, tokens: Tokens, kv: dict[int, KeyValue], cache):
+    def _apply_layers(self, group: list[Application], x: Tensor, *, tokens: Tokens, kv: dict[int, KeyValue], cache):
         """The layer call. Returns the output and the keys and values that later recursions share."""
         sharing = self.config.kv_strategy != "recursion_wise"
         fresh: dict[int, KeyValue] = {}
