@@ -1,0 +1,281 @@
+"""The experiment's settings: every key of a `configs/experiment/*.yaml`, its meaning, and what follows from it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.settings import Settings, UserError, describe, load
+from model.config import MoRConfig
+from pretrain.data import Manifest
+from pretrain.parallel import ParallelSettings
+from pretrain.schedule import ScheduleKind
+
+# Fields of LlamaConfig that say something about a model to train; the rest of its fields serve the library.
+LLAMA_FIELDS = {
+    "vocab_size": "tokens in the vocabulary; taken from the manifest, and refused if it differs",
+    "hidden_size": "width of the residual stream",
+    "intermediate_size": "width of the MLP's inner layer",
+    "num_hidden_layers": "effective depth: layers that a token of full depth passes",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key and value heads; fewer than query heads is grouped-query attention",
+    "head_dim": "width of a head; hidden_size / num_attention_heads where not given",
+    "hidden_act": "activation of the MLP's gate",
+    "max_position_embeddings": "longest sequence that the model is meant for",
+    "initializer_range": "standard deviation of the initial weights",
+    "rms_norm_eps": "epsilon of the norms",
+    "eos_token_id": "end-of-text token; taken from the manifest",
+    "tie_word_embeddings": "whether the output head shares the embedding's weights",
+    "rope_theta": "base of the rotary position embedding",
+    "rope_parameters": "the rotary embedding's parameters in full, in place of rope_theta",
+    "attention_bias": "biases in the attention projections",
+    "attention_dropout": "dropout on attention weights",
+    "mlp_bias": "biases in the MLP",
+}
+
+# What a run may change when it continues: none of it changes which losses the run computes, but for rounding.
+MAY_CHANGE = (
+    "run_dir",
+    "data.folder",
+    "data.prepare",
+    "batch.micro_size",
+    "optimizer.max_skipped_steps",
+    "recompute",
+    "compile",
+    "checkpoint",
+    "metrics",
+    "tracker",
+    "parallel",
+)
+
+
+class DataSettings(Settings):
+    folder: Path = Field(description="prepared folder: manifest.json, train/ and validation/ shards, tokenizer.json")
+    prepare: Path | None = Field(None, description="configs/data/*.yaml that makes the folder when it has no manifest")
+    document_masking: bool = Field(True, description="keep attention inside documents; false reproduces the paper")
+
+
+class BudgetSettings(Settings):
+    flops: int | list[int] | None = Field(
+        None,
+        description="training FLOPs after which the run ends; a list trains one trunk and a cool-down branch for each",
+    )
+    tokens: int | None = Field(None, gt=0, description="training tokens after which the run ends, in place of flops")
+    steps: int | None = Field(None, gt=0, description="optimizer steps after which the run ends, in place of flops")
+    convention: Literal["exact", "paper", "palm", "six_n"] = Field(
+        "exact", description="how FLOPs are counted, here and in the metrics; see model/flops.py"
+    )
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> Self:
+        given = [name for name in ("flops", "tokens", "steps") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of flops, tokens and steps (given: {', '.join(given) or 'none'})")
+        if self.flops == [] or any(total <= 0 for total in self.totals) or self.totals != sorted(set(self.totals)):
+            raise ValueError("flops must be positive, and a list of budgets must rise")
+        return self
+
+    @property
+    def totals(self) -> list[int]:
+        """The FLOP budgets, rising; empty where tokens or steps end the run."""
+        return self.flops if isinstance(self.flops, list) else [] if self.flops is None else [self.flops]
+
+
+class BatchSettings(Settings):
+    size: int = Field(gt=0, description="sequences in the global batch of one optimizer step")
+    micro_size: int | None = Field(
+        None, gt=0, description="sequences in one forward pass of one rank; the rest of the batch is accumulated"
+    )
+    sequence_length: int | None = Field(None, gt=0, description="tokens in a sequence; must be the manifest's")
+
+
+class OptimizerSettings(Settings):
+    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's first and second moment")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms and biases do not decay")
+    clip_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    auxiliary_router_factor: float = Field(
+        10.0, gt=0, description="learning rate of the auxiliary routers (selection: aux_router) over the model's"
+    )
+    max_skipped_steps: int = Field(
+        0, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"
+    )
+
+
+class ScheduleSettings(Settings):
+    kind: ScheduleKind = Field("trapezoid", description="trapezoid (warm-up, plateau, linear cool-down) or cosine")
+    warmup_steps: int | None = Field(None, ge=0, description="optimizer steps of warm-up, in place of warmup_share")
+    warmup_share: float = Field(0.05, ge=0, lt=1, description="warm-up as a share of the smallest budget's steps")
+    decay_share: float = Field(0.2, ge=0, le=1, description="share of each budget over which a trapezoid cools down")
+    final_share: float = Field(0.0, ge=0, le=1, description="share of the peak rate that the decay approaches")
+
+
+class EvaluationSettings(Settings):
+    times: int = Field(10, ge=0, description="validations, spread evenly over the budget; one at the end in any case")
+    every_steps: int | None = Field(None, gt=0, description="steps between validations, in place of times")
+    at_start: bool = Field(False, description="validate before the first step too")
+    sequences: int | None = Field(None, gt=0, description="validate on the first so many sequences; null takes all")
+    micro_size: int | None = Field(None, gt=0, description="sequences in one forward pass; null takes the batch's")
+
+
+class CheckpointSettings(Settings):
+    every_steps: int | None = Field(None, gt=0, description="steps between checkpoints; null leaves it to the minutes")
+    every_minutes: float | None = Field(
+        30.0, gt=0, description="minutes between checkpoints; null leaves it to the steps"
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept, beside the milestones")
+    milestone_every: int = Field(0, ge=0, description="steps whose multiples are saved and kept for good; 0 keeps none")
+    asynchronous: bool = Field(True, description="write in the background while training goes on")
+
+
+class MetricsSettings(Settings):
+    every_steps: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
+    peak_flops: float | None = Field(
+        None, gt=0, description="peak FLOP/s of one device, for MFU; null looks it up by the device's name"
+    )
+
+
+class TrackerSettings(Settings):
+    mode: Literal["online", "offline", "disabled"] = Field("offline", description="where W&B writes; see its manual")
+    project: str = Field("mixture-of-recursions", description="W&B project")
+    entity: str | None = Field(None, description="W&B user or team")
+    group: str | None = Field(None, description="W&B group, for the runs of one comparison")
+    tags: list[str] = Field([], description="W&B tags")
+
+
+class InitializeSettings(Settings):
+    folder: Path = Field(description="folder of a trained vanilla model, as save_pretrained writes it")
+    method: Literal["stepwise", "average", "lower", "upper", "random"] = Field(
+        "stepwise", description="which layers of the vanilla model become the shared ones"
+    )
+
+
+class ExperimentSettings(Settings):
+    """One training run."""
+
+    name: str = Field(description="the run's name in reports and in W&B")
+    run_dir: Path = Field(description="the run's directory: config.yaml, run.json, metrics.jsonl, checkpoints/, final/")
+    seed: int = Field(0, ge=0, description="seed of the initial weights, the order of the data and every draw")
+    model: dict[str, Any] = Field(description="configs/model/*.yaml, or fields of MoRConfig")
+    initialize_from: InitializeSettings | None = Field(None, description="start from a trained vanilla model")
+    data: DataSettings = Field(description="the prepared data")
+    budget: BudgetSettings = Field(description="when the run ends")
+    batch: BatchSettings = Field(description="how large a step is")
+    optimizer: OptimizerSettings = Field(OptimizerSettings(), description="AdamW")
+    schedule: ScheduleSettings = Field(ScheduleSettings(), description="the learning rate over the budget")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over fp32 parameters; or fp32")
+    recompute: Literal["none", "block", "recursion", "selective"] = Field(
+        "none", description="which activations are computed again in the backward pass, to save memory"
+    )
+    compile: bool = Field(False, description="torch.compile the model: slower to start, faster to run")
+    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="validation during and after training")
+    checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="checkpoints and their retention")
+    metrics: MetricsSettings = Field(MetricsSettings(), description="metrics.jsonl")
+    tracker: TrackerSettings = Field(TrackerSettings(), description="Weights & Biases")
+    parallel: ParallelSettings = Field(
+        default_factory=ParallelSettings, description="configs/parallel/*.yaml, or its fields"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _known_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        known = list(dict.fromkeys([*LLAMA_FIELDS, *MoRConfig.__annotations__]))
+        for key in fields:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
+                raise ValueError(f"unknown key 'model.{key}'; nearest valid: {', '.join(near)}")
+        make_model_config(fields)
+        return fields
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.budget.totals) > 1 and self.schedule.kind != "trapezoid":
+            raise ValueError("schedule.kind: several budgets need a trapezoid, whose plateau they share")
+        return self
+
+
+def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentSettings:
+    """Read an experiment and its `key=value` overrides. Raises UserError that names the file and the key."""
+    return load(ExperimentSettings, path, overrides, sections=("model", "parallel"))
+
+
+def make_model_config(fields: dict[str, Any]) -> MoRConfig:
+    """Build a MoRConfig; ValueError names the field that is wrong."""
+    try:
+        return MoRConfig(**fields)
+    except StrictDataclassError as error:
+        raise ValueError(f"model: {' '.join(str(error.__cause__ or error).split())}") from None
+
+
+def resolve_model(settings: ExperimentSettings, manifest: Manifest) -> MoRConfig:
+    """The model's configuration with the data's vocabulary. Raises UserError where model and data contradict."""
+    fields = dict(settings.model)
+    for key in ("vocab_size", "eos_token_id"):
+        value = getattr(manifest, key)
+        if fields.setdefault(key, value) != value:
+            raise UserError(f"model.{key} is {fields[key]}, the data in {manifest.folder} has {value}: leave it out")
+    longest = fields.setdefault("max_position_embeddings", manifest.sequence_length)
+    if longest < manifest.sequence_length:
+        raise UserError(
+            f"model.max_position_embeddings {longest} is below the sequence length {manifest.sequence_length} of "
+            f"{manifest.folder}"
+        )
+    manifest.check_model(manifest.vocab_size, settings.batch.sequence_length or manifest.sequence_length)
+    return make_model_config(fields)
+
+
+def micro_size_of(batch: BatchSettings, world_size: int) -> int:
+    """Sequences in one forward pass of one rank: as given, or the whole batch at once."""
+    return batch.micro_size or max(1, batch.size // world_size)
+
+
+def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ between two resolved configurations, but for those that may change."""
+    return sorted(key for key in _differences(before, now) if not key.startswith(MAY_CHANGE))
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name in {*before, *now}:
+        left, right = before.get(name), now.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            keys += _differences(left, right, f"{prefix}{name}.")
+        elif left != right:
+            keys.append(f"{prefix}{name}")
+    return keys
+
+
+def print_config(settings: ExperimentSettings) -> None:
+    """Print every key, its resolved value and its meaning as a table."""
+    config = make_model_config(settings.model)
+    meanings = {**LLAMA_FIELDS, **_documented_fields(MoRConfig.__doc__ or "")}
+    table = Table("key", "value", "meaning", title=f"{settings.name} ({config.architecture})")
+    for key, value, meaning in describe(settings):
+        if key != "model":
+            table.add_row(key, value, meaning)
+            continue
+        for name, text in meanings.items():
+            if hasattr(config, name):
+                given = "" if name in settings.model else " (default)"
+                table.add_row(f"model.{name}", f"{getattr(config, name)!r}{given}", text)
+    console = Console()
+    console.width = max(console.width, 160)
+    console.print(table)
+
+
+def _documented_fields(docstring: str) -> dict[str, str]:
+    """Read `name, name: meaning` paragraphs of a class's docstring, indented continuation lines included."""
+    meanings: dict[str, str] = {}
+    for names, text in re.findall(r"^    ([a-z_, ]+): (.+(?:\n {8}.+)*)", docstring, flags=re.MULTILINE):
+        for name in names.split(", "):
+            meanings[name] = " ".join(text.split()).replace("`", "")
+    return meanings

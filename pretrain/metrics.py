@@ -1,0 +1,270 @@
+"""Where a run's figures go: metrics.jsonl (the truth), and from there W&B and the terminal. Rank 0 alone does so."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import resource
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from pretrain.config import ExperimentSettings
+
+if TYPE_CHECKING:
+    from pretrain.parallel import Parallel
+
+# Dense bf16 peak of one device in FLOP/s, by a part of its name; from the makers' data sheets.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "MI300X": 1307e12,
+    "H200": 989e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "L40S": 362e12,
+    "A100": 312e12,
+    "RTX 4090": 165e12,
+    "A10": 125e12,
+}
+SECONDS_BETWEEN_LINES = 10.0
+METRICS = "metrics.jsonl"
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Peak bf16 FLOP/s of one device, or None where it is not known, as on a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Largest memory that this process has used so far: on the device, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Sums:
+    """Named sums over micro-batches and ranks, brought together by one collective.
+
+    float64 holds every count below 2^53 exactly, so that the FLOPs computed from them are exact.
+    """
+
+    def __init__(self) -> None:
+        self._values: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, value: torch.Tensor | float) -> None:
+        """Add a scalar or a vector to the sum `name`; every rank must add the same names in the same order."""
+        value = torch.as_tensor(value).detach().double()
+        self._values[name] = self._values[name] + value if name in self._values else value
+
+    def reduce(self, parallel: Parallel) -> dict[str, Any]:
+        """The sums over all ranks: a float for a scalar, a list for a vector."""
+        values = [value.to(parallel.device) for value in self._values.values()]
+        flat = parallel.all_reduce(torch.cat([value.reshape(-1) for value in values])).cpu()
+        parts = flat.split([value.numel() for value in values])
+        return {
+            name: part.tolist() if value.dim() else part.item()
+            for name, value, part in zip(self._values, values, parts, strict=True)
+        }
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, appended and flushed at once."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        """Open for appending; lines of steps beyond `last_step`, and anything after an unreadable line, are cut.
+
+        last_step: step of the checkpoint that the run goes on from; -1 starts an empty file.
+        """
+        self.path = path
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = []
+        for line in lines:
+            if not _belongs(line, last_step):
+                break
+            kept.append(line)
+        if len(kept) < len(lines):
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(b"".join(kept))
+            os.replace(partial, path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole life)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line. Non-finite numbers, which JSON lacks, become null."""
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Bring every line to the disk; done before a checkpoint that relies on them."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        self._file.close()
+
+
+def _belongs(line: bytes, last_step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def last_line(path: Path) -> dict[str, Any] | None:
+    """The last line of a metrics.jsonl, or None where there is none or it is cut short."""
+    if not path.exists():
+        return None
+    with contextlib.suppress(ValueError, IndexError):
+        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    return None
+
+
+class Tracker:
+    """Weights & Biases. Whatever it raises, training goes on after one warning."""
+
+    def __init__(self, experiment: ExperimentSettings, folder: Path, run_id: str) -> None:
+        """Start or continue the W&B run `run_id`; its files go to `folder`."""
+        self._run: Any = None
+        settings = experiment.tracker
+        if settings.mode == "disabled":
+            return
+        try:
+            import wandb
+
+            self._run = wandb.init(
+                project=settings.project,
+                entity=settings.entity,
+                group=settings.group,
+                tags=settings.tags,
+                name=experiment.name,
+                id=run_id,
+                resume="allow",
+                mode=settings.mode,
+                dir=str(folder),
+                config=experiment.model_dump(mode="json"),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=60),
+            )
+            self._run.define_metric("flops")
+            self._run.define_metric("*", step_metric="flops")
+        except Exception as error:  # whatever a tracker's network, key or disk raises must not end a training run
+            self._give_up(error)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Send one line of metrics; a list becomes one value an entry."""
+        if self._run is None:
+            return
+        flat = {}
+        for key, value in line.items():
+            flat |= {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
+        try:
+            self._run.log(flat)
+        except Exception as error:
+            self._give_up(error)
+
+    def finish(self) -> None:
+        """Close the W&B run."""
+        if self._run is not None:
+            try:
+                self._run.finish()
+            except Exception as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        print(f"warning: W&B is out of reach, training goes on without it: {error}", file=sys.stderr)
+
+
+def tracker_id(folder: Path, known: str | None) -> str:
+    """The W&B id of a run: the one in its tracker folder, or `known` from its checkpoint, or a new one."""
+    path = folder / "run_id"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    run_id = known or uuid.uuid4().hex[:12]
+    path.write_text(run_id, encoding="utf-8")
+    return run_id
+
+
+class TerminalLine:
+    """A progress bar with the latest figures; without a terminal, a plain line now and then."""
+
+    def __init__(self, name: str, progress: float) -> None:
+        self._console = Console()
+        self._name = name
+        self._last_line = 0.0
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"))
+            self._bar = Progress(
+                *columns, TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=self._console
+            )
+            self._task = self._bar.add_task(name, total=1.0, completed=progress, text="")
+            self._bar.start()
+
+    def update(self, progress: float, line: dict[str, Any]) -> None:
+        """Show one line of metrics. progress: share of the budget spent, 0..1."""
+        if "validation_loss_topk" in line:
+            causal = line["validation_loss"]
+            shown = f"{causal:.4f} causal, " if causal is not None else ""
+            self.say(f"step {line['step']}  validation loss {shown}{line['validation_loss_topk']:.4f} top-k")
+            return
+        text = (
+            f"step {line['step']}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "
+            f"{line['tokens_per_second']:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=min(progress, 1.0), text=text)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self.say(f"{progress:6.1%}  {text}")
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._console.print(f"{self._name}: {text}", highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Output:
+    """Everything that a run tells: one call per line of metrics, to its file, to W&B and to the terminal."""
+
+    def __init__(self, folder: Path, name: str, last_step: int, progress: float, tracker: Tracker) -> None:
+        """last_step: of the checkpoint that the run goes on from, -1 without one. progress: share of budget spent."""
+        self._file = MetricsFile(folder / METRICS, last_step)
+        self._tracker = tracker
+        self._terminal = TerminalLine(name, progress)
+
+    def write(self, line: dict[str, Any], progress: float) -> None:
+        """One line of metrics. progress: share of the budget spent."""
+        self._file.write(line)
+        self._tracker.log(line)
+        self._terminal.update(progress, line)
+
+    def say(self, text: str) -> None:
+        """One line for the reader at the terminal alone."""
+        self._terminal.say(text)
+
+    def sync(self) -> None:
+        """Bring the metrics to the disk; done before a checkpoint that relies on them."""
+        self._file.sync()
+
+    def close(self) -> None:
+        self._terminal.close()
+        self._file.close()
+        self._tracker.finish()

@@ -1,0 +1,100 @@
+"""What a run writes into its directory besides metrics and checkpoints: config.yaml and run.json. Rank 0 only."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+import torch
+import yaml
+
+from data_prep.settings import UserError, read_yaml
+from model.config import MoRConfig
+from model.flops import effective_parameters, unique_parameters
+from pretrain.config import ExperimentSettings, differing_keys
+from pretrain.data import Manifest
+from pretrain.parallel import Parallel
+
+PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers")
+
+
+def claim(settings: ExperimentSettings) -> None:
+    """Write config.yaml, or hold an earlier one against `settings`. Raises UserError if the run is another one."""
+    folder = settings.run_dir
+    path = folder / "config.yaml"
+    resolved = settings.model_dump(mode="json")
+    if path.exists():
+        keys = differing_keys(read_yaml(path), resolved)
+        if keys:
+            raise UserError(
+                f"{folder}: belongs to a run of another configuration; these keys differ: {', '.join(keys)}. "
+                f"Give another run_dir, or the configuration in {path}"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty and holds no run (no config.yaml); give another run_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(path, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+
+def describe_run(
+    settings: ExperimentSettings,
+    config: MoRConfig,
+    manifest: Manifest,
+    plan: dict[str, int],
+    parallel: Parallel,
+) -> None:
+    """Write run.json: what is fixed for the whole run, with `plan` added to its budget.
+
+    Raises UserError if the run has been trained on other data.
+    """
+    path = settings.run_dir / "run.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["data_fingerprint"] != manifest.fingerprint:
+            raise UserError(
+                f"{manifest.folder}: not the data that {settings.run_dir} was trained on: fingerprint "
+                f"{manifest.fingerprint}, the run's {before['data_fingerprint']}; restore it or give another run_dir"
+            )
+    facts = {
+        "name": settings.name,
+        "architecture": config.architecture,
+        "seed": settings.seed,
+        "unique_parameters": unique_parameters(config),
+        "effective_parameters": effective_parameters(config),
+        "convention": settings.budget.convention,
+        "attention": "causal work; document boundaries ignored",
+        "corpus": manifest.corpus,
+        "licence": manifest.licence,
+        "data_fingerprint": manifest.fingerprint,
+        "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
+        "vocab_size": manifest.vocab_size,
+        "unigram_loss": manifest.unigram_loss,
+        "document_masking": settings.data.document_masking,
+        "sequence_length": manifest.sequence_length,
+        "batch_size": settings.batch.size,
+        "budget": {**settings.budget.model_dump(mode="json", exclude_none=True), **plan},
+        "model": config.to_dict(),
+        "versions": versions(),
+        "device": _device_name(parallel),
+    }
+    _write(path, json.dumps(facts, indent=1) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that a run's figures depend on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def _device_name(parallel: Parallel) -> str:
+    if parallel.device.type == "cuda":
+        return f"{parallel.world_size} x {torch.cuda.get_device_name(parallel.device)}"
+    return f"{parallel.world_size} x cpu, {torch.get_num_threads()} threads each"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,53 @@
+"""A clean stop: signals and the stop file ask for it, the training loop obeys between two steps.
+
+SIGTERM and SIGUSR1 (what a scheduler sends before it takes the machine away) and a file named `stop` in the run
+directory end the run after the current step with a checkpoint and exit code 75 (EX_TEMPFAIL of sysexits.h): run it
+again. Ctrl-C does the same and exits with 130; a second Ctrl-C ends the process at once. The file `requeue` in the run
+directory stands for exit code 75 where a launcher replaces exit codes by its own.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+REQUEUE = 75
+INTERRUPTED = 130
+STOP_FILE = "stop"
+REQUEUE_FILE = "requeue"
+
+
+class StopRequest:
+    """Whether this process was asked to stop. A context manager: inside it, signals ask instead of killing."""
+
+    def __init__(self, folder: Path) -> None:
+        """folder: the run directory, whose stop file counts too; an old one is removed on entry."""
+        self._file = folder / STOP_FILE
+        self._received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._file.unlink(missing_ok=True)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = number
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come or the stop file exists. Ranks differ for a moment: agree before acting."""
+        return self._received is not None or self._file.exists()
+
+    @property
+    def exit_code(self) -> int:
+        return INTERRUPTED if self._received == signal.SIGINT else REQUEUE

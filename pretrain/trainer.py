@@ -1,0 +1,484 @@
+"""The training loop, top to bottom.
+
+    Trainer.run            every budget in turn: one run, or a trunk and its branches
+    Trainer.fit            one run directory, from its latest checkpoint (or from nothing) to its end
+    Trainer.training_step  one optimizer step, whole
+    Trainer.after_step     its line of metrics, then validation and a checkpoint where they are due
+
+Losses. The model divides by the targets of the global batch (`num_items_in_batch`), so that the losses of all
+micro-batches and ranks add up to means over the global batch, whatever the accumulation and the number of ranks. The
+balancing loss alone is a product of two means: its load comes from a routing pass over the whole batch beforehand.
+
+Budget. A step is taken while at least half of its expected cost is left, so that a run ends within half a step of its
+budget, on either side, where routing is as expected, and never beyond it by more than one step.
+
+Shapes: B sequences of the global batch, m of a micro-batch, T tokens of a sequence, Nr recursions.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.settings import UserError
+from model.flops import StepFlops, training_flops
+from model.modeling import MoRForCausalLM
+from pretrain import run_folder
+from pretrain.checkpoint import Checkpoints, export, folder_of
+from pretrain.config import ExperimentSettings, micro_size_of, resolve_model
+from pretrain.data import BlockLoader, Manifest, MicroBatch
+from pretrain.metrics import METRICS, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
+from pretrain.parallel import Parallel
+from pretrain.schedule import Schedule
+from pretrain.stop import REQUEUE, REQUEUE_FILE, StopRequest
+from pretrain.validation import Validation
+
+
+@dataclass
+class RunState:
+    """How far a run has come.
+
+    flops: in the run's convention. seconds: in training steps, over all resumes, without validation and checkpoints.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The end and the schedule of one run directory.
+
+    settings: of this run directory alone. total: the budget, in FLOPs where `in_flops`, else in steps. step_cost: what
+    one step is expected to spend of it. trunk: stop where the cool-down would begin.
+    """
+
+    settings: ExperimentSettings
+    total: int
+    in_flops: bool
+    step_cost: int
+    schedule: Schedule
+    trunk: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run_dir
+
+    def progress(self, state: RunState) -> float:
+        """Share of the budget spent, 0..1 and at most one step beyond."""
+        return self._spent(state) / self.total
+
+    def goes_on(self, state: RunState) -> bool:
+        """Whether one more step is to be taken."""
+        if self.trunk and self.schedule.cooling(self.progress(state)):
+            return False
+        return 2 * self._spent(state) + self.step_cost <= 2 * self.total
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps that the budget is expected to buy."""
+        return round(self.total / self.step_cost)
+
+    def _spent(self, state: RunState) -> int:
+        return state.flops if self.in_flops else state.step
+
+
+def make_plans(settings: ExperimentSettings, step_flops: int, tokens_per_step: int) -> list[Plan]:
+    """The runs that an experiment consists of: one, or a trunk followed by a branch for each budget.
+
+    step_flops: expected FLOPs of a step, in the budget's convention. Raises UserError for a budget below one step, and
+    where the warm-up does not end before the first branch leaves.
+    """
+    budget, rule = settings.budget, settings.schedule
+    in_flops = budget.flops is not None
+    totals = budget.totals or [budget.steps or round((budget.tokens or 0) / tokens_per_step)]
+    cost = step_flops if in_flops else 1
+    if totals[0] < cost:
+        given = f"budget.flops {totals[0]:.6g}" if in_flops else f"budget.tokens {budget.tokens}"
+        raise UserError(
+            f"{given} is less than one step, which takes {step_flops:.6g} FLOPs ({budget.convention}) and "
+            f"{tokens_per_step} tokens; raise it or lower batch.size"
+        )
+    warmup = rule.warmup_steps if rule.warmup_steps is not None else round(rule.warmup_share * totals[0] / cost)
+    plans = []
+    for total in totals:
+        schedule = Schedule(rule.kind, warmup, min(warmup * cost / total, 1.0), rule.decay_share, rule.final_share)
+        plans.append(Plan(settings, total, in_flops, cost, schedule))
+    if len(plans) == 1:
+        return plans
+    if warmup * cost >= (1 - rule.decay_share) * totals[0]:
+        raise UserError(
+            f"schedule.warmup_steps: {warmup} steps are not over where the branch of {totals[0]:.6g} leaves"
+        )
+    branches = [replace(plan, settings=branch_settings(settings, plan.total, warmup)) for plan in plans]
+    return [replace(plans[-1], trunk=True), *branches]
+
+
+def branch_settings(settings: ExperimentSettings, flops: int, warmup_steps: int) -> ExperimentSettings:
+    """Settings of the run that a branch equals: one budget, the trunk's warm-up, a directory of its own."""
+    label = f"{flops:.6g}".replace("+", "")
+    return settings.model_copy(
+        update={
+            "name": f"{settings.name}-{label}",
+            "run_dir": settings.run_dir / "branches" / label,
+            "budget": settings.budget.model_copy(update={"flops": flops}),
+            "schedule": settings.schedule.model_copy(update={"warmup_steps": warmup_steps}),
+        }
+    )
+
+
+def make_optimizer(model: nn.Module, settings: ExperimentSettings) -> torch.optim.AdamW:
+    """AdamW: matrices and embeddings decay; norms, biases and other vectors do not; auxiliary routers learn faster."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((parameter.dim() > 1, "aux_router" in name), []).append(parameter)
+    rule = settings.optimizer
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "weight_decay": rule.weight_decay if decays else 0.0,
+                "learning_rate_scale": rule.auxiliary_router_factor if auxiliary else 1.0,
+            }
+            for (decays, auxiliary), parameters in groups.items()
+        ],
+        lr=rule.learning_rate,
+        betas=rule.betas,
+        eps=rule.epsilon,
+    )
+
+
+class Trainer:
+    """Trains one experiment. Built alike on every rank."""
+
+    def __init__(self, settings: ExperimentSettings, manifest: Manifest, parallel: Parallel) -> None:
+        """Build model, optimizer and loader. Raises UserError where settings, data and ranks contradict each other."""
+        self.settings, self.manifest, self.parallel = settings, manifest, parallel
+        self.config = resolve_model(settings, manifest)
+        self.micro_size = micro_size_of(settings.batch, parallel.world_size)
+        self.loader = BlockLoader(
+            manifest,
+            "train",
+            settings.batch.size,
+            self.micro_size,
+            parallel.rank,
+            parallel.world_size,
+            seed=settings.seed,
+            document_masking=settings.data.document_masking,
+        )
+        length, convention = manifest.sequence_length, settings.budget.convention
+        self.step_flops = StepFlops(self.config, length, convention)
+        self.exact_flops = StepFlops(self.config, length)
+        expected = training_flops(self.config, length, settings.batch.size, convention=convention)
+        self.tokens_per_step = settings.batch.size * length
+        self.plans = make_plans(settings, expected, self.tokens_per_step)
+        self.validation = Validation(
+            self.config,
+            manifest,
+            settings.evaluation.micro_size or self.micro_size,
+            settings.evaluation.sequences,
+            settings.data.document_masking,
+        )
+        self.peak_flops = settings.metrics.peak_flops or peak_flops(parallel.device)
+        torch.manual_seed(settings.seed)
+        model = MoRForCausalLM(self.config)
+        model.set_recompute(settings.recompute)
+        if settings.compile:
+            model.compile()
+        parallel.prepare(model, lambda module: make_optimizer(module, settings))
+        self.state = RunState()
+        self.output: Output | None = None  # on rank 0, while a run directory is open
+
+    # --- runs ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Train every plan to its end; returns the process's exit code: 0, or that of a requested stop."""
+        with StopRequest(self.settings.run_dir) as self.stop:
+            for plan in self.plans:
+                if not self.fit(plan):
+                    return self.stop.exit_code
+        return 0
+
+    def fit(self, plan: Plan) -> bool:
+        """Train one run directory from where it stands to its end; False if a stop was asked for first."""
+        if self.parallel.is_main:
+            run_folder.claim(plan.settings)
+        self.parallel.barrier()
+        if (last_line(plan.folder / METRICS) or {}).get("event") in ("finished", "branched"):
+            if self.parallel.is_main:
+                print(f"{plan.folder}: finished, nothing to do")
+            return True
+        self.plan, self.stopping = plan, False
+        self.open_run()
+        try:
+            while plan.goes_on(self.state) and not self.stopping:
+                before = replace(self.state)
+                line = self.training_step()
+                self.after_step(before, line)
+            self.checkpoint()
+            self.checkpoints.wait()
+            if plan.goes_on(self.state):
+                self.leave()
+                return False
+            self.finish_run()
+            return True
+        finally:
+            self.checkpoints.wait()
+            self.loader.close()
+            if self.output:
+                self.output.close()
+                self.output = None
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def training_step(self) -> dict[str, Any]:
+        """One optimizer step over the global batch [B, T]; returns its line of metrics."""
+        parallel, rule = self.parallel, self.settings.optimizer
+        started = time.perf_counter()
+        batch = [micro.to(parallel.device) for micro in next(self.loader)]
+        waited = time.perf_counter() - started
+        share = 1 / (len(batch) * parallel.world_size)
+        global_load = self.global_load(batch, share)
+        sums = Sums()
+        for number, micro in enumerate(batch):
+            output = parallel.forward(
+                input_ids=micro.input_ids,
+                targets=micro.targets,
+                document_ids=micro.document_ids,
+                step=self.state.step,
+                num_items_in_batch=self.tokens_per_step,
+                global_load=global_load,
+            )
+            parallel.micro_step(output.loss, last=number == len(batch) - 1)
+            self.collect(sums, output, share)
+        sums.add("stop", float(self.stop.requested))
+        sums.add("save", float(self.minutes_have_passed()))
+        totals = sums.reduce(parallel)  # whatever is decided from here on, every rank decides from the same figures
+
+        rate = rule.learning_rate * self.plan.schedule.factor(self.state.step, self.plan.progress(self.state))
+        norm, finite = parallel.optimizer_step(rate, rule.clip_norm)
+        if finite and self.config.routing == "token_choice" and self.config.balancing == "loss_free":
+            parallel.module.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
+        seconds = time.perf_counter() - started
+        rates = self.advance(totals, seconds, finite) | {"data_seconds": waited}
+        return self.line(totals, rate, norm) | rates
+
+    def global_load(self, batch: list[MicroBatch], share: float) -> Tensor | None:
+        """Share of the global batch's tokens at each depth [Nr], for the balancing loss; None where it is not needed.
+
+        Takes a forward pass up to the router, without gradients. It belongs to no FLOP convention and is not counted.
+        """
+        if self.config.routing != "token_choice" or self.config.balancing != "loss" or share == 1:
+            return None
+        load: Tensor | float = 0.0
+        with torch.no_grad():
+            for micro in batch:
+                routing = self.parallel.forward(
+                    input_ids=micro.input_ids,
+                    document_ids=micro.document_ids,
+                    step=self.state.step,
+                    routing_only=True,
+                )
+                load = load + routing.load * share
+        assert isinstance(load, Tensor)
+        return self.parallel.all_reduce(load)
+
+    def collect(self, sums: Sums, output: Any, share: float) -> None:
+        """Add a micro-batch's losses and routing to the step's sums.
+
+        Losses are shares of the global mean already; other means enter with this micro-batch's `share` of the batch.
+        """
+        sums.add("total_loss", output.loss)
+        for name, value in output.losses.items():
+            sums.add("loss" if name == "lm" else f"{name}_loss", value)
+        if output.routing is None:
+            return
+        routing = output.routing
+        sums.add("counts", routing.counts.sum(0))
+        sums.add("pairs", routing.pairs.sum(0))
+        depths = torch.bincount(routing.depth.flatten(), minlength=self.config.num_recursions + 1)
+        sums.add("depth_shares", depths * (share / routing.depth.numel()))
+        sums.add("load", routing.load * share)
+        for name, value in routing.statistics.items():
+            sums.add(name, value * share)
+
+    def advance(self, totals: dict[str, Any], seconds: float, finite: bool) -> dict[str, float]:
+        """Count the step; returns its rates. Takes from `totals` what is not a figure of the step's own."""
+        counts, pairs = ([round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs"))
+        self.stopping, self.save_due = totals.pop("stop") > 0, totals.pop("save") > 0
+        size = self.settings.batch.size
+        self.state.step += 1
+        self.state.tokens += self.tokens_per_step
+        self.state.flops += self.step_flops(size, counts, pairs)
+        self.state.seconds += seconds
+        self.state.skipped_steps += not (finite and math.isfinite(totals["total_loss"]))
+        rates = {"tokens_per_second": self.tokens_per_step / seconds}
+        if self.peak_flops is not None:
+            executed = self.exact_flops(size, counts, pairs)
+            rates["mfu"] = executed / seconds / self.peak_flops / self.parallel.world_size
+        return rates
+
+    def line(self, totals: dict[str, Any], rate: float, norm: float) -> dict[str, Any]:
+        """The step's line of metrics, without its rates."""
+        if self.config.routing == "token_choice":  # of the whole batch, in place of the mean over micro-batches
+            totals["max_violation"] = max(totals["load"]) * self.config.num_recursions / sum(totals["load"]) - 1
+        if "entropy" in totals:
+            totals["routing_entropy"] = totals.pop("entropy")
+        memory = memory_bytes(self.parallel.device)
+        return asdict(self.state) | totals | {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+
+    # --- after a step -------------------------------------------------------------------------------------------------
+
+    def after_step(self, before: RunState, line: dict[str, Any]) -> None:
+        """Write the step's line; stop past the limit of skipped steps; branch, validate, save where it is due."""
+        state, plan = self.state, self.plan
+        ends = not plan.goes_on(state) or self.stopping
+        failed = state.skipped_steps > before.skipped_steps
+        if state.step % self.settings.metrics.every_steps == 0 or ends or failed:
+            self.write(line)
+        if failed:
+            self.skipped(line)
+        for branch in self.plans[1:] if plan.trunk else []:
+            cooling = branch.schedule.cooling
+            if cooling(branch.progress(state)) and not cooling(branch.progress(before)):
+                self.start_branch(branch)
+        if plan.goes_on(state) and self.validation_due(before):
+            self.validate()
+        every = self.settings.checkpoint.every_steps
+        if self.save_due or (every is not None and state.step % every == 0):
+            self.checkpoint()
+
+    def validation_due(self, before: RunState) -> bool:
+        """Whether the step since `before` has passed a point at which to validate."""
+        rule = self.settings.evaluation
+        if rule.every_steps is not None:
+            return self.state.step % rule.every_steps == 0
+        passed = [math.floor(self.plan.progress(state) * rule.times) for state in (before, self.state)]
+        return passed[0] < passed[1]
+
+    def validate(self, **extra: Any) -> None:
+        """Validate and write the line, with what `extra` adds to it."""
+        self.write(asdict(self.state) | self.validation(self.parallel) | extra)
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.output:
+            self.output.write(line, self.plan.progress(self.state))
+
+    def minutes_have_passed(self) -> bool:
+        """Whether a checkpoint is due by rank 0's clock."""
+        minutes = self.settings.checkpoint.every_minutes
+        return self.parallel.is_main and minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+
+    def checkpoint(self) -> None:
+        """Save this step's checkpoint, unless it is there already."""
+        if self.saved_step == self.state.step:
+            return
+        if self.output:
+            self.output.sync()
+        self.checkpoints.save(self.parallel, self.snapshot(), self.state.step)
+        self.saved_step, self.saved_at = self.state.step, time.monotonic()
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside tensors and random numbers: JSON, the same on every rank."""
+        return {
+            "run": asdict(self.state),
+            "loader": self.loader.state(),
+            "tracker_id": self.tracker_id,
+            "settings": self.plan.settings.model_dump(mode="json"),
+            "versions": run_folder.versions(),
+        }
+
+    def skipped(self, line: dict[str, Any]) -> None:
+        """A step had a loss or a gradient that is not finite. Raises UserError past the limit, on every rank alike."""
+        limit = self.settings.optimizer.max_skipped_steps
+        what = f"step {self.state.step}: loss {line['loss']}, gradient norm {line['gradient_norm']}: not finite"
+        if self.state.skipped_steps <= limit:
+            if self.output:
+                self.output.say(f"{what}; skipped ({self.state.skipped_steps} of {limit})")
+            return
+        self.checkpoints.wait()
+        last = self.checkpoints.latest(self.parallel)
+        raise UserError(
+            f"{what}; stopped. Last good checkpoint: {last or 'none yet'}. Lower optimizer.learning_rate in a new "
+            "run_dir, or raise optimizer.max_skipped_steps to skip such steps"
+        )
+
+    # --- the ends of a run --------------------------------------------------------------------------------------------
+
+    def open_run(self) -> None:
+        """Take the run directory up where its latest checkpoint stands, or begin it."""
+        parallel, plan = self.parallel, self.plan
+        if parallel.is_main:
+            facts = {"planned_steps": plan.planned_steps, "warmup_steps": plan.schedule.warmup_steps}
+            run_folder.describe_run(plan.settings, self.config, self.manifest, facts, parallel)
+            (plan.folder / REQUEUE_FILE).unlink(missing_ok=True)
+        parallel.barrier()
+        self.checkpoints = self.checkpoints_of(plan)
+        found = self.checkpoints.latest(parallel)
+        snapshot: dict[str, Any] = {}
+        if found is not None:
+            snapshot = self.checkpoints.load(parallel, found)
+            self.state = RunState(**snapshot["run"])
+            self.loader.load_state(snapshot["loader"])
+        elif plan is not self.plans[0]:
+            raise UserError(
+                f"{plan.folder}: the trunk's checkpoint is lost; remove {self.settings.run_dir} and start anew"
+            )
+        self.saved_step, self.saved_at = self.state.step if found else -1, time.monotonic()
+        self.tracker_id = snapshot.get("tracker_id")
+        if parallel.is_main:
+            self.tracker_id = tracker_id(plan.folder / "tracker", self.tracker_id)
+            tracker = Tracker(plan.settings, plan.folder / "tracker", self.tracker_id)
+            progress = plan.progress(self.state)
+            self.output = Output(plan.folder, plan.settings.name, self.saved_step, progress, tracker)
+            if found is not None:
+                self.output.say(f"goes on from {found}")
+        if found is None and plan.settings.evaluation.at_start:
+            self.validate()
+
+    def checkpoints_of(self, plan: Plan) -> Checkpoints:
+        """The checkpoints in a run directory, by the settings."""
+        rule = plan.settings.checkpoint
+        report = print if self.parallel.is_main else lambda message: None
+        return Checkpoints(plan.folder / "checkpoints", rule.keep, rule.milestone_every, rule.asynchronous, report)
+
+    def start_branch(self, branch: Plan) -> None:
+        """Begin a branch's run directory as if it had been trained up to here: the metrics and this checkpoint."""
+        if self.parallel.is_main:
+            run_folder.claim(branch.settings)
+            shutil.copyfile(self.plan.folder / METRICS, branch.folder / METRICS)
+        self.parallel.barrier()
+        checkpoints = self.checkpoints_of(branch)
+        checkpoints.save(self.parallel, self.snapshot() | {"tracker_id": None}, self.state.step)
+        checkpoints.wait()
+
+    def leave(self) -> None:
+        """The end of a run that was asked to stop before its budget was spent."""
+        if self.output:
+            if self.stop.exit_code == REQUEUE:
+                (self.plan.folder / REQUEUE_FILE).touch()
+            self.output.say(
+                f"stopped after step {self.state.step}, with a checkpoint; run the same command again to go on"
+            )
+
+    def finish_run(self) -> None:
+        """The end of a run whose budget is spent: validate, export the model, and write the last line."""
+        if self.plan.trunk:
+            self.write(asdict(self.state) | {"event": "branched"})
+            return
+        last = self.validation(self.parallel)
+        if self.parallel.is_main:
+            source = folder_of(self.checkpoints.folder, self.state.step)
+            export(source, self.plan.folder / "final", self.manifest.folder / "tokenizer.json")
+        self.parallel.barrier()
+        self.write(asdict(self.state) | last | {"event": "finished"})

@@ -1,0 +1,89 @@
+"""Validation loss over the validation split, under causal routing and under the paper's look-ahead top-k.
+
+Shapes: m micro-batch (sequences), T tokens of a sequence, Nr recursions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from model.config import MoRConfig, RoutingMode
+from pretrain.data import Manifest, fixed_batches
+from pretrain.metrics import Sums
+from pretrain.parallel import Parallel
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What is validated on: the first `sequences` (None: all) of the validation split, `micro_size` at a time."""
+
+    config: MoRConfig
+    manifest: Manifest
+    micro_size: int
+    sequences: int | None
+    document_masking: bool
+
+    @torch.no_grad()
+    def __call__(self, parallel: Parallel) -> dict[str, Any]:
+        """Mean loss in nats per token. Every rank takes part and gets the same figures.
+
+        `validation_loss`: causal routing, nothing looks ahead; None where `selection: none` leaves the model without a
+        causal decision. `validation_loss_topk`: expert-choice picks the top-k of the whole sequence, as the paper
+        evaluates; equal to the former for every other model. `validation_tokens`; for routed models
+        `validation_depth_shares` [Nr+1] and the routing statistics, of the causal pass where there is one.
+        """
+        parallel.model.eval()
+        lines = {mode: self._evaluate(parallel, mode) for mode in self._modes()}
+        parallel.model.train()
+        topk = lines.get("topk", lines.get("causal"))
+        line = lines.get("causal", topk)
+        assert line is not None and topk is not None
+        return line | {
+            "validation_loss": line["validation_loss"] if "causal" in lines else None,
+            "validation_loss_topk": topk["validation_loss"],
+        }
+
+    def _modes(self) -> list[RoutingMode]:
+        if self.config.routing != "expert_choice":
+            return ["causal"]
+        return ["topk"] if self.config.selection == "none" else ["causal", "topk"]
+
+    def _evaluate(self, parallel: Parallel, routing_mode: RoutingMode) -> dict[str, Any]:
+        sums = Sums()
+        batches = fixed_batches(
+            self.manifest,
+            "validation",
+            self.micro_size,
+            parallel.rank,
+            parallel.world_size,
+            samples=self.sequences,
+            document_masking=self.document_masking,
+        )
+        for batch in batches:
+            batch = batch.to(parallel.device)
+            places = batch.targets.numel()
+            output = parallel.forward(
+                input_ids=batch.input_ids,
+                targets=batch.targets,
+                document_ids=batch.document_ids,
+                routing_mode=routing_mode,
+                num_items_in_batch=places,  # rows that only fill up the last batch then have loss 0, not 0 / 0
+                return_logits=False,
+            )
+            sums.add("loss", output.losses["lm"].double() * places)
+            sums.add("tokens", (batch.targets != -100).sum())
+            sums.add("sequences", batch.samples)
+            if output.routing is not None:
+                depth = output.routing.depth[: batch.samples].flatten()
+                sums.add("depth", torch.bincount(depth, minlength=self.config.num_recursions + 1))
+                for name, value in output.routing.statistics.items():
+                    sums.add(name, value.double() * batch.samples)
+        totals = sums.reduce(parallel)
+        tokens, rows = totals.pop("tokens"), totals.pop("sequences")
+        line = {"validation_loss": totals.pop("loss") / tokens, "validation_tokens": round(tokens)}
+        if "depth" in totals:
+            line["validation_depth_shares"] = [count / tokens for count in totals.pop("depth")]
+        return line | {f"validation_{name}": value / rows for name, value in totals.items()}
