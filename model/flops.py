@@ -25,6 +25,7 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from model.config import MoRConfig
+from model.sharing import applications, num_unique_layers
 
 Convention = Literal["exact", "paper", "palm", "six_n"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
@@ -70,15 +71,12 @@ class Part:
 
 def unshared_layers(config: MoRConfig) -> int:
     """Layers outside the recursions: all L of a vanilla model, 2 under the `middle_` sharings, else 0."""
-    if config.num_recursions == 1:
-        return config.num_hidden_layers
-    return 2 if config.sharing.startswith("middle_") else 0
+    return sum(use.recursion is None for use in applications(config))
 
 
 def recursion_layers(config: MoRConfig) -> int:
     """D, the layers of one recursion (0 for a vanilla model)."""
-    shared = config.num_hidden_layers - unshared_layers(config)
-    return shared // config.num_recursions
+    return (config.num_hidden_layers - unshared_layers(config)) // config.num_recursions
 
 
 def capacities(config: MoRConfig) -> list[Fraction]:
@@ -127,10 +125,10 @@ def expected_work(config: MoRConfig, sequence_length: int, num_sequences: int, *
     """
     counts: list[Number] = []
     pairs: list[Number] = []
-    for capacity in capacities(config):
+    for r, capacity in enumerate(capacities(config)):
         n: Number = capacity * sequence_length
         if whole and config.routing == "expert_choice":
-            n = max(1, int(n))
+            n = max(1, int((config.capacity_factors or [])[r] * sequence_length))
         attended = n + 1 if config.kv_strategy == "recursion_wise" else sequence_length + 1
         counts.append(num_sequences * n)
         pairs.append(num_sequences * n * Fraction(attended, 2))
@@ -178,15 +176,36 @@ def projection_tokens(name: str, passed: Pass) -> Number:
     return passed.keys if name in ("k_proj", "v_proj") else passed.queries
 
 
+def delta_rank(config: MoRConfig, shape: tuple[int, int]) -> int:
+    """Rank of a low-rank delta on a matrix of this shape."""
+    return min(config.lora_rank, *shape)
+
+
 def relaxation_flops(config: MoRConfig, passed: Pass) -> Number:
-    """Low-rank deltas of one layer: 2 * rank * (inputs + outputs) per token and target. Backward: twice."""
+    """Low-rank deltas of one layer: 2 * rank * (inputs + outputs) per token and target. Backward: twice.
+
+    DoRA's norm of W + BA costs the same whatever the batch, once per forward pass: `dora_norm_flops`, in no total.
+    """
     if config.relaxation not in ("lora", "dora"):
         return 0
-    shapes = projection_shapes(config)
-    return sum(
-        linear_flops(projection_tokens(name, passed), config.lora_rank, sum(shapes[name]))
-        for name in config.lora_targets
-    )
+    total: Number = 0
+    for name in config.lora_targets:
+        shape, tokens = projection_shapes(config)[name], projection_tokens(name, passed)
+        total += linear_flops(tokens, delta_rank(config, shape), sum(shape))
+        if (
+            config.relaxation == "dora" and config.lora_dropout > 0
+        ):  # the dropped input passes the shared matrix as well
+            total += linear_flops(tokens, *shape)
+    return total
+
+
+def dora_norm_flops(config: MoRConfig) -> int:
+    """B @ A of every shared layer and recursion, for DoRA's norm; once per forward pass, no backward pass."""
+    if config.relaxation != "dora":
+        return 0
+    shapes = [projection_shapes(config)[name] for name in config.lora_targets]
+    one_layer = sum(2 * inputs * delta_rank(config, (inputs, outputs)) * outputs for inputs, outputs in shapes)
+    return config.num_recursions * recursion_layers(config) * one_layer
 
 
 # --- conventions ----------------------------------------------------------------------------------------------------
@@ -331,17 +350,17 @@ def layer_parameters(config: MoRConfig, *, norms: bool = True) -> int:
 
 
 def relaxation_parameters(config: MoRConfig) -> int:
-    """Per-depth parameters of a recursive model: low-rank deltas, DoRA's magnitudes, or recursion vectors."""
-    depths = config.num_recursions * recursion_layers(config)
+    """Low-rank deltas, with DoRA's magnitudes, of every shared layer and recursion; or the recursion encodings."""
     if config.relaxation == "recursion_encoding":
-        return config.num_recursions * config.hidden_size
+        return config.hidden_size * sum(use.encoding is not None for use in applications(config))
     if config.relaxation == "none":
         return 0
-    shapes = [projection_shapes(config)[name] for name in config.lora_targets]
-    per_depth = sum(config.lora_rank * (inputs + outputs) for inputs, outputs in shapes)
-    if config.relaxation == "dora":
-        per_depth += sum(outputs for _, outputs in shapes)
-    return depths * per_depth
+    per_layer = 0
+    for name in config.lora_targets:
+        inputs, outputs = projection_shapes(config)[name]
+        per_layer += delta_rank(config, (inputs, outputs)) * (inputs + outputs)
+        per_layer += outputs if config.relaxation == "dora" else 0
+    return config.num_recursions * recursion_layers(config) * per_layer
 
 
 def router_parameters(config: MoRConfig) -> int:
@@ -365,7 +384,7 @@ def unique_parameters(config: MoRConfig, *, embeddings: bool = True) -> int:
 
     embeddings: False leaves out the embedding table and the head, as the paper's tables do.
     """
-    layers = unshared_layers(config) + recursion_layers(config)
+    layers = num_unique_layers(config)
     return _parameters(config, layers, layers if config.share_norms else config.num_hidden_layers, embeddings)
 
 
