@@ -86,7 +86,7 @@ class Manifest(Settings):
 
     @staticmethod
     def read(folder: str | Path, verify: bool = False) -> Manifest:
-        """Read and check `folder/manifest.json`: version, fingerprint, presence and size of every shard.
+        """Read and check `folder/manifest.json`: version, fingerprint, presence of every file, size of shards.
 
         verify: read every file too, and compare it with its sha256, and every tar with its index.
         Raises UserError naming the file and what to do.
@@ -100,7 +100,7 @@ class Manifest(Settings):
                 f"`python data_prep/prepare.py --config configs/data/NAME.yaml folder={folder}`"
             )
         manifest = build(Manifest, {**content, "folder": folder}, str(folder / "manifest.json"))
-        manifest._check_shards()
+        manifest._check_presence()
         if verify:
             verify_files(folder)
             for split in manifest.splits:
@@ -134,7 +134,9 @@ class Manifest(Settings):
                 f"{tokenizer_fingerprint}; use data prepared with the same tokenizer.json"
             )
 
-    def _check_shards(self) -> None:
+    def _check_presence(self) -> None:
+        if not (self.folder / "tokenizer.json").is_file():
+            raise UserError(f"{self.folder}/tokenizer.json: missing; prepare the folder anew")
         for name, split in self.splits.items():
             if split.samples != sum(shard.samples for shard in split.shards):
                 raise UserError(f"{self.folder}/manifest.json: split {name!r} does not add up; prepare the folder anew")

@@ -51,6 +51,7 @@ def write_random_folder(folder: Path, sequence_length: int, tokens: int) -> Path
         "unigram_loss": float(np.log(VOCAB_SIZE)),
         "splits": splits,
     }
+    (folder / "tokenizer.json").write_text("{}")
     write_manifest(folder, fields)
     return folder
 

@@ -458,6 +458,15 @@ class TestManifest:
         path.unlink()
         self.refused(copy, str(path), "missing")
 
+    @pytest.mark.parametrize("verify", [False, True])
+    def test_missing_tokenizer(self, copy, verify):
+        (copy / "tokenizer.json").unlink()
+        self.refused(copy, str(copy / "tokenizer.json"), "missing", verify=verify)
+
+    def test_altered_tokenizer(self, copy):
+        (copy / "tokenizer.json").write_bytes(b"{ }")
+        self.refused(copy, str(copy / "tokenizer.json"), "altered", verify=True)
+
     def test_sample_counts_that_do_not_add_up(self, copy):
         self.rewrite(copy, lambda content: content["splits"]["train"].update(samples=13))
         self.refused(copy, "'train' does not add up")
