@@ -25,7 +25,7 @@ from fractions import Fraction
 from typing import Literal, get_args
 
 from model.config import MoRConfig
-from model.sharing import applications, num_unique_layers
+from model.sharing import applications, num_unique_layers, segments
 
 Convention = Literal["exact", "paper", "palm", "six_n"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
@@ -97,7 +97,8 @@ def work_of(
 ) -> Work:
     """The work of a batch whose recursion r processes counts[r] tokens and pairs[r] causal pairs, summed over B.
 
-    Linear in (num_sequences, counts, pairs). `counts` and `pairs` are ignored where nothing is routed.
+    Linear in (num_sequences, counts, pairs). `counts` and `pairs` are ignored where nothing is routed. With shared keys
+    the first recursion computes every token, since deeper ones need all keys: counts[0] is B * T there.
     """
     tokens = num_sequences * sequence_length
     all_pairs = num_sequences * (sequence_length * (sequence_length + 1) // 2)
@@ -114,8 +115,18 @@ def work_of(
             deeper = queries if config.kv_strategy == "shared_update" else 0
             keys, dense = deeper if r else tokens, queries * sequence_length
         recursions.append(Pass(recursion_layers(config), queries, keys, causal, dense))
-    offered = {"none": 0, "token_choice": tokens, "expert_choice": tokens + sum(counts[:-1])}[config.routing]
-    return Work(tokens, (unshared, *recursions), offered)
+    offered: Number = tokens
+    if config.routing == "expert_choice":  # each router scores the tokens that the recursion before it selected
+        own = config.kv_strategy == "recursion_wise"
+        offered += counts[0] if own else num_sequences * _selected(config, 0, sequence_length)
+        offered += sum(counts[1:-1])
+    return Work(tokens, (unshared, *recursions), 0 if config.routing == "none" else offered)
+
+
+def _selected(config: MoRConfig, recursion: int, sequence_length: int) -> int:
+    """Tokens that expert-choice selects: max(1, floor(c_r T)) in floating point, as the model computes it."""
+    assert config.capacity_factors is not None
+    return max(1, int(config.capacity_factors[recursion] * sequence_length))
 
 
 def expected_work(config: MoRConfig, sequence_length: int, num_sequences: int, *, whole: bool = True) -> Work:
@@ -123,13 +134,14 @@ def expected_work(config: MoRConfig, sequence_length: int, num_sequences: int, *
 
     whole: take max(1, floor(c_r T)) tokens in each recursion, as expert-choice does; else exactly c_r T.
     """
+    own = config.kv_strategy == "recursion_wise"
     counts: list[Number] = []
     pairs: list[Number] = []
     for r, capacity in enumerate(capacities(config)):
         n: Number = capacity * sequence_length
         if whole and config.routing == "expert_choice":
-            n = max(1, int((config.capacity_factors or [])[r] * sequence_length))
-        attended = n + 1 if config.kv_strategy == "recursion_wise" else sequence_length + 1
+            n = _selected(config, r, sequence_length) if own or r else sequence_length
+        attended = n + 1 if own else sequence_length + 1
         counts.append(num_sequences * n)
         pairs.append(num_sequences * n * Fraction(attended, 2))
     return work_of(config, sequence_length, num_sequences, counts, pairs)
@@ -228,12 +240,76 @@ def forward_flops(config: MoRConfig, work: Work, attention: Literal["causal", "f
     return flops
 
 
+def _router_learns(config: MoRConfig) -> bool:
+    """Whether a gradient reaches the main router: through the gate, or through a loss on its scores."""
+    trained = config.selection == "aux_loss" if config.routing == "expert_choice" else config.balancing == "loss"
+    return config.gating == "weighted" or trained or config.z_loss_coefficient > 0
+
+
 def backward_flops(config: MoRConfig, work: Work, forward: dict[str, Number]) -> dict[str, Number]:
     """Twice the forward FLOPs (gradients of both factors), but none towards the auxiliary router's detached input."""
     flops = {name: 2 * value for name, value in forward.items()}
     if forward["aux_router"]:
         flops["aux_router"] -= linear_flops(work.offered, *router_shapes(config)[0])
+    if not _router_learns(config):
+        flops["router"] = 0
     return flops
+
+
+def recompute_flops(config: MoRConfig, work: Work, forward: dict[str, Number], policy: Recompute) -> dict[str, Number]:
+    """What the backward pass computes again under a policy of gradient checkpointing.
+
+    `selective` keeps every product. `block` and `recursion` run the layers again, but for the product that ends each
+    recomputed stretch (a layer, or a recursion), whose result no gradient needs unless a recursion encoding or DoRA
+    scales it. What fused attention kernels recompute inside, and DoRA's norm, are not counted.
+    """
+    flops: dict[str, Number] = dict.fromkeys(forward, 0)
+    if policy not in ("block", "recursion"):
+        return flops
+    flops |= {name: value for name, value in forward.items() if name not in ("router", "aux_router", "head")}
+    h, f = config.hidden_size, config.intermediate_size
+    targeted = config.relaxation in ("lora", "dora") and "down_proj" in config.lora_targets
+    for stretch in segments(config) if policy == "recursion" else [[use] for use in applications(config)]:
+        last = stretch[-1]
+        queries = work.passes[0 if last.recursion is None else last.recursion + 1].queries
+        if last.recursion is None or not targeted:
+            scaled = config.relaxation == "recursion_encoding" and last.encoding is not None
+            flops["down_proj"] -= 0 if scaled else linear_flops(queries, f, h)
+        elif config.relaxation == "lora":
+            flops["relaxation"] -= linear_flops(queries, delta_rank(config, (f, h)), h)
+    return flops
+
+
+def breakdown(
+    config: MoRConfig,
+    work: Work,
+    *,
+    attention: Literal["causal", "full"] = "causal",
+    recompute: Recompute = "none",
+) -> dict[str, Part]:
+    """FLOPs of a training step per component, from `expected_work` or `work_of`; by the `exact` convention.
+
+    Components: the seven projections by their names, `attention` (scores and weighted values), `relaxation`, `router`,
+    `aux_router`, `head`. Forward and backward add up to `training_flops`; recomputation comes on top.
+    attention: `full` counts all the keys that a dense kernel multiplies before its mask, as FlopCounterMode does.
+    """
+    forward = forward_flops(config, work, attention)
+    backward = backward_flops(config, work, forward)
+    again = recompute_flops(config, work, forward, recompute)
+    return {name: Part(round(forward[name]), round(backward[name]), round(again[name])) for name in forward}
+
+
+def measured_flops(step: Callable[[], object]) -> int:
+    """FLOPs that torch counts while `step` runs, with attention on the MATH backend, the one that it counts in full.
+
+    Comparable with `breakdown(..., attention="full")`.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
 
 
 def _exact(config: MoRConfig, work: Work) -> Number:

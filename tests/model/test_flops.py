@@ -75,9 +75,9 @@ def test_recursive_configurations_have_the_published_layout(size, depth, kind):
     assert (config.num_hidden_layers, unshared_layers(config), recursion_layers(config)) == (effective, 2, shared)
     assert unique_parameters(config, embeddings=False) / 1e6 == pytest.approx(millions, abs=0.51)
     layers = (2 + depth * shared) / (2 + shared)
-    assert effective_parameters(config, embeddings=False) / unique_parameters(config, embeddings=False) == pytest.approx(
-        layers, rel=1e-3
-    )
+    assert effective_parameters(config, embeddings=False) / unique_parameters(
+        config, embeddings=False
+    ) == pytest.approx(layers, rel=1e-3)
 
 
 def test_variants_at_360m():
@@ -144,7 +144,8 @@ def test_conventions_of_one_run_stand_in_the_known_ratios():
 def test_exact_advantage_of_mor_is_smaller_than_the_papers():
     """Section 9 of the reference: 1.500 by the paper's count, 1.425 with grouped keys and head."""
     ratio = {
-        name: flops_per_token(load("360m_vanilla"), 2048, name) / flops_per_token(load("360m_mor_expert_nr3"), 2048, name)
+        name: flops_per_token(load("360m_vanilla"), 2048, name)
+        / flops_per_token(load("360m_mor_expert_nr3"), 2048, name)
         for name in ("paper", "exact")
     }
     assert ratio["paper"] == pytest.approx(1.500, abs=5e-4)
