@@ -198,7 +198,7 @@ def read_run(folder: str | Path) -> Run:
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
-    """Read run directories; a folder that is not a run stands for the runs directly below it.
+    """Read run directories; a folder of runs stands for the runs in it, a trunk of several budgets for its branches.
 
     Returns the runs with at least one validation, and warnings. Raises UserError where nothing is left.
     """
@@ -208,7 +208,9 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
     for folder in given:
         below = sorted(path.parent for path in folder.glob("*/run.json"))
         for path in [folder] if (folder / "run.json").exists() or not below else below:
-            runs.setdefault(path.resolve(), read_run(path))
+            branches = sorted(branch.parent for branch in path.glob("branches/*/run.json"))
+            for run_folder in branches or [path]:
+                runs.setdefault(run_folder.resolve(), read_run(run_folder))
     kept = []
     for run in runs.values():
         warnings += run.warnings

@@ -1,0 +1,483 @@
+"""Train a grid of models x budgets x seeds at matched FLOPs, then report.
+
+python launchers/compare.py --config configs/compare/NAME.yaml [key=value ...] [--dry-run]
+
+Each run is `accelerate launch pretrain/main.py ...`, at most `at_once` together. The same command again does only what
+is missing: finished runs are left alone, stopped ones go on from their checkpoints. A run that fails is reported and
+stops no other. Exit codes: 0 all finished; 1 a run failed or was stopped; 2 a mistake in what was given; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by path: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import psutil
+import torch
+import yaml
+from pydantic import Field
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from data_prep.settings import Settings, UserError, build, merge, parse_overrides, read_yaml, run_command
+from model.config import MoRConfig
+from model.flops import unique_parameters
+from pretrain.budget import Plan, plan
+from pretrain.config import ExperimentSettings, differing_keys, make_model_config, read_settings
+from pretrain.main import prepare_data
+from pretrain.metrics import last_line
+from pretrain.report import write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+POLL_SECONDS = 0.5
+PLAIN_LINE_SECONDS = 30.0  # between status lines where there is no terminal
+STOP_SECONDS = 180.0  # what a stopped run may take to write its checkpoint
+LOG_TAIL = 15
+REQUEUE = 75
+
+
+class BudgetEntry(Settings):
+    flops: int | list[int] = Field(description="training FLOPs of each run; a list trains one trunk with a branch each")
+    convention: Literal["exact", "paper", "palm", "six_n"] = Field("exact", description="how they are counted")
+
+
+class CompareSettings(Settings):
+    """A comparison: every model, at every budget, with every seed."""
+
+    output: Path = Field(description="folder of the comparison: a run directory each, logs/ and report/")
+    experiment: Path = Field(description="configs/experiment/*.yaml, what all runs share")
+    overrides: dict[str, Any] = Field({}, description="keys of the experiment that this comparison sets otherwise")
+    models: dict[str, str | dict[str, Any]] = Field(
+        min_length=1, description="name in the report -> configs/model/*.yaml, or fields (with `extends`)"
+    )
+    budgets: list[BudgetEntry] = Field(min_length=1, description="what every run spends")
+    seeds: list[int] = Field([0], min_length=1, description="a run of each model and budget for each seed")
+    at_once: int = Field(1, gt=0, description="local runs that go on at the same time")
+    threads: int | None = Field(
+        None, gt=0, description="CPU threads of a run; null shares the cores among at_once runs"
+    )
+    accelerate: list[str] = Field(
+        ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"],
+        description="arguments of `accelerate launch`, for instance [--config_file, configs/parallel/fsdp.yaml]",
+    )
+    scheduler: Literal["local", "slurm"] = Field("local", description="run here, or hand each run to Slurm")
+    submit: list[str] = Field([], description="arguments of launchers/submit.py for each run, for instance [--nodes=2]")
+    baseline: str | None = Field(None, description="model to compare with; null: the vanilla model of the same width")
+    published: bool = Field(False, description="draw the paper's figures beside these")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of the grid. arguments: what follows `pretrain/main.py` on its command line."""
+
+    label: str
+    settings: ExperimentSettings
+    arguments: list[str]
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run_dir
+
+    @property
+    def budgets(self) -> list[int]:
+        flops = self.settings.budget.flops
+        assert flops is not None  # a comparison always gives FLOPs
+        return flops if isinstance(flops, list) else [flops]
+
+    def folders(self) -> list[Path]:
+        """The run directories that hold results: the run's own, or those of its branches."""
+        if len(self.budgets) == 1:
+            return [self.folder]
+        return sorted(self.folder.glob("branches/*"), key=lambda path: float(path.name))
+
+    def finished(self) -> bool:
+        """Whether every directory's metrics end with the finished event."""
+        if len(self.budgets) == 1:
+            return _event(self.folder) == "finished"
+        done = [folder for folder in self.folders() if _event(folder) == "finished"]
+        return _event(self.folder) == "branched" and len(done) == len(self.budgets)
+
+    def share(self) -> float:
+        """Share of the run's whole work that is done, by its metrics: the trunk, and what each branch adds to it."""
+        line = last_line(self.folder / "metrics.jsonl")
+        spent = line["flops"] if line else 0
+        if len(self.budgets) == 1:
+            return min(1.0, spent / self.budgets[0])
+        plateau = 1 - self.settings.schedule.decay_share
+        work = self.budgets[-1] * plateau + sum(self.budgets) * (1 - plateau)
+        for folder, budget in zip(self.folders(), self.budgets):
+            line = last_line(folder / "metrics.jsonl")
+            spent += max(0.0, line["flops"] - plateau * budget) if line else 0
+        return min(1.0, spent / work)
+
+
+def _event(folder: Path) -> str | None:
+    return (last_line(folder / "metrics.jsonl") or {}).get("event")
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------
+
+
+def plan_runs(compare: CompareSettings) -> list[PlannedRun]:
+    """Every run of the grid, seeds outermost, so that a first answer for all models comes early.
+
+    Raises UserError where a run's settings are wrong or its directory belongs to another configuration.
+    """
+    runs = []
+    conventions = [entry.convention for entry in compare.budgets]
+    several = len(compare.budgets) > 1
+    for seed in compare.seeds:
+        for place, entry in enumerate(compare.budgets):
+            for name, model in compare.models.items():
+                twin = conventions.count(entry.convention) > 1
+                budget = f"-{entry.convention}{place if twin else ''}" if several else ""
+                label = f"{name}{budget}-seed{seed}"
+                arguments = [
+                    "--config",
+                    str(compare.experiment),
+                    f"name={name}",
+                    f"run_dir={compare.output / label}",
+                    f"seed={seed}",
+                    f"model={model_file(compare, name, model)}",
+                    f"budget.flops={json.dumps(entry.flops)}",
+                    f"budget.convention={entry.convention}",
+                    f"tracker.group={compare.output.name}",
+                    *(f"{key}={json.dumps(value)}" for key, value in flatten(compare.overrides).items()),
+                ]
+                settings = read_settings(compare.experiment, arguments[2:])
+                runs.append(PlannedRun(label, settings, arguments))
+    for run in runs:
+        require_same_configuration(run)
+    return runs
+
+
+def model_file(compare: CompareSettings, name: str, model: str | dict[str, Any]) -> str:
+    """The YAML file of a model: the one that was given, or one written for fields that were given in its place."""
+    if isinstance(model, str):
+        return model
+    fields = dict(model)
+    parent = fields.pop("extends", None)
+    fields = merge(read_yaml(parent), fields) if parent else fields
+    path = compare.output / "models" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    return str(path)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def require_same_configuration(run: PlannedRun) -> None:
+    """Refuse, before anything runs, a run directory that another configuration has used."""
+    path = run.folder / "config.yaml"
+    if not path.exists():
+        return
+    keys = differing_keys(read_yaml(path), run.settings.model_dump(mode="json"))
+    if keys:
+        raise UserError(
+            f"{run.folder}: belongs to a run of another configuration; these keys differ: {', '.join(keys)}. "
+            "Remove it, or give another folder with output=FOLDER"
+        )
+
+
+def data_shape(settings: ExperimentSettings) -> tuple[int | None, int]:
+    """(vocabulary or None where it is not known yet, sequence length) of the data, prepared or to be prepared."""
+    manifest = settings.data.folder / "manifest.json"
+    if manifest.exists():
+        facts = json.loads(manifest.read_text(encoding="utf-8"))
+        return facts["vocab_size"], facts["sequence_length"]
+    if settings.data.prepare is None:
+        raise UserError(f"{manifest}: no such file, and data.prepare does not say how to make it")
+    source = read_yaml(settings.data.prepare)
+    return source.get("tokenizer", {}).get("vocab_size"), int(source["sequence_length"])
+
+
+def plan_table(runs: Sequence[PlannedRun]) -> Table:
+    """Steps, tokens and FLOPs of each model and budget. Raises UserError for a budget below one step."""
+    table = Table(title="Plan", title_justify="left")
+    for name in ("model", "params", "budget", "FLOPs/token", "steps", "tokens", "off by"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    seeds = sorted({run.settings.seed for run in runs})
+    for run in runs:
+        if run.settings.seed != seeds[0]:
+            continue
+        for config, row in plans_of(run):
+            table.add_row(
+                row.model,
+                f"{unique_parameters(config) / 1e6:,.2f}M",
+                f"{row.budget:.4g} {row.convention}",
+                f"{row.flops_per_token:.4g}",
+                f"{row.steps:,}",
+                f"{row.tokens / 1e6:,.2f}M",
+                f"{-row.residual / row.budget:+.2%}",
+            )
+    table.caption = f"{len(runs)} runs: each row for seeds {', '.join(map(str, seeds))}; expected routing"
+    return table
+
+
+def plans_of(run: PlannedRun) -> list[tuple[MoRConfig, Plan]]:
+    """The model and the plan of each budget of one run."""
+    settings = run.settings
+    vocabulary, length = data_shape(settings)
+    fields = {"max_position_embeddings": length, **settings.model}
+    config = make_model_config(fields | ({} if vocabulary is None else {"vocab_size": vocabulary}))
+    rows = []
+    for budget in run.budgets:
+        try:
+            row = plan(
+                config,
+                budget,
+                model=settings.name,
+                smallest_budget=min(run.budgets),
+                convention=settings.budget.convention,
+                sequence_length=length,
+                batch_size=settings.batch.size,
+                warmup=settings.schedule.warmup_share,
+                decay=settings.schedule.decay_share,
+            )
+        except ValueError as error:
+            raise UserError(f"{run.label}: {error}") from None
+        rows.append((config, row))
+    return rows
+
+
+# --- running here -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LocalRuns:
+    """Runs planned runs as processes, `compare.at_once` together.
+
+    log_folder: a log per run. failed, stopped: labels, filled as runs end.
+    """
+
+    compare: CompareSettings
+    progress: Progress
+    failed: list[str] = field(default_factory=list)
+    stopped: list[str] = field(default_factory=list)
+    _running: dict[int, tuple[PlannedRun, subprocess.Popen[bytes], TaskID]] = field(default_factory=dict)
+
+    @property
+    def log_folder(self) -> Path:
+        return self.compare.output / "logs"
+
+    def run_all(self, runs: Sequence[PlannedRun]) -> None:
+        """Run all to their ends. On Ctrl-C, stop every run, wait for its checkpoint, and raise KeyboardInterrupt."""
+        waiting = list(runs)
+        said = time.monotonic()
+        try:
+            while waiting or self._running:
+                for slot in range(self.compare.at_once):
+                    if slot not in self._running and waiting:
+                        self._start(slot, waiting.pop(0))
+                time.sleep(POLL_SECONDS)
+                for slot, (run, process, task) in list(self._running.items()):
+                    self._show(run, task)
+                    if process.poll() is not None:
+                        del self._running[slot]
+                        self._ended(run, process.returncode, task)
+                if not self.progress.console.is_terminal and time.monotonic() - said > PLAIN_LINE_SECONDS:
+                    said = time.monotonic()
+                    for run, _, _ in self._running.values():
+                        self._say(f"{run.label}: {run.share():.0%}")
+        finally:
+            self._stop_running()
+
+    def _start(self, slot: int, run: PlannedRun) -> None:
+        self.log_folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads_of(self.compare))}
+        devices = torch.cuda.device_count()
+        if devices > 1 and self.compare.at_once > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % devices)
+        with open(self.log_folder / f"{run.label}.log", "ab") as log:
+            # A session of its own: Ctrl-C reaches this process alone, which then stops every run in order.
+            process = subprocess.Popen(
+                local_command(self.compare, run),
+                stdout=log,
+                stderr=log,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+        task = self.progress.add_task(run.label, total=1.0, text="starting")
+        self._running[slot] = (run, process, task)
+        if not self.progress.console.is_terminal:
+            self._say(f"{run.label}: started, log in {self.log_folder / run.label}.log")
+
+    def _show(self, run: PlannedRun, task: TaskID) -> None:
+        line = last_line(run.folder / "metrics.jsonl")
+        if line is not None:
+            loss = line.get("validation_loss", line.get("loss"))
+            shown = f"step {line['step']}  loss {loss:.4f}" if loss is not None else f"step {line['step']}"
+            self.progress.update(task, completed=run.share(), text=shown)
+
+    def _ended(self, run: PlannedRun, code: int, task: TaskID) -> None:
+        if code == 0 and run.finished():
+            lines = [last_line(folder / "metrics.jsonl") or {} for folder in run.folders()]
+            losses = ", ".join(f"{line['validation_loss']:.4f}" for line in lines)
+            self.progress.update(task, completed=1.0, text=f"validation loss {losses}")
+            self._say(f"{run.label}: finished, validation loss {losses}")
+        elif code == REQUEUE:
+            self.stopped.append(run.label)
+            self.progress.update(task, text="stopped on request")
+            self._say(f"{run.label}: stopped on request; run the same command again to go on")
+        else:
+            self.failed.append(run.label)
+            self.progress.update(task, text=f"[red]failed ({code})[/red]")
+            log = self.log_folder / f"{run.label}.log"
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
+            self._say(f"{run.label}: failed with exit code {code}; the end of {log}:\n{tail}")
+
+    def _say(self, text: str) -> None:
+        self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _stop_running(self) -> None:
+        """SIGTERM to the process groups of all runs; wait until each has written its checkpoint and is gone."""
+        if not self._running:
+            return
+        self._say("stopping the runs; they write their checkpoints")
+        members = []
+        for _, process, _ in self._running.values():
+            members += [*_descendants(process.pid)]
+            _signal_group(process.pid, signal.SIGTERM)
+        end = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < end and any(_alive(member) for member in members):
+            time.sleep(POLL_SECONDS)
+        for _, process, _ in self._running.values():
+            _signal_group(process.pid, signal.SIGKILL)
+            process.wait()
+        self._running.clear()
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _signal_group(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # gone already
+        os.killpg(pid, number)
+
+
+def threads_of(compare: CompareSettings) -> int:
+    """CPU threads of one run."""
+    return compare.threads or max(1, (len(os.sched_getaffinity(0)) or 1) // compare.at_once)
+
+
+def local_command(compare: CompareSettings, run: PlannedRun) -> list[str]:
+    """The command line of one run on this machine."""
+    accelerate = str(Path(sys.executable).with_name("accelerate"))  # of this environment, whatever PATH says
+    return [accelerate, "launch", *compare.accelerate, "pretrain/main.py", *run.arguments]
+
+
+def submit_command(compare: CompareSettings, run: PlannedRun) -> list[str]:
+    """The command line that hands one run to Slurm."""
+    return [sys.executable, "launchers/submit.py", *compare.submit, *run.arguments]
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def read_compare(path: Path, overrides: Sequence[str]) -> CompareSettings:
+    """Read a comparison and its `key=value` overrides. Raises UserError that names the file and the key."""
+    values = merge(read_yaml(path), parse_overrides(overrides))
+    return build(CompareSettings, values, str(path))
+
+
+def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> int:
+    """Run what is missing here, then report; returns the exit code."""
+    missing = [run for run in runs if not run.finished()]
+    console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        local = LocalRuns(compare, progress)
+        local.run_all(missing)
+    done = [folder for run in runs if run.finished() for folder in run.folders()]
+    if done:
+        write_report(
+            done,
+            compare.output / "report",
+            published=compare.published,
+            allow_mixed=len({entry.convention for entry in compare.budgets}) > 1,
+            baseline=compare.baseline,
+            console=console,
+        )
+    if local.failed or local.stopped:
+        console.print(
+            f"not finished: {', '.join([*local.failed, *local.stopped])}; logs in {local.log_folder}; "
+            "run the same command again to go on",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return 1
+    return 0
+
+
+def submit_all(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> int:
+    """Hand what is missing to Slurm; returns 1 if a submission failed."""
+    failed = []
+    for run in runs:
+        if not run.finished() and subprocess.run(submit_command(compare, run), cwd=ROOT, check=False).returncode:
+            failed.append(run.label)
+    console.print(
+        f"when the jobs are done: python pretrain/report.py {compare.output}", highlight=False, soft_wrap=True
+    )
+    if failed:
+        console.print(f"not submitted: {', '.join(failed)}", highlight=False, soft_wrap=True)
+    return 1 if failed else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="the comparison, a YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="show the plan and each run's command, and exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance seeds=[0,1] at_once=1")
+    given = parser.parse_intermixed_args(arguments)
+    os.chdir(ROOT)  # paths in configurations are relative to the repository
+    compare = read_compare(given.config, given.overrides)
+    console = Console()
+    runs = plan_runs(compare)
+    console.print(plan_table(runs))
+    if given.dry_run:
+        command = submit_command if compare.scheduler == "slurm" else local_command
+        for run in runs:
+            console.print(" ".join(command(compare, run)), highlight=False, soft_wrap=True, markup=False)
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the runs as Ctrl-C does
+    prepare_data(runs[0].settings.data)
+    return submit_all(compare, runs, console) if compare.scheduler == "slurm" else run_locally(compare, runs, console)
+
+
+if __name__ == "__main__":
+    run_command(main)
