@@ -59,19 +59,27 @@ MAY_CHANGE = (
 
 class DataSettings(Settings):
     folder: Path = Field(description="prepared folder: manifest.json, train/ and validation/ shards, tokenizer.json")
-    prepare: Path | None = Field(None, description="configs/data/*.yaml that makes the folder when it has no manifest")
-    document_masking: bool = Field(True, description="keep attention inside documents; false reproduces the paper")
+    prepare: Path | None = Field(
+        default=None, description="configs/data/*.yaml that makes the folder when it has no manifest"
+    )
+    document_masking: bool = Field(
+        default=True, description="keep attention inside documents; false reproduces the paper"
+    )
 
 
 class BudgetSettings(Settings):
     flops: int | list[int] | None = Field(
-        None,
+        default=None,
         description="training FLOPs after which the run ends; a list trains one trunk and a cool-down branch for each",
     )
-    tokens: int | None = Field(None, gt=0, description="training tokens after which the run ends, in place of flops")
-    steps: int | None = Field(None, gt=0, description="optimizer steps after which the run ends, in place of flops")
+    tokens: int | None = Field(
+        default=None, gt=0, description="training tokens after which the run ends, in place of flops"
+    )
+    steps: int | None = Field(
+        default=None, gt=0, description="optimizer steps after which the run ends, in place of flops"
+    )
     convention: Literal["exact", "paper", "palm", "six_n"] = Field(
-        "exact", description="how FLOPs are counted, here and in the metrics; see model/flops.py"
+        default="exact", description="how FLOPs are counted, here and in the metrics; see model/flops.py"
     )
 
     @model_validator(mode="after")
@@ -92,70 +100,96 @@ class BudgetSettings(Settings):
 class BatchSettings(Settings):
     size: int = Field(gt=0, description="sequences in the global batch of one optimizer step")
     micro_size: int | None = Field(
-        None, gt=0, description="sequences in one forward pass of one rank; the rest of the batch is accumulated"
+        default=None,
+        gt=0,
+        description="sequences in one forward pass of one rank; the rest of the batch is accumulated",
     )
-    sequence_length: int | None = Field(None, gt=0, description="tokens in a sequence; must be the manifest's")
+    sequence_length: int | None = Field(default=None, gt=0, description="tokens in a sequence; must be the manifest's")
 
 
 class OptimizerSettings(Settings):
-    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's first and second moment")
-    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay of matrices; norms and biases do not decay")
-    clip_norm: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    learning_rate: float = Field(default=3e-3, gt=0, description="peak learning rate of AdamW")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="decay of AdamW's first and second moment")
+    epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="decoupled decay of matrices; norms and biases do not decay"
+    )
+    clip_norm: float = Field(default=1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
     auxiliary_router_factor: float = Field(
-        10.0, gt=0, description="learning rate of the auxiliary routers (selection: aux_router) over the model's"
+        default=10.0,
+        gt=0,
+        description="learning rate of the auxiliary routers (selection: aux_router) over the model's",
     )
     max_skipped_steps: int = Field(
-        0, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"
+        default=0, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"
     )
 
 
 class ScheduleSettings(Settings):
-    kind: ScheduleKind = Field("trapezoid", description="trapezoid (warm-up, plateau, linear cool-down) or cosine")
-    warmup_steps: int | None = Field(None, ge=0, description="optimizer steps of warm-up, in place of warmup_share")
-    warmup_share: float = Field(0.05, ge=0, lt=1, description="warm-up as a share of the smallest budget's steps")
-    decay_share: float = Field(0.2, ge=0, le=1, description="share of each budget over which a trapezoid cools down")
-    final_share: float = Field(0.0, ge=0, le=1, description="share of the peak rate that the decay approaches")
+    kind: ScheduleKind = Field(
+        default="trapezoid", description="trapezoid (warm-up, plateau, linear cool-down) or cosine"
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="optimizer steps of warm-up, in place of warmup_share"
+    )
+    warmup_share: float = Field(
+        default=0.05, ge=0, lt=1, description="warm-up as a share of the smallest budget's steps"
+    )
+    decay_share: float = Field(
+        default=0.2, ge=0, le=1, description="share of each budget over which a trapezoid cools down"
+    )
+    final_share: float = Field(default=0.0, ge=0, le=1, description="share of the peak rate that the decay approaches")
 
 
 class EvaluationSettings(Settings):
-    times: int = Field(10, ge=0, description="validations, spread evenly over the budget; one at the end in any case")
-    every_steps: int | None = Field(None, gt=0, description="steps between validations, in place of times")
-    at_start: bool = Field(False, description="validate before the first step too")
-    sequences: int | None = Field(None, gt=0, description="validate on the first so many sequences; null takes all")
-    micro_size: int | None = Field(None, gt=0, description="sequences in one forward pass; null takes the batch's")
+    times: int = Field(
+        default=10, ge=0, description="validations, spread evenly over the budget; one at the end in any case"
+    )
+    every_steps: int | None = Field(default=None, gt=0, description="steps between validations, in place of times")
+    at_start: bool = Field(default=False, description="validate before the first step too")
+    sequences: int | None = Field(
+        default=None, gt=0, description="validate on the first so many sequences; null takes all"
+    )
+    micro_size: int | None = Field(
+        default=None, gt=0, description="sequences in one forward pass; null takes the batch's"
+    )
 
 
 class CheckpointSettings(Settings):
-    every_steps: int | None = Field(None, gt=0, description="steps between checkpoints; null leaves it to the minutes")
-    every_minutes: float | None = Field(
-        30.0, gt=0, description="minutes between checkpoints; null leaves it to the steps"
+    every_steps: int | None = Field(
+        default=None, gt=0, description="steps between checkpoints; null leaves it to the minutes"
     )
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept, beside the milestones")
-    milestone_every: int = Field(0, ge=0, description="steps whose multiples are saved and kept for good; 0 keeps none")
-    asynchronous: bool = Field(True, description="write in the background while training goes on")
+    every_minutes: float | None = Field(
+        default=30.0, gt=0, description="minutes between checkpoints; null leaves it to the steps"
+    )
+    keep: int = Field(default=2, ge=1, description="newest checkpoints that are kept, beside the milestones")
+    milestone_every: int = Field(
+        default=0, ge=0, description="steps whose multiples are saved and kept for good; 0 keeps none"
+    )
+    asynchronous: bool = Field(default=True, description="write in the background while training goes on")
 
 
 class MetricsSettings(Settings):
-    every_steps: int = Field(1, gt=0, description="steps between lines of metrics.jsonl")
+    every_steps: int = Field(default=1, gt=0, description="steps between lines of metrics.jsonl")
     peak_flops: float | None = Field(
-        None, gt=0, description="peak FLOP/s of one device, for MFU; null looks it up by the device's name"
+        default=None, gt=0, description="peak FLOP/s of one device, for MFU; null looks it up by the device's name"
     )
 
 
 class TrackerSettings(Settings):
-    mode: Literal["online", "offline", "disabled"] = Field("offline", description="where W&B writes; see its manual")
-    project: str = Field("mixture-of-recursions", description="W&B project")
-    entity: str | None = Field(None, description="W&B user or team")
-    group: str | None = Field(None, description="W&B group, for the runs of one comparison")
-    tags: list[str] = Field([], description="W&B tags")
+    mode: Literal["online", "offline", "disabled"] = Field(
+        default="offline", description="where W&B writes; see its manual"
+    )
+    project: str = Field(default="mixture-of-recursions", description="W&B project")
+    entity: str | None = Field(default=None, description="W&B user or team")
+    group: str | None = Field(default=None, description="W&B group, for the runs of one comparison")
+    tags: list[str] = Field(default=[], description="W&B tags")
 
 
 class InitializeSettings(Settings):
     folder: Path = Field(description="folder of a trained vanilla model, as save_pretrained writes it")
     method: Literal["stepwise", "average", "lower", "upper", "random"] = Field(
-        "stepwise", description="which layers of the vanilla model become the shared ones"
+        default="stepwise", description="which layers of the vanilla model become the shared ones"
     )
 
 
@@ -164,25 +198,29 @@ class ExperimentSettings(Settings):
 
     name: str = Field(description="the run's name in reports and in W&B")
     run_dir: Path = Field(description="the run's directory: config.yaml, run.json, metrics.jsonl, checkpoints/, final/")
-    seed: int = Field(0, ge=0, description="seed of the initial weights, the order of the data and every draw")
+    seed: int = Field(default=0, ge=0, description="seed of the initial weights, the order of the data and every draw")
     model: dict[str, Any] = Field(description="configs/model/*.yaml, or fields of MoRConfig")
-    initialize_from: InitializeSettings | None = Field(None, description="start from a trained vanilla model")
+    initialize_from: InitializeSettings | None = Field(default=None, description="start from a trained vanilla model")
     data: DataSettings = Field(description="the prepared data")
     budget: BudgetSettings = Field(description="when the run ends")
     batch: BatchSettings = Field(description="how large a step is")
-    optimizer: OptimizerSettings = Field(OptimizerSettings(), description="AdamW")
-    schedule: ScheduleSettings = Field(ScheduleSettings(), description="the learning rate over the budget")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: autocast over fp32 parameters; or fp32")
-    recompute: Literal["none", "block", "recursion", "selective"] = Field(
-        "none", description="which activations are computed again in the backward pass, to save memory"
+    optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="AdamW")
+    schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="the learning rate over the budget")
+    precision: Literal["bf16", "fp32"] = Field(
+        default="bf16", description="bf16: autocast over fp32 parameters; or fp32"
     )
-    compile: bool = Field(False, description="torch.compile the model: slower to start, faster to run")
-    evaluation: EvaluationSettings = Field(EvaluationSettings(), description="validation during and after training")
-    checkpoint: CheckpointSettings = Field(CheckpointSettings(), description="checkpoints and their retention")
-    metrics: MetricsSettings = Field(MetricsSettings(), description="metrics.jsonl")
-    tracker: TrackerSettings = Field(TrackerSettings(), description="Weights & Biases")
+    recompute: Literal["none", "block", "recursion", "selective"] = Field(
+        default="none", description="which activations are computed again in the backward pass, to save memory"
+    )
+    compile: bool = Field(default=False, description="torch.compile the model: slower to start, faster to run")
+    evaluation: EvaluationSettings = Field(
+        default=EvaluationSettings(), description="validation during and after training"
+    )
+    checkpoint: CheckpointSettings = Field(default=CheckpointSettings(), description="checkpoints and their retention")
+    metrics: MetricsSettings = Field(default=MetricsSettings(), description="metrics.jsonl")
+    tracker: TrackerSettings = Field(default=TrackerSettings(), description="Weights & Biases")
     parallel: ParallelSettings = Field(
-        default_factory=ParallelSettings, description="configs/parallel/*.yaml, or its fields"
+        default=ParallelSettings.model_validate({}), description="configs/parallel/*.yaml, or its fields"
     )
 
     @field_validator("model")

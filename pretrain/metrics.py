@@ -166,7 +166,7 @@ class Tracker:
         """Send one line of metrics; a list becomes one value an entry."""
         if self._run is None:
             return
-        flat = {}
+        flat: dict[str, Any] = {}
         for key, value in line.items():
             flat |= {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
         try:
@@ -212,7 +212,8 @@ class TerminalLine:
             self._bar = Progress(
                 *columns, TextColumn("{task.fields[text]}"), TimeRemainingColumn(), console=self._console
             )
-            self._task = self._bar.add_task(name, total=1.0, completed=progress, text="")
+            self._task = self._bar.add_task(name, total=1.0, text="")
+            self._bar.update(self._task, completed=progress)
             self._bar.start()
 
     def update(self, progress: float, line: dict[str, Any]) -> None:
@@ -221,6 +222,7 @@ class TerminalLine:
             causal = line["validation_loss"]
             shown = f"{causal:.4f} causal, " if causal is not None else ""
             self.say(f"step {line['step']}  validation loss {shown}{line['validation_loss_topk']:.4f} top-k")
+        if "loss" not in line:
             return
         text = (
             f"step {line['step']}  loss {line['loss']:.4f}  lr {line['learning_rate']:.2e}  "

@@ -191,13 +191,14 @@ class Trainer:
         )
         self.peak_flops = settings.metrics.peak_flops or peak_flops(parallel.device)
         torch.manual_seed(settings.seed)
-        model = MoRForCausalLM(self.config)
-        model.set_recompute(settings.recompute)
+        self.model = MoRForCausalLM(self.config)
+        self.model.set_recompute(settings.recompute)
         if settings.compile:
-            model.compile()
-        parallel.prepare(model, lambda module: make_optimizer(module, settings))
+            self.model.compile()
+        parallel.prepare(self.model, lambda module: make_optimizer(module, settings))
         self.state = RunState()
         self.output: Output | None = None  # on rank 0, while a run directory is open
+        self.saved_step, self.saved_at = -1, time.monotonic()
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -268,7 +269,7 @@ class Trainer:
         rate = rule.learning_rate * self.plan.schedule.factor(self.state.step, self.plan.progress(self.state))
         norm, finite = parallel.optimizer_step(rate, rule.clip_norm)
         if finite and self.config.routing == "token_choice" and self.config.balancing == "loss_free":
-            parallel.module.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
+            self.model.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
         seconds = time.perf_counter() - started
         rates = self.advance(totals, seconds, finite) | {"data_seconds": waited}
         return self.line(totals, rate, norm) | rates
