@@ -189,7 +189,9 @@ class MoRModel(MoRPreTrainedModel):
         hidden, record = self._decode(hidden, row, self._mode(routing_mode), step, global_load)
         hidden = self.norm(hidden)
         if row.hidden_states is not None:
-            row.hidden_states[-1] = hidden
+            if self.config.routing == "none":
+                row.hidden_states.pop()
+            row.hidden_states.append(hidden)
         return MoRModelOutput(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
@@ -271,7 +273,7 @@ class MoRModel(MoRPreTrainedModel):
         """
         policy = self.recompute if self.training and torch.is_grad_enabled() else "none"
         groups = [segment] if policy == "recursion" else [[use] for use in segment]
-        whole = row.hidden_states is not None and x.dim() == 3 and self.config.routing == "none"
+        whole = self.config.routing == "none" or segment[0].recursion is None
         for group in groups:
             function = functools.partial(self._apply_layers, group, tokens=tokens, kv=dict(kv), cache=row.cache)
             if policy == "none":
