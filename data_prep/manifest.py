@@ -16,6 +16,7 @@ from data_prep.documents import SPLITS
 from data_prep.files import fingerprint, sha256_of, write_json
 from data_prep.progress import progress_bar
 from data_prep.settings import UserError
+from data_prep.shards import token_offsets
 
 NAME = "manifest.json"
 VERSION = 1
@@ -71,12 +72,16 @@ def verify(folder: Path) -> dict[str, Any]:
     if manifest is None:
         raise UserError(f"{folder}: no {NAME}: not a prepared folder, or its preparation was not finished")
     wrong = []
-    if sha256_of(folder / "tokenizer.json") != manifest["tokenizer_fingerprint"]:
-        wrong.append(f"{folder / 'tokenizer.json'}: altered: sha256 differs from the manifest's")
+    tokenizer = folder / "tokenizer.json"
+    if not tokenizer.exists():
+        wrong.append(f"{tokenizer}: missing")
+    elif sha256_of(tokenizer) != manifest["tokenizer_fingerprint"]:
+        wrong.append(f"{tokenizer}: altered: sha256 differs from the manifest's")
+    width, dtype = manifest["sequence_length"] + 1, np.dtype(manifest["token_dtype"]).newbyteorder("<")
     shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
     with progress_bar("verify", sum(shard["bytes"] for shard in shards), "bytes") as advance:
         for shard in shards:
-            fault = _fault(folder / shard["name"], shard)
+            fault = _fault(folder / shard["name"], shard, width, dtype)
             if fault:
                 wrong.append(f"{folder / shard['name']}: {fault}")
             advance(shard["bytes"])
@@ -85,7 +90,7 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _fault(path: Path, shard: dict[str, Any]) -> str | None:
+def _fault(path: Path, shard: dict[str, Any], width: int, dtype: np.dtype) -> str | None:
     """What is wrong with one tar or the index beside it; None if nothing is."""
     if not path.exists():
         return "missing"
@@ -93,4 +98,11 @@ def _fault(path: Path, shard: dict[str, Any]) -> str | None:
         return f"truncated or altered: {path.stat().st_size} bytes, the manifest states {shard['bytes']}"
     if sha256_of(path) != shard["sha256"]:
         return "altered: sha256 differs from the manifest's"
+    index = path.with_suffix(".idx.npy")
+    try:
+        offsets = np.load(index)
+    except (OSError, ValueError) as error:
+        return f"its index {index.name} cannot be read: {error}"
+    if not np.array_equal(offsets, token_offsets(shard["samples"], width, dtype)):
+        return f"its index {index.name} does not point to its samples"
     return None

@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -35,7 +36,7 @@ from rich.console import Console
 from data_prep.config import DataSettings
 from data_prep.documents import SPAN, SPLITS, spill
 from data_prep.encode import EncoderFiles, encode_split
-from data_prep.files import sha256_of, write_json
+from data_prep.files import atomic, sha256_of, write_json
 from data_prep.manifest import read_manifest, tool_versions, unigram_loss, verify, write_manifest
 from data_prep.settings import UserError, describe, load, run_command
 from data_prep.shards import samples_per_shard, write_split
@@ -43,7 +44,7 @@ from data_prep.shuffle import shuffled_blocks
 from data_prep.sources import Corpus, open_corpus
 from data_prep.tokenizer import end_of_text_id, load_tokenizer, token_dtype, train_tokenizer
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def prepare(settings: DataSettings) -> dict[str, Any]:
@@ -53,22 +54,36 @@ def prepare(settings: DataSettings) -> dict[str, Any]:
     of another configuration, and when the disk is full; finished stages are kept.
     """
     folder = Path(settings.folder)
-    work = folder / "work"
     try:
-        work_exists = work.exists()
-        manifest = read_manifest(folder)
+        manifest = _finished(settings, folder)
         if manifest is not None:
-            _check_same(manifest["source"], settings, folder)
-            if work_exists:
-                shutil.rmtree(work)
             return manifest
-        if not work_exists and folder.exists() and any(folder.iterdir()):
-            raise UserError(f"{folder}: holds files but no prepared data; choose another folder or empty it")
-        work.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
+            manifest = _finished(settings, folder)  # perhaps by the process that held the lock
+            if manifest is not None:
+                return manifest
+            work = folder / "work"
+            if not work.exists() and any(folder.iterdir()):
+                raise UserError(f"{folder}: holds files but no prepared data; choose another folder or empty it")
+            work.mkdir(exist_ok=True)
             return _Preparation(settings, folder, work).run()
     except OSError as error:
         raise _explain(error, folder) from error
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{folder}: a tokenizing process died, most likely for want of memory; work done is kept: run the same "
+            "command again with a smaller workers= or max_document_bytes="
+        ) from error
+
+
+def _finished(settings: DataSettings, folder: Path) -> dict[str, Any] | None:
+    """The manifest, if the folder is finished; raise UserError if it is of another configuration."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        _check_same(manifest["source"], settings, folder)
+        shutil.rmtree(folder / "work", ignore_errors=True)  # left by a process killed after the manifest was written
+    return manifest
 
 
 def _explain(error: OSError, folder: Path) -> UserError:
@@ -91,13 +106,15 @@ def _check_same(stated: dict[str, Any], settings: DataSettings, folder: Path) ->
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Refuse to prepare a folder that another process is preparing."""
+    """One process prepares a folder; others wait, and then find it finished."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print(f"{folder}: another process is preparing this folder; waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process is preparing this folder; wait for it") from None
     finally:
         os.close(descriptor)
 
@@ -128,11 +145,12 @@ class _Preparation:
         if state.exists():
             stated = json.loads(state.read_text(encoding="utf-8"))
             _check_same(stated["settings"], self.settings, self.folder)
-            if stated["inputs"] == corpus.inputs:
+            if stated["inputs"] == corpus.inputs and stated["modified"] == corpus.modified:
                 return corpus
             console.print("the corpus changed since the interrupted preparation; starting anew")
             shutil.rmtree(self.work)
-        write_json(state, {"settings": self.settings.content(), "inputs": corpus.inputs})
+        content = self.settings.content()
+        write_json(state, {"settings": content, "inputs": corpus.inputs, "modified": corpus.modified})
         return corpus
 
     def _stage(self, name: str, action: Callable[[], dict[str, Any]]) -> None:
@@ -152,9 +170,13 @@ class _Preparation:
             tokenizer = train_tokenizer(texts, spans, settings)
         identifier = end_of_text_id(tokenizer, settings.eos_token)
         path = self.folder / "tokenizer.json"
-        tokenizer.save(str(path))
+        with atomic(path) as file:
+            file.write(tokenizer.to_str(pretty=True).encode())
+        vocab_size = max(tokenizer.get_vocab().values()) + 1
+        width = self.settings.sequence_length + 1
+        samples_per_shard(width, token_dtype(vocab_size), self.settings.shard_bytes)  # refuse now, not after hours
         return {
-            "vocab_size": tokenizer.get_vocab_size(),
+            "vocab_size": vocab_size,
             "eos_token_id": identifier,
             "tokenizer_fingerprint": sha256_of(path),
         }
@@ -184,7 +206,7 @@ class _Preparation:
     def _shards(self, split: str) -> dict[str, Any]:
         settings = self.settings
         width = settings.sequence_length + 1
-        samples_per_shard(width, self._dtype(), settings.shard_bytes)
+        shutil.rmtree(self.folder / split, ignore_errors=True)  # of an interrupted attempt
         tokens = np.memmap(self.work / f"{split}.tokens", self._dtype(), "r")
         blocks = shuffled_blocks(tokens, width, settings.seed, self.work)
         return write_split(blocks, self.folder, split, settings.shard_bytes, self.marks["tokenizer"]["vocab_size"])

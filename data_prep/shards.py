@@ -62,6 +62,12 @@ def _member_bytes(width: int, dtype: np.dtype) -> int:
     return tarfile.BLOCKSIZE + -(-payload // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
+def token_offsets(samples: int, width: int, dtype: np.dtype) -> np.ndarray:
+    """The index of a tar: [samples] int64, byte offset of the first token of each sample."""
+    first = tarfile.BLOCKSIZE + len(npy_header(width, dtype))
+    return first + _member_bytes(width, dtype) * np.arange(samples, dtype=np.int64)
+
+
 def write_shards(blocks: Iterable[np.ndarray], folder: Path, split: str, shard_bytes: int) -> Iterator[Shard]:
     """Write arrays [blocks, W] in their order to `folder`/`split`; yield each shard once it is whole on disk."""
     number = first = capacity = 0
@@ -91,10 +97,8 @@ def _write_shard(blocks: np.ndarray, folder: Path, name: str, first: int) -> Sha
             size += file.write(piece)
         digest.update(_END)
         size += file.write(_END)
-    start = tarfile.BLOCKSIZE + len(header)
-    stride = tarfile.BLOCKSIZE + payload + len(padding)
     with atomic(folder / f"{name}.idx.npy") as file:
-        np.save(file, start + stride * np.arange(len(blocks), dtype=np.int64))
+        np.save(file, token_offsets(len(blocks), blocks.shape[1], blocks.dtype))
     return Shard(f"{name}.tar", len(blocks), size, digest.hexdigest())
 
 

@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,11 +36,12 @@ _READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.Arro
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened source: what it consists of (for the manifest and to notice changes), its licence, its records."""
+    """An opened source: what it consists of, its licence, its records, and when its files were last modified (ns)."""
 
     inputs: list[dict[str, Any]]
     licence: str
     records: Iterator[Record]
+    modified: list[int] = field(default_factory=list)
 
 
 def open_corpus(settings: DataSettings) -> Corpus:
@@ -60,7 +61,8 @@ def open_corpus(settings: DataSettings) -> Corpus:
         return Corpus([{"name": source.name}], source.licence, _read_datasets(settings))
     paths = find_files(source.kind, source.paths or [])
     inputs = [{"name": str(path), "bytes": path.stat().st_size} for path in paths]
-    return Corpus(inputs, source.licence, _read_files(paths, settings))
+    modified = [path.stat().st_mtime_ns for path in paths]
+    return Corpus(inputs, source.licence, _read_files(paths, settings), modified)
 
 
 def find_files(kind: str, patterns: list[str]) -> list[Path]:
@@ -168,15 +170,15 @@ def _read_csv(path: Path, settings: DataSettings) -> Iterator[Record]:
 
 
 def _read_parquet(path: Path, settings: DataSettings) -> Iterator[Record]:
-    field = settings.source.field
+    column = settings.source.field
     with parquet.ParquetFile(path) as file:
-        if field not in file.schema_arrow.names:
-            raise _missing_field(str(path), field, file.schema_arrow.names)
-        kind = file.schema_arrow.field(field).type
+        if column not in file.schema_arrow.names:
+            raise _missing_column(str(path), column, file.schema_arrow.names)
+        kind = file.schema_arrow.field(column).type
         if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_binary(kind)):
-            raise UserError(f"{path}: column {field!r} holds {kind}, not text")
+            raise UserError(f"{path}: column {column!r} holds {kind}, not text")
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[field]):
+        for batch in file.iter_batches(batch_size=256, columns=[column]):
             for value in batch.column(0).cast(pyarrow.large_binary()):
                 number += 1
                 yield Record(f"{path}, row {number}", value.as_py() or b"")
@@ -200,20 +202,20 @@ def _read_datasets(settings: DataSettings) -> Iterator[Record]:
 
 def _from_row(row: Any, where: str, settings: DataSettings) -> Record:
     """The record in one row of a table. Raises UserError when its text column is absent or holds no text."""
-    field = settings.source.field
+    column = settings.source.field
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with the key {field!r}, found {type(row).__name__}")
-    if field not in row:
-        raise _missing_field(where, field, list(row))
-    text = row[field]
+        raise UserError(f"{where}: expected an object with the key {column!r}, found {type(row).__name__}")
+    if column not in row:
+        raise _missing_column(where, column, list(row))
+    text = row[column]
     if text is not None and not isinstance(text, str):
-        raise UserError(f"{where}: {field!r} holds {type(text).__name__}, not text")
+        raise UserError(f"{where}: {column!r} holds {type(text).__name__}, not text")
     return Record(where, _encode(text or ""))
 
 
-def _missing_field(where: str, field: str, names: list[Any]) -> UserError:
+def _missing_column(where: str, column: str, names: list[Any]) -> UserError:
     found = ", ".join(str(name) for name in names)
-    return UserError(f"{where}: no column {field!r}; found: {found}; set source.field")
+    return UserError(f"{where}: no column {column!r}; found: {found}; set source.field")
 
 
 def _encode(text: str) -> bytes:
