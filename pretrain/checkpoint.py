@@ -1,0 +1,484 @@
+"""Checkpoints: staged, verified, committed by a marker; sharded as the strategy writes them, or consolidated.
+
+A checkpoint is a folder `step-00000050/`:
+
+    tensors/          model and optimizer: torch.distributed.checkpoint (format `sharded`), DeepSpeed's own
+                      (`deepspeed`), or `model.safetensors` and `optimizer.safetensors` (`consolidated`)
+    random-00000.pt   random number generators of each rank
+    state.json        what the trainer gave: schedule, data position, FLOPs, tracker id, configuration, versions
+    COMMITTED.json    format, step, ranks, and size and sha256 of every other file
+
+It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker, or
+whose files do not match it, is passed over for the one before. Removal takes the marker first. All ranks must see the
+same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial as partial_call
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from data_prep.settings import UserError, run_command
+from pretrain.parallel import Parallel, read_deepspeed
+
+MARKER = "COMMITTED.json"
+Format = Literal["sharded", "deepspeed", "consolidated"]
+T = TypeVar("T")
+
+
+class SaveError(Exception):
+    """A checkpoint could not be written; what was there before is untouched. Raised on every rank alike."""
+
+
+@dataclass(frozen=True)
+class Marker:
+    """What COMMITTED.json says. files: path below the folder -> (bytes, sha256)."""
+
+    step: int
+    format: Format
+    strategy: str
+    world_size: int
+    files: dict[str, tuple[int, str]]
+
+    @staticmethod
+    def read(folder: Path) -> Marker:
+        """Read a folder's marker. Raises OSError or ValueError where there is none or it is damaged."""
+        try:
+            content = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+            files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in content["files"].items()}
+            return Marker(content["step"], content["format"], content["strategy"], content["world_size"], files)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{MARKER} is damaged: {error!r}") from None
+
+    def write(self, folder: Path) -> None:
+        files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in sorted(self.files.items())}
+        content = {**vars(self), "files": files}
+        with (folder / MARKER).open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """The folder of the checkpoint of `step`."""
+    return root / f"step-{step:08d}"
+
+
+def committed(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint that carries its marker, oldest first."""
+    found = []
+    for folder in root.glob("step-*"):
+        match = re.fullmatch(r"step-(\d{8,})", folder.name)
+        if match and (folder / MARKER).is_file():
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def verify(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
+    """Hold this rank's share of a checkpoint's files against its marker; the first fault in words, or None."""
+    try:
+        marker = Marker.read(folder)
+        for name, (size, digest) in sorted(marker.files.items())[rank::world_size]:
+            if (found := (folder / name).stat().st_size) != size:
+                return f"{name} has {found} bytes, not {size}"
+            if _sha256(folder / name) != digest:
+                return f"{name} does not match its sha256"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, its marker first."""
+    (folder / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    keep: newest checkpoints kept. milestone_every: steps whose multiples are kept for ever; 0 keeps none.
+    asynchronous: write in the background where the strategy allows (all but DeepSpeed); `save` returns once the tensors
+        are copied. At most one save runs at a time.
+    report: receives one line for each event worth knowing (a save that failed, a checkpoint passed over).
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 3,
+        milestone_every: int = 0,
+        asynchronous: bool = True,
+        report: Callable[[str], None] = print,
+    ) -> None:
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1 (given: {keep})")
+        self.folder = Path(folder)
+        self.keep, self.milestone_every, self.asynchronous, self.report = keep, milestone_every, asynchronous, report
+        self.failures = 0
+        self._thread: threading.Thread | None = None
+        self._message: str | None = None
+
+    # saving ---------------------------------------------------------------------------------------------------------
+
+    def save(self, parallel: Parallel, state: dict[str, Any], step: int) -> None:
+        """Write a checkpoint of `step`; collective. `state`: anything JSON holds, the same on every rank.
+
+        A save that fails (a full disk) is reported and counted in `failures`; earlier checkpoints are untouched.
+        """
+        self.wait()
+        partial = folder_of(self.folder, step).with_suffix(".partial")
+        pending: Future | None = None
+        try:
+            _together(parallel, lambda: _begin(parallel, partial, state))
+            _together(parallel, lambda: torch.save(random_state(), partial / f"random-{parallel.rank:05d}.pt"))
+            pending = self._write_tensors(parallel, partial / "tensors")
+        except SaveError as error:
+            self._give_up(parallel, partial, error)
+            return
+        finish = partial_call(self._commit, parallel, partial, step, pending)
+        if pending is None:
+            finish()
+            self.wait()
+        else:
+            self._thread = threading.Thread(target=finish, name="checkpoint")
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the save that is under way, if any, and report how it went."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._message is not None:
+            self.report(self._message)
+            self._message = None
+
+    def _write_tensors(self, parallel: Parallel, folder: Path) -> Future | None:
+        """Write the tensors; or copy them and return the future of a background write, which then owns the group."""
+        if parallel.checkpoint_format == "deepspeed":
+            return _together(parallel, lambda: parallel.save_native(folder))
+        arguments: dict[str, Any] = {
+            "checkpoint_id": folder,
+            "process_group": parallel.background_group,
+            "no_dist": parallel.background_group is None,
+        }
+        if self.asynchronous:
+            return dcp.async_save(named_tensors(parallel), **arguments)  # type: ignore[return-value]
+        _together(parallel, lambda: dcp.save(named_tensors(parallel), **arguments))
+        return None
+
+    def _commit(self, parallel: Parallel, partial: Path, step: int, pending: Future | None) -> None:
+        """The part of a save that may run in the background: finish the tensors, digest, mark, rename, prune."""
+        try:
+            if pending is not None:
+                _together(parallel, pending.result)
+            files: dict[str, tuple[int, str]] = {}
+            for share in parallel.gather(_together(parallel, lambda: _digest(parallel, partial)), background=True):
+                files.update(share)
+            marker = Marker(step, parallel.checkpoint_format, parallel.settings.strategy, parallel.world_size, files)
+            _together(parallel, lambda: self._publish(parallel, partial, marker))
+        except SaveError as error:
+            self._give_up(parallel, partial, error)
+
+    def _publish(self, parallel: Parallel, partial: Path, marker: Marker) -> None:
+        if not parallel.is_main:
+            return
+        marker.write(partial)
+        final = folder_of(self.folder, marker.step)
+        replaced = final.with_suffix(".replaced")
+        if final.exists():  # the same step again: after a damaged checkpoint was passed over
+            final.rename(replaced)
+        partial.rename(final)
+        _sync_folder(self.folder)
+        remove(replaced)
+        for step, folder in committed(self.folder)[: -self.keep]:
+            if not (self.milestone_every and step % self.milestone_every == 0):
+                remove(folder)
+
+    def _give_up(self, parallel: Parallel, partial: Path, error: SaveError) -> None:
+        self.failures += 1
+        self._message = f"checkpoint {partial.stem} was not written, the ones before are intact: {error}"
+        if parallel.is_main:
+            remove(partial)
+
+    # loading --------------------------------------------------------------------------------------------------------
+
+    def latest(self, parallel: Parallel) -> Path | None:
+        """The newest checkpoint that is whole, or None; collective. Others are passed over with a message."""
+        self.wait()
+        names = parallel.gather([folder.name for _, folder in reversed(committed(self.folder))])[0]
+        if parallel.is_main:
+            for left in [*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.replaced")]:
+                self.report(f"{left}: left by a save that was interrupted; removed")
+                remove(left)
+        for name in names:
+            faults = parallel.gather(verify(self.folder / name, parallel.rank, parallel.world_size))
+            fault = next((f for f in faults if f is not None), None)
+            if fault is None:
+                return self.folder / name
+            if parallel.is_main:
+                self.report(f"{self.folder / name}: passed over, {fault}")
+        return None
+
+    def load(self, parallel: Parallel, path: Path) -> dict[str, Any]:
+        """Fill model, optimizer and this rank's generators from `path`; returns the trainer's state. Collective.
+
+        Any strategy and number of ranks reads any checkpoint. Generators are restored for the number of ranks that
+        wrote them; otherwise they are seeded anew from the seed, the step and the rank.
+        Raises UserError where the checkpoint is of another model.
+        """
+        marker = Marker.read(path)
+        native = marker.format == parallel.checkpoint_format
+        if native and marker.format == "deepspeed":
+            native = (marker.strategy, marker.world_size) == (parallel.settings.strategy, parallel.world_size)
+        if native and marker.format == "deepspeed":
+            parallel.load_native(path / "tensors")
+        elif native:
+            _load_sharded(parallel, path / "tensors")
+        elif marker.format == "consolidated":
+            _load_consolidated(parallel, path / "tensors")
+        else:
+            self._load_converted(parallel, path)
+        own = path / f"random-{parallel.rank:05d}.pt"
+        if marker.world_size == parallel.world_size and own.is_file():
+            set_random_state(torch.load(own, weights_only=True))
+        else:
+            torch.manual_seed(((parallel.seed * 1_000_003 + marker.step) * 1_000_003 + parallel.rank) % 2**63)
+        return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+    def _load_converted(self, parallel: Parallel, path: Path) -> None:
+        """Another strategy or number of ranks than the shards can serve: rank 0 consolidates them first."""
+        between = path.with_suffix(".consolidated")
+        if parallel.is_main:
+            self.report(f"{path}: converted for {parallel.settings.strategy} on {parallel.world_size} ranks")
+            convert(path, between, "consolidated")
+        parallel.barrier()
+        _load_consolidated(parallel, between / "tensors")
+        parallel.barrier()
+        if parallel.is_main:
+            remove(between)
+
+
+def _begin(parallel: Parallel, partial: Path, state: dict[str, Any]) -> None:
+    if parallel.is_main:
+        remove(partial)
+        partial.mkdir(parents=True)
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        if hasattr(parallel.module, "config"):
+            (partial / "config.json").write_text(parallel.module.config.to_json_string(), encoding="utf-8")
+
+
+def _digest(parallel: Parallel, folder: Path) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of this rank's share of the files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())[parallel.rank :: parallel.world_size]
+    return {str(path.relative_to(folder)): (path.stat().st_size, _sha256(path)) for path in files}
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _together(parallel: Parallel, action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it failed on any, raise SaveError on all, naming ranks and causes."""
+    result, error = None, None
+    try:
+        result = action()
+    except (OSError, RuntimeError, CheckpointException) as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    errors = parallel.gather(error, background=True)
+    if any(errors):
+        raise SaveError("; ".join(f"rank {rank}: {e}" for rank, e in enumerate(errors) if e))
+    return result  # type: ignore[return-value]
+
+
+# generators -----------------------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """State of this process's generators: python, numpy, torch on the CPU and on the current accelerator."""
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (libraries draw from the global generator)
+    state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo whatever was drawn since `random_state` returned `state`."""
+    random.setstate(state["python"])
+    np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# tensors --------------------------------------------------------------------------------------------------------------
+# Names in every format: `model/<name>` and `optimizer/<parameter name>/<state key>`.
+
+
+def named_tensors(parallel: Parallel) -> dict[str, Tensor]:
+    """Model and optimizer of a running strategy under the names of a checkpoint."""
+    tensors = {f"model/{name}": tensor for name, tensor in parallel.model_tensors().items()}
+    tensors.update((f"optimizer/{name}/{key}", t) for (name, key), t in parallel.optimizer_tensors().items())
+    return tensors
+
+
+def _allocate(parallel: Parallel, shapes: dict[str, torch.Size], path: Path) -> None:
+    """Check that the checkpoint is of this model, then make room for its optimizer state."""
+    here = {f"model/{name}": tensor.shape for name, tensor in parallel.model_tensors().items()}
+    there = {name: shape for name, shape in shapes.items() if name.startswith("model/")}
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"{path}: of another model: {name.removeprefix('model/')} is {there.get(name, 'absent')} in the "
+                f"checkpoint and {here.get(name, 'absent')} here; give the configuration it was trained with, or another run_dir"
+            )
+    states = {}
+    for name, shape in shapes.items():
+        if name.startswith("optimizer/"):
+            _, parameter, key = name.split("/")
+            states[parameter, key] = shape
+    parallel.allocate_optimizer_state(states)
+
+
+def _sharded_shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {n: (e.size, e.properties.dtype) for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+
+
+def _load_sharded(parallel: Parallel, folder: Path) -> None:
+    _allocate(parallel, {name: shape for name, (shape, _) in _sharded_shapes(folder).items()}, folder)
+    dcp.load(named_tensors(parallel), checkpoint_id=folder, process_group=parallel.background_group)
+
+
+def _load_consolidated(parallel: Parallel, folder: Path) -> None:
+    with ExitStack() as stack:
+        readers = {}
+        for path in (folder / "model.safetensors", folder / "optimizer.safetensors"):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            readers.update(dict.fromkeys(file.keys(), file))
+        _allocate(parallel, {n: torch.Size(f.get_slice(n).get_shape()) for n, f in readers.items()}, folder)
+        for name, file in sorted(readers.items()):
+            kind, parameter, *key = name.split("/")
+            if kind == "model":
+                parallel.set_model_tensor(parameter, file.get_tensor(name))
+            else:
+                parallel.set_optimizer_tensor(parameter, key[0], file.get_tensor(name))
+
+
+# conversion, without ranks --------------------------------------------------------------------------------------------
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint of any format, whole, in host memory, by name."""
+    folder, format = path / "tensors", Marker.read(path).format
+    if format == "deepspeed":
+        return read_deepspeed(folder)
+    if format == "consolidated":
+        return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _sharded_shapes(folder).items()}
+    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors
+
+
+def convert(source: Path, target: Path, format: Literal["consolidated", "sharded"]) -> None:
+    """Write checkpoint `source`, of any strategy, to folder `target` in a form that every strategy and world reads."""
+    marker, tensors = Marker.read(source), read_tensors(source)
+    remove(target)
+    (target / "tensors").mkdir(parents=True)
+    for path in source.iterdir():
+        if path.is_file() and path.name != MARKER:
+            shutil.copy2(path, target / path.name)
+    if format == "sharded":
+        dcp.save(tensors, checkpoint_id=target / "tensors", no_dist=True)
+    else:
+        for kind in ("model", "optimizer"):
+            part = {name: t.contiguous() for name, t in tensors.items() if name.startswith(f"{kind}/")}
+            save_file(part, target / "tensors" / f"{kind}.safetensors")
+    files = {str(p.relative_to(target)): (p.stat().st_size, _sha256(p)) for p in target.rglob("*") if p.is_file()}
+    Marker(marker.step, format, marker.strategy, marker.world_size, files).write(target)
+
+
+def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
+    """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given."""
+    from model.config import MoRConfig
+    from model.modeling import MoRForCausalLM
+
+    config = MoRConfig.from_json_file(source / "config.json")
+    model = MoRForCausalLM(config)
+    weights = {name.removeprefix("model/"): t for name, t in read_tensors(source).items() if name.startswith("model/")}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(model.state_dict()) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
+    if unexpected or set(missing) - tied:
+        raise UserError(f"{source}: weights do not fit its config.json: {sorted(set(missing) - tied) + unexpected}")
+    model.save_pretrained(target)
+    if tokenizer is not None:
+        from transformers import PreTrainedTokenizerFast
+
+        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(target)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`python -m pretrain.checkpoint convert|export|verify ...`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.checkpoint", description="Convert, export or verify a checkpoint."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("convert", help="to a form that any strategy on any number of ranks resumes from")
+    command.add_argument("source", type=Path)
+    command.add_argument("target", type=Path)
+    command.add_argument("--to", choices=["consolidated", "sharded"], default="consolidated")
+    command = commands.add_parser("export", help="to a folder for from_pretrained")
+    command.add_argument("source", type=Path)
+    command.add_argument("target", type=Path)
+    command.add_argument("--tokenizer", type=Path, help="tokenizer.json to put beside the model")
+    command = commands.add_parser("verify", help="hold every file against its size and sha256")
+    command.add_argument("source", type=Path)
+    options = parser.parse_args(arguments)
+    if fault := verify(options.source):
+        raise UserError(f"{options.source}: {fault}; use another checkpoint of the run")
+    if options.command == "verify":
+        print(f"{options.source}: whole")
+        return
+    if options.target.exists():
+        raise UserError(f"{options.target}: exists already; name a new folder")
+    if options.command == "convert":
+        convert(options.source, options.target, options.to)
+    else:
+        export(options.source, options.target, options.tokenizer)
+    print(f"wrote {options.target}")
+
+
+if __name__ == "__main__":
+    run_command(main)

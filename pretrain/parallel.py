@@ -1,0 +1,418 @@
+"""Parallel strategies: the one place where a model meets several ranks (DDP, DeepSpeed ZeRO 1-3, FSDP2).
+
+The trainer speaks to `Parallel` alone. The model knows nothing of it and only publishes its sharding units
+(`model.units()`).
+
+Losses. Every loss that reaches `micro_step` is this rank's share of the *global* mean: its sum divided by a count over
+all ranks and all micro-batches of the step. The strategies average gradients over ranks, so `micro_step` multiplies by
+the number of ranks, here and nowhere else; the gradient that reaches the optimizer is then the sum of the shares.
+
+Shared blocks. FSDP2 gathers a unit each time it is applied, so a block applied Nr times costs Nr gathers per pass.
+With `reshard_after_forward: false` a unit is gathered once per optimizer step, whatever Nr and however many
+micro-batches, and stays whole until the optimizer runs; it costs the memory of the unique parameters in the forward
+precision.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from data_prep.settings import Settings, UserError
+
+Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+Precision = Literal["fp32", "bf16"]
+NATIVE_TAG = "native"  # the folder that DeepSpeed puts its files in
+OptimizerFactory = Callable[[nn.Module], Optimizer]
+
+
+class ParallelSettings(Settings):
+    """How the ranks share the work. A configuration file of accelerate says the same and is accepted in its place."""
+
+    strategy: Strategy = Field(
+        "auto",
+        description="single, ddp, zero1, zero2, zero3, fsdp2, or auto: what `accelerate launch` was configured for, "
+        "else ddp on several ranks and single on one",
+    )
+    world_size: int | None = Field(None, ge=1, description="ranks that must run; any other number is refused")
+    reshard_after_forward: bool = Field(
+        True, description="fsdp2: free a unit's gathered weights after each use; false gathers once per optimizer step"
+    )
+    shard_size: int | None = Field(
+        None, ge=1, description="fsdp2: ranks that share one copy of the model (hybrid sharding); default all"
+    )
+    offload_optimizer: bool = Field(False, description="zero1, zero2, zero3: keep optimizer states in host memory")
+    timeout_seconds: float = Field(1800, gt=0, description="longest wait of one collective before the run fails")
+    watchdog_seconds: float = Field(
+        900,
+        ge=0,
+        description="longest time without progress before the watchdog names the stalled rank and stops all; 0: off",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_accelerate(cls, values: Any) -> Any:
+        return _translate_accelerate(values) if isinstance(values, dict) and "distributed_type" in values else values
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelSettings:
+        if self.offload_optimizer and self.strategy in ("single", "ddp", "fsdp2"):
+            raise ValueError(f"offload_optimizer needs zero1, zero2 or zero3, not strategy {self.strategy}")
+        if self.strategy not in ("auto", "fsdp2") and (self.shard_size is not None or not self.reshard_after_forward):
+            raise ValueError(f"shard_size and reshard_after_forward belong to fsdp2, not to strategy {self.strategy}")
+        if self.strategy == "single" and self.world_size not in (None, 1):
+            raise ValueError(f"strategy single runs on 1 rank, world_size asks for {self.world_size}")
+        return self
+
+
+_ACCELERATE_IGNORED = {  # the launcher's business, or said elsewhere in the experiment
+    "compute_environment", "debug", "machine_rank", "main_process_ip", "main_process_port", "main_training_function",
+    "mixed_precision", "num_machines", "rdzv_backend", "same_network", "use_cpu", "enable_cpu_affinity",
+}  # fmt: skip
+
+
+def _translate_accelerate(values: dict[str, Any]) -> dict[str, Any]:
+    """Read an accelerate configuration (`distributed_type`, `fsdp_config`, ...) as `ParallelSettings` fields."""
+    own = {key: value for key, value in values.items() if key not in _ACCELERATE_IGNORED}
+    kind = own.pop("distributed_type")
+    fsdp, deepspeed = own.pop("fsdp_config", None) or {}, own.pop("deepspeed_config", None) or {}
+    replication = own.pop("parallelism_config", None) or {}
+    if "num_processes" in own:
+        own.setdefault("world_size", own.pop("num_processes"))
+    if kind == "FSDP":
+        if fsdp.get("fsdp_version") != 2:
+            raise ValueError(f"fsdp_config.fsdp_version must be 2 (given: {fsdp.get('fsdp_version')!r})")
+        own.setdefault("strategy", "fsdp2")
+        own.setdefault("reshard_after_forward", fsdp.get("fsdp_reshard_after_forward", True))
+        if "parallelism_config_dp_shard_size" in replication:
+            own.setdefault("shard_size", replication["parallelism_config_dp_shard_size"])
+    elif kind == "DEEPSPEED":
+        own.setdefault("strategy", f"zero{deepspeed.get('zero_stage')}")
+        own.setdefault("offload_optimizer", deepspeed.get("offload_optimizer_device", "none") == "cpu")
+    elif kind in ("MULTI_GPU", "NO"):
+        own.setdefault("strategy", "ddp" if kind == "MULTI_GPU" else "single")
+    else:
+        raise ValueError(f"distributed_type {kind!r} is not one of NO, MULTI_GPU, DEEPSPEED, FSDP")
+    return own
+
+
+def resolve_strategy(settings: ParallelSettings, environment: Mapping[str, str]) -> ParallelSettings:
+    """Settle `auto` and hold the settings against what the launcher started.
+
+    Raises UserError where the two differ: another number of ranks, another strategy than accelerate's configuration
+    asked for, or a launcher that meant several ranks and started one (accelerate does so on a machine without GPUs).
+    """
+    launched, world_size = "WORLD_SIZE" in environment, int(environment.get("WORLD_SIZE", "1"))
+    start = "torchrun --nproc_per_node N pretrain/main.py ... or accelerate launch --multi_gpu --num_processes N ..."
+    if not launched and "MASTER_ADDR" in environment:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one, alone (it does so without GPUs, and "
+            f"with --cpu). Start ranks with {start}"
+        )
+    asked = _strategy_of_launcher(environment)
+    if settings.strategy == "auto":
+        found = asked or {"strategy": "ddp" if world_size > 1 else "single"}
+        settings = ParallelSettings(**{**settings.model_dump(exclude_unset=True), **found})
+    elif asked and asked["strategy"] != settings.strategy:
+        raise UserError(
+            f"parallel.strategy is {settings.strategy}, but accelerate launch was configured for {asked['strategy']}; "
+            "leave parallel.strategy at auto, or give accelerate launch the matching --config_file"
+        )
+    if settings.strategy == "single" and world_size > 1:
+        raise UserError(f"parallel.strategy is single, but {world_size} ranks run; choose ddp, zero1-3 or fsdp2")
+    if settings.strategy != "single" and not launched:
+        raise UserError(f"parallel.strategy {settings.strategy} needs a launcher; use {start}")
+    if settings.world_size not in (None, world_size):
+        raise UserError(f"parallel.world_size asks for {settings.world_size} ranks, {world_size} were started")
+    if settings.shard_size is not None and world_size % settings.shard_size:
+        raise UserError(
+            f"parallel.shard_size {settings.shard_size} does not divide the {world_size} ranks; "
+            f"values that do: {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}"
+        )
+    return settings
+
+
+def _strategy_of_launcher(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Fields that `accelerate launch --config_file` passed on in the environment; None under any other launcher."""
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        if environment.get("FSDP_VERSION") != "2":
+            raise UserError("accelerate launch was configured for FSDP1; set fsdp_config.fsdp_version: 2")
+        found: dict[str, Any] = {
+            "strategy": "fsdp2",
+            "reshard_after_forward": environment.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
+        }
+        if shard_size := environment.get("PARALLELISM_CONFIG_DP_SHARD_SIZE"):
+            found["shard_size"] = int(shard_size)
+        return found
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        offload = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") == "cpu"
+        return {"strategy": f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE')}", "offload_optimizer": offload}
+    return None
+
+
+class Parallel:
+    """One process alone; the subclasses are the strategies over several ranks. Made by `Parallel.start`.
+
+    rank, world_size: of this process; is_main: rank 0, which writes and prints.
+    device: where this rank computes. module: the model as it was given to `prepare`; model: as the strategy calls it.
+    """
+
+    module: nn.Module
+    model: nn.Module
+    optimizer: Optimizer
+    checkpoint_format: Literal["sharded", "deepspeed"] = "sharded"
+
+    def __init__(self, settings: ParallelSettings, precision: Precision, seed: int) -> None:
+        self.settings, self.precision, self.seed = settings, precision, seed
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.is_main = self.rank == 0
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+        self.background_group: dist.ProcessGroup | None = None
+
+    @staticmethod
+    def start(settings: ParallelSettings, precision: Precision = "fp32", seed: int = 0) -> Parallel:
+        """Join the other ranks (gloo on CPU, NCCL on GPU) and seed this one so that all build the same model.
+
+        Raises UserError where the ranks or the strategy asked for are not those that were started.
+        """
+        settings = resolve_strategy(settings, os.environ)
+        parallel = _STRATEGIES[settings.strategy](settings, precision, seed)
+        if "WORLD_SIZE" in os.environ:
+            backend = "cpu:gloo,cuda:nccl" if parallel.device.type == "cuda" else "gloo"
+            timeout = timedelta(seconds=settings.timeout_seconds)
+            dist.init_process_group(backend, timeout=timeout)
+            # collectives of background threads (checkpoints) must never interleave with those of training
+            parallel.background_group = dist.new_group(backend="gloo", timeout=timeout)
+            assert dist.get_world_size() == parallel.world_size
+        torch.manual_seed(seed)
+        return parallel
+
+    def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory) -> None:
+        """Place `model` on the device, shard or replicate it, then build its optimizer with `optimizer_factory(model)`.
+
+        Afterwards each rank draws its own random numbers (dropout, a random router).
+        """
+        self.module = model.to(self.device)
+        self.model = self._wrap(self.module)
+        self.optimizer = optimizer_factory(self.module)
+        torch.manual_seed(self.seed * 1_000_003 + self.rank + 1)
+
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def forward(self, last: bool = True, **inputs: Any) -> Any:
+        """Call the model in the run's precision. Under fsdp2 and zero3 every rank must call it equally often.
+
+        last: in training, whether this is the last micro-batch of the step, as `micro_step` will be told.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return self.model(**inputs)
+
+    def micro_step(self, loss: Tensor, last: bool) -> None:
+        """Backward of one micro-batch; ranks exchange gradients on the `last` one of the step alone.
+
+        loss: scalar, this rank's and micro-batch's share of the global mean (see the module's opening).
+        """
+        (loss * self.world_size).backward()
+
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
+        """Clip, update, clear the gradients. Returns the global gradient norm before clipping and whether it is finite.
+
+        learning_rate: of every parameter group, times the group's `learning_rate_scale` where it has one.
+        max_norm: of the gradient; 0 does not clip. A non-finite gradient, on any rank, updates nothing on any rank.
+        """
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        finite = norm_value < float("inf")  # False for nan too; the norm is global, so all ranks agree
+        if finite:
+            if max_norm > 0:
+                clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
+            self._set_learning_rate(learning_rate)
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm_value, finite
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
+
+    def all_reduce(self, tensor: Tensor, op: Literal["sum", "mean", "max", "min"] = "sum") -> Tensor:
+        """`tensor` reduced over all ranks, as a new tensor."""
+        result = tensor.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(result, getattr(dist.ReduceOp, "SUM" if op == "mean" else op.upper()))
+        return result / self.world_size if op == "mean" else result
+
+    def agree(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on any."""
+        return bool(self.all_reduce(torch.tensor(int(flag)), "max"))
+
+    def gather(self, value: Any, background: bool = False) -> list[Any]:
+        """The `value` of every rank, in rank order, on every rank. Small picklable objects only.
+
+        background: over the group of the checkpoint thread, which may run beside training.
+        """
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.background_group if background else None)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            self.agree(False)  # unlike dist.barrier, needs no device of its own
+
+    def finish(self) -> None:
+        """Leave the group. The barrier right before keeps a late rank from finding its peers gone."""
+        if dist.is_initialized():
+            dist.barrier(group=self.background_group)
+            dist.destroy_process_group()
+
+    # state, as checkpoints see it -----------------------------------------------------------------------------------
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """Parameters and persistent buffers by name; a tied or shared tensor appears once. DTensors under fsdp2."""
+        persistent = self.module.state_dict().keys()
+        tensors: dict[str, Tensor] = dict(self.module.named_parameters())
+        tensors.update((name, buffer) for name, buffer in self.module.named_buffers() if name in persistent)
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def optimizer_tensors(self) -> dict[tuple[str, str], Tensor]:
+        """Optimizer state by (parameter name, state key), for instance ("lm_head.weight", "exp_avg")."""
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[name, key] = value if isinstance(value, Tensor) else torch.tensor(value)
+        return found
+
+    def allocate_optimizer_state(self, shapes: Mapping[tuple[str, str], torch.Size]) -> None:
+        """Replace the optimizer's state by zeros of these shapes, to be filled from a checkpoint."""
+        parameters = dict(self.module.named_parameters())
+        on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
+        step_device = self.device if on_device else torch.device("cpu")
+        self.optimizer.state.clear()
+        for (name, key), shape in shapes.items():
+            parameter = parameters[name]
+            zeros = torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape, device=step_device)
+            self.optimizer.state[parameter][key] = zeros.detach()
+
+    def set_model_tensor(self, name: str, value: Tensor) -> None:
+        """Overwrite a parameter or buffer by its whole value, the same on every rank."""
+        _copy_into(self.model_tensors()[name], value)
+
+    def set_optimizer_tensor(self, name: str, key: str, value: Tensor) -> None:
+        """Overwrite one optimizer state by its whole value, after `allocate_optimizer_state`."""
+        _copy_into(self.optimizer.state[self.module.get_parameter(name)][key], value)
+
+
+def _copy_into(target: Tensor, value: Tensor) -> None:
+    if isinstance(target, DTensor):
+        whole = value.to(target.device, target.dtype)
+        target.copy_(distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None))
+    else:
+        target.copy_(value)
+
+
+class _DDP(Parallel):
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        # a router may be unused in a step (warm-up, a depth without tokens), hence find_unused_parameters;
+        # buffers are updated from global statistics, equal on every rank, hence no broadcast
+        return nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            find_unused_parameters=True,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+    def forward(self, last: bool = True, **inputs: Any) -> Any:
+        self.model.require_backward_grad_sync = last  # read by DDP's forward, and not again in the backward
+        return super().forward(**inputs)
+
+    def micro_step(self, loss: Tensor, last: bool) -> None:
+        assert self.model.require_backward_grad_sync == last, "forward and micro_step were told different things"
+        super().micro_step(loss, last)
+
+
+class _FSDP2(Parallel):
+    def _wrap(self, model: nn.Module) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        shard_size = self.settings.shard_size or self.world_size
+        if shard_size == self.world_size:
+            mesh = init_device_mesh(self.device.type, (self.world_size,), mesh_dim_names=("shard",))
+        else:
+            shape = (self.world_size // shard_size, shard_size)
+            mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        # autocast chooses the precision of each operation as under the other strategies, so inputs are not cast
+        half = torch.bfloat16 if self.precision == "bf16" else None
+        policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        keep = not self.settings.reshard_after_forward
+        self._units: list[Any] = [*model.units(), model]  # type: ignore[operator]
+        for unit in self._units:
+            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False if keep else None)
+            unit.set_reshard_after_backward(not keep, recurse=False)
+        return model
+
+    def micro_step(self, loss: Tensor, last: bool) -> None:
+        self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
+        super().micro_step(loss, last)
+
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
+        self._free_gathered()
+        return super().optimizer_step(learning_rate, max_norm)
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        self._free_gathered()
+        return super().model_tensors()
+
+    def _free_gathered(self) -> None:
+        """Make the module hold its shards again, which alone carry gradients and may be written to."""
+        for unit in self._units:
+            unit.reshard()
+
+
+_STRATEGIES: dict[str, type[Parallel]] = {"single": Parallel, "ddp": _DDP, "fsdp2": _FSDP2}
+
+
+def read_deepspeed(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a DeepSpeed checkpoint, whole, in fp32, under the names of `pretrain.checkpoint`.
+
+    DeepSpeed's own converter to its universal format does the work, in a process of its own.
+    """
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        folders = ["--input_folder", str(folder / NATIVE_TAG), "--output_folder", f"{scratch}/universal"]
+        done = subprocess.run([*tool, *workers, *folders], capture_output=True, text=True)
+        if done.returncode:
+            raise UserError(f"{folder}: DeepSpeed's converter failed:\n{done.stderr[-2000:]}")
+        tensors = {}
+        for path in sorted(Path(scratch, "universal", "zero").rglob("*.pt")):
+            name, kind = path.parent.name, path.stem
+            content = torch.load(path, weights_only=True)
+            value = content["param"] if isinstance(content, dict) else content
+            key = f"model/{name}" if kind == "fp32" else f"optimizer/{name}/{kind}"
+            tensors[key] = torch.as_tensor(value, dtype=torch.float32)
+    return tensors
