@@ -252,7 +252,9 @@ class Trainer:
         global_load = self.global_load(batch, share)
         sums = Sums()
         for number, micro in enumerate(batch):
+            last = number == len(batch) - 1
             output = parallel.forward(
+                last,
                 input_ids=micro.input_ids,
                 targets=micro.targets,
                 document_ids=micro.document_ids,
@@ -260,7 +262,7 @@ class Trainer:
                 num_items_in_batch=self.tokens_per_step,
                 global_load=global_load,
             )
-            parallel.micro_step(output.loss, last=number == len(batch) - 1)
+            parallel.micro_step(output.loss, last)
             self.collect(sums, output, share)
         sums.add("stop", float(self.stop.requested))
         sums.add("save", float(self.minutes_have_passed()))
