@@ -8,6 +8,7 @@ budget and a branch leaves it where its cool-down begins.
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from rich.table import Table
 from data_prep.settings import UserError, read_yaml, run_command
 from model.config import MoRConfig
 from model.flops import CONVENTIONS, training_flops
-from pretrain.config import make_model_config
+from pretrain.config import LLAMA_FIELDS, make_model_config
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,14 @@ def disagreements(plans: Sequence[Plan]) -> list[str]:
 
 def read_model(path: str | Path) -> MoRConfig:
     """The configuration in a YAML file of MoRConfig fields. Raises UserError that names the file and the field."""
+    fields = read_yaml(path)
+    known = [*LLAMA_FIELDS, *MoRConfig.__annotations__]
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
+            raise UserError(f"{path}: unknown key {key!r}; nearest valid: {', '.join(near)}")
     try:
-        return make_model_config(read_yaml(path))
+        return make_model_config(fields)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -228,7 +235,13 @@ def _whole(text: str) -> int:
             return int(value)
     except InvalidOperation:
         pass
-    raise argparse.ArgumentTypeError(f"{text!r} is no positive number of FLOPs, for instance 16.5e18")
+    raise argparse.ArgumentTypeError(f"{text!r} is no positive number, for instance 16.5e18")
+
+
+def _positive(text: str) -> int:
+    if text.isdecimal() and int(text) > 0:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -237,12 +250,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--models", nargs="+", required=True, metavar="YAML", help="files of MoRConfig fields, configs/model/*.yaml")
     add("--budgets", nargs="+", required=True, type=_whole, metavar="FLOPS", help="FLOP budgets, for instance 2e18")
     add("--convention", choices=CONVENTIONS, default="exact", help="how FLOPs are counted (default: exact)")
-    add("--sequence-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
-    add("--batch-size", type=int, default=1024, help="sequences per step (default: 1024)")
+    add("--sequence-length", type=_positive, default=2048, help="tokens of a sequence (default: 2048)")
+    add("--batch-size", type=_positive, default=1024, help="sequences per step (default: 1024)")
     add("--warmup", type=float, default=0.05, help="warm-up, share of the smallest budget's steps (default: 0.05)")
     add("--decay", type=float, default=0.2, help="cool-down, share of each budget's steps (default: 0.2)")
-    add("--rate", type=float, help="executed FLOP/s that one GPU reaches, for hours")
-    add("--gpus", type=int, default=1, help="GPUs, for wall-clock hours (default: 1)")
+    add("--rate", type=_whole, help="executed FLOP/s that one GPU reaches, for hours")
+    add("--gpus", type=_positive, default=1, help="GPUs, for wall-clock hours (default: 1)")
     add("--json", action="store_true", help="print a list of objects")
     return parser
 

@@ -13,25 +13,27 @@ BATCH, LENGTH = 2, 14
 KV = ("recursion_wise", "shared", "shared_update")
 EXPERT, TOKEN = {"num_recursions": 3, "routing": "expert_choice"}, {"num_recursions": 3, "routing": "token_choice"}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RECURSIVE = {"num_recursions": 3}
+SEQUENCE = RECURSIVE | {"sharing": "middle_sequence"}
+CYCLE = {"sharing": "cycle", "num_hidden_layers": 3}
+ROUTERS = ("linear", "mlp", "wide_mlp", "random")
 CASES: list[dict] = [
     {},
     {"num_key_value_heads": 4, "tie_word_embeddings": False, "head_dim": 10},
-    *({"num_recursions": 3, "sharing": "middle_" + map_, "kv_strategy": kv} for map_ in ("cycle", "sequence") for kv in KV[:2]),
-    *({"num_recursions": 2, "num_hidden_layers": 4, "sharing": map_, "kv_strategy": "shared"} for map_ in ("cycle", "sequence")),
-    {"num_recursions": 3, "share_norms": False},
-    *(EXPERT | {"kv_strategy": kv, "router": router} for kv in KV for router in ("linear", "mlp", "wide_mlp", "random")),
-    *(TOKEN | {"kv_strategy": kv, "router": router} for kv in KV for router in ("linear", "mlp", "random")),
-    *(EXPERT | {"selection": "aux_router", "router": router} for router in ("linear", "mlp")),
+    *(fields | {"kv_strategy": kv} for fields in (RECURSIVE, SEQUENCE, RECURSIVE | CYCLE) for kv in KV[:2]),
+    SEQUENCE | {"sharing": "sequence", "num_hidden_layers": 3, "kv_strategy": "shared"},
+    RECURSIVE | {"share_norms": False},
+    *(routed | {"kv_strategy": kv, "router": name} for routed in (EXPERT, TOKEN) for kv in KV for name in ROUTERS),
+    *(EXPERT | {"selection": "aux_router", "router": name} for name in ("linear", "mlp")),
     EXPERT | {"selection": "none", "gating": "additive"},
-    EXPERT | {"kv_strategy": "shared", "capacity_factors": [0.8, 0.5, 0.2]},
-    EXPERT | {"capacity_factors": [0.8, 0.5, 0.2]},
-    EXPERT | {"sharing": "cycle", "num_hidden_layers": 3, "z_loss_coefficient": 0.1},
+    *(EXPERT | {"kv_strategy": kv, "capacity_factors": [0.8, 0.5, 0.2]} for kv in KV),
+    EXPERT | CYCLE | {"z_loss_coefficient": 0.1},
     TOKEN | {"router_activation": "sigmoid", "balancing": "loss_free", "gating": "additive"},
-    TOKEN | {"sharing": "cycle", "num_hidden_layers": 3, "balancing": "loss_free"},
+    TOKEN | CYCLE | {"balancing": "loss_free"},
     *(EXPERT | {"relaxation": kind, "lora_targets": PROJECTIONS, "lora_rank": 3} for kind in ("lora", "dora")),
     TOKEN | {"relaxation": "dora", "lora_dropout": 0.1},
-    *(kind | {"relaxation": "recursion_encoding"} for kind in (EXPERT, {"num_recursions": 3, "sharing": "middle_sequence"})),
-]  # fmt: skip
+    *(fields | {"relaxation": "recursion_encoding"} for fields in (EXPERT, SEQUENCE)),
+]
 
 
 def build(fields: dict) -> MoRForCausalLM:
