@@ -291,8 +291,9 @@ def _begin(parallel: Parallel, partial: Path, state: dict[str, Any]) -> None:
         remove(partial)
         partial.mkdir(parents=True)
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        if hasattr(parallel.module, "config"):
-            (partial / "config.json").write_text(parallel.module.config.to_json_string(), encoding="utf-8")
+        config: Any = getattr(parallel.module, "config", None)
+        if config is not None:
+            (partial / "config.json").write_text(config.to_json_string(), encoding="utf-8")
 
 
 def _digest(parallel: Parallel, folder: Path) -> dict[str, tuple[int, str]]:
@@ -327,7 +328,8 @@ def _together(parallel: Parallel, action: Callable[[], T]) -> T:
 
 def random_state() -> dict[str, Any]:
     """State of this process's generators: python, numpy, torch on the CPU and on the current accelerator."""
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002 (libraries draw from the global generator)
+    numpy_state: Any = np.random.get_state()  # noqa: NPY002 (libraries draw from the global generator)
+    name, keys, *rest = numpy_state
     state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -356,13 +358,13 @@ def named_tensors(parallel: Parallel) -> dict[str, Tensor]:
 
 def _allocate(parallel: Parallel, shapes: dict[str, torch.Size], path: Path) -> None:
     """Check that the checkpoint is of this model, then make room for its optimizer state."""
-    here = {f"model/{name}": tensor.shape for name, tensor in parallel.model_tensors().items()}
+    here = {f"model/{name}": shape for name, shape in parallel.model_shapes().items()}
     there = {name: shape for name, shape in shapes.items() if name.startswith("model/")}
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise UserError(
                 f"{path}: of another model: {name.removeprefix('model/')} is {there.get(name, 'absent')} in the "
-                f"checkpoint and {here.get(name, 'absent')} here; give the configuration it was trained with, or another run_dir"
+                f"checkpoint and {here.get(name, 'absent')} here; give its configuration, or another run_dir"
             )
     states = {}
     for name, shape in shapes.items():

@@ -214,6 +214,9 @@ class Parallel:
         self.module = model.to(self.device)
         self.model = self._wrap(self.module)
         self.optimizer = optimizer_factory(self.module)
+        self._seed_rank()
+
+    def _seed_rank(self) -> None:
         torch.manual_seed(self.seed * 1_000_003 + self.rank + 1)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
@@ -297,6 +300,10 @@ class Parallel:
         tensors.update((name, buffer) for name, buffer in self.module.named_buffers() if name in persistent)
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
+    def model_shapes(self) -> dict[str, torch.Size]:
+        """Whole shapes of `model_tensors`."""
+        return {name: tensor.shape for name, tensor in self.model_tensors().items()}
+
     def optimizer_tensors(self) -> dict[tuple[str, str], Tensor]:
         """Optimizer state by (parameter name, state key), for instance ("lm_head.weight", "exp_avg")."""
         found = {}
@@ -315,6 +322,14 @@ class Parallel:
             parameter = parameters[name]
             zeros = torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape, device=step_device)
             self.optimizer.state[parameter][key] = zeros.detach()
+
+    def save_native(self, folder: Path) -> None:
+        """Write a checkpoint in the strategy's own format, where `checkpoint_format` is not `sharded`."""
+        raise NotImplementedError
+
+    def load_native(self, folder: Path) -> None:
+        """Read a checkpoint in the strategy's own format."""
+        raise NotImplementedError
 
     def set_model_tensor(self, name: str, value: Tensor) -> None:
         """Overwrite a parameter or buffer by its whole value, the same on every rank."""
@@ -346,7 +361,7 @@ class _DDP(Parallel):
         )
 
     def forward(self, last: bool = True, **inputs: Any) -> Any:
-        self.model.require_backward_grad_sync = last  # read by DDP's forward, and not again in the backward
+        self.model.require_backward_grad_sync = last  # type: ignore[assignment]  # read by DDP's forward, and not again in the backward
         return super().forward(**inputs)
 
     def micro_step(self, loss: Tensor, last: bool) -> None:
@@ -393,7 +408,135 @@ class _FSDP2(Parallel):
             unit.reshard()
 
 
-_STRATEGIES: dict[str, type[Parallel]] = {"single": Parallel, "ddp": _DDP, "fsdp2": _FSDP2}
+class _DeepSpeed(Parallel):
+    """ZeRO 1-3. The engine is driven directly: losses arrive scaled, the trainer says which micro-batch is the last."""
+
+    checkpoint_format = "deepspeed"
+
+    def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory) -> None:
+        if self.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        self.module = model.to(self.device)
+        optimizer = optimizer_factory(self.module)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.module, optimizer=optimizer, config=self._configuration(), dist_init_required=False
+        )
+        self.model = self.engine
+        self.stage = int(self.settings.strategy[-1])
+        self._seed_rank()
+
+    def _configuration(self) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": int(self.settings.strategy[-1]), "overlap_comm": self.device.type == "cuda"}
+        if self.settings.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # only its product with the next two is checked
+            "gradient_accumulation_steps": 1,  # boundaries are set by micro_step
+            "zero_optimization": zero,
+            # the trainer's own AdamW; DeepSpeed's would be compiled at start
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            # fp32 weights under autocast, as under the other strategies
+            "torch_autocast": {"enabled": self.precision == "bf16", "dtype": "bfloat16"},
+            "steps_per_print": 2**62,
+        }
+
+    def forward(self, last: bool = True, **inputs: Any) -> Any:
+        return self.engine(**inputs)
+
+    def micro_step(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size)
+
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
+        self.optimizer.clip_grad = max_norm  # type: ignore[attr-defined]
+        self._set_learning_rate(learning_rate)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm()), not self.optimizer.overflow  # type: ignore[attr-defined]
+
+    def model_shapes(self) -> dict[str, torch.Size]:
+        shapes = super().model_shapes()
+        shapes.update((n, p.ds_shape) for n, p in self.module.named_parameters() if hasattr(p, "ds_shape"))
+        return shapes
+
+    def save_native(self, folder: Path) -> None:
+        """Write DeepSpeed's own checkpoint. A rank whose disk is full still meets the others before it raises."""
+        failures: list[Exception] = []
+        write = self.engine.checkpoint_engine.save
+
+        def guarded(*arguments: Any, **keywords: Any) -> None:
+            try:
+                write(*arguments, **keywords)
+            except (OSError, RuntimeError) as failure:
+                failures.append(failure)
+
+        self.engine.checkpoint_engine.save = guarded
+        try:
+            self.engine.save_checkpoint(str(folder), tag=NATIVE_TAG, save_latest=False)
+        finally:
+            del self.engine.checkpoint_engine.save
+        if failures:
+            raise failures[0]
+
+    def load_native(self, folder: Path) -> None:
+        """Read what `save_native` wrote under the same strategy on as many ranks."""
+        self.engine.load_checkpoint(str(folder), tag=NATIVE_TAG)
+
+    def allocate_optimizer_state(self, shapes: Mapping[tuple[str, str], torch.Size]) -> None:
+        zero: Any = self.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        sizes = {key: shape.numel() for (_, key), shape in shapes.items()}
+        for flat in flats:
+            zero.optimizer.state[flat] = {
+                key: torch.zeros(()) if key == "step" else torch.zeros_like(flat) for key in sizes
+            }
+        if self.stage < 3:
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def set_model_tensor(self, name: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        parameter: Any = dict(self.module.named_parameters()).get(name)
+        if parameter is None:
+            self.module.get_buffer(name).copy_(value)
+        elif self.stage == 3:
+            safe_set_local_fp32_param(parameter, self._local(parameter, value))
+            parameter.ds_tensor.data.copy_(self._local(parameter, value))
+        else:
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+
+    def set_optimizer_tensor(self, name: str, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        parameter: Any = self.module.get_parameter(name)
+        if key == "step":  # one for each flat group; all parameters have taken the same steps
+            for state in self.optimizer.optimizer.state.values():  # type: ignore[attr-defined]
+                state["step"].copy_(value)
+        elif self.stage == 3:
+            safe_set_local_optimizer_state(parameter, self._local(parameter, value), key)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _local(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's stretch of a whole tensor, padded as ZeRO-3 pads it."""
+        size = parameter.ds_tensor.ds_numel
+        flat = torch.zeros(size * self.world_size, dtype=value.dtype)
+        flat[: value.numel()] = value.flatten()
+        return flat[self.rank * size : (self.rank + 1) * size].to(parameter.ds_tensor.device)
+
+
+_STRATEGIES: dict[str, type[Parallel]] = {
+    "single": Parallel,
+    "ddp": _DDP,
+    "fsdp2": _FSDP2,
+    "zero1": _DeepSpeed,
+    "zero2": _DeepSpeed,
+    "zero3": _DeepSpeed,
+}
 
 
 def read_deepspeed(folder: Path) -> dict[str, Tensor]:
