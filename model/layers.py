@@ -75,34 +75,47 @@ class Attention(nn.Module):
 
     def forward(
         self, x: Tensor, tokens: Tokens, recursion: int, shared_kv: KeyValue | None, cache=None, depth: int = 0
-    ) -> tuple[Tensor, KeyValue]:
+    ) -> tuple[Tensor, KeyValue | None]:
         """x: [B, K, D] or [N, D] -> the same shape, and the keys and values [B, Hkv, S, Dh] that were attended to.
 
         shared_kv: keys and values of the first recursion; with `kv_strategy` "shared" they replace this recursion's
         own, with "shared_update" the tokens at hand replace theirs for this recursion only.
+        cache: of generation (`model.cache.MoRCache`, or the engine's pool); depth: the effective depth of this use.
         """
+        if cache is not None:
+            return self._cached(x, tokens, recursion, cache, depth)
         query = self._heads(self.q_proj, x, recursion)
-        query = tokens.to_slots(_rotate(query, tokens)).transpose(1, 2)
+        query = tokens.to_slots(_rotate(query, tokens.cos, tokens.sin)).transpose(1, 2)
         if shared_kv is not None and self.config.kv_strategy == "shared":
             key, value = shared_kv
         else:
-            key = tokens.to_slots(_rotate(self._heads(self.k_proj, x, recursion), tokens)).transpose(1, 2)
-            value = tokens.to_slots(self._heads(self.v_proj, x, recursion)).transpose(1, 2)
+            key, value = (tokens.to_slots(y).transpose(1, 2) for y in self._key_value(x, tokens, recursion))
             if shared_kv is not None:
                 key, value = _replace(shared_kv[0], key, tokens), _replace(shared_kv[1], value, tokens)
-            if cache is not None:
-                key, value = cache.update(key, value, depth)
         mixed = attend(query, key, value, tokens.mask, self.config, self.training)
         mixed = tokens.from_slots(mixed.transpose(1, 2).flatten(2))
         return project(self.o_proj, mixed, recursion), (key, value)
+
+    def _cached(self, x: Tensor, tokens: Tokens, recursion: int, cache, depth: int) -> tuple[Tensor, None]:
+        """As `forward`, with keys and values that `cache` stores, finds and shares among recursions."""
+        query = _rotate(self._heads(self.q_proj, x, recursion), tokens.cos, tokens.sin)
+        count = cache.writers(depth, len(x))
+        key, value = self._key_value(x[:count], tokens, recursion) if count else (None, None)
+        mixed = cache.attend(query, key, value, tokens, depth).flatten(-2)
+        return project(self.o_proj, mixed, recursion), None
+
+    def _key_value(self, x: Tensor, tokens: Tokens, recursion: int) -> KeyValue:
+        """Keys and values of the leading tokens x: [B, K, D] or [N, D] -> [..., Hkv, Dh]."""
+        key = self._heads(self.k_proj, x, recursion)
+        return _rotate(key, tokens.cos[: len(x)], tokens.sin[: len(x)]), self._heads(self.v_proj, x, recursion)
 
     def _heads(self, projection: nn.Linear, x: Tensor, recursion: int) -> Tensor:
         return project(projection, x, recursion).unflatten(-1, (-1, self.head_dim))
 
 
-def _rotate(x: Tensor, tokens: Tokens) -> Tensor:
-    """Rotary embedding. x: [..., H, Dh]."""
-    return x * tokens.cos.unsqueeze(-2) + rotate_half(x) * tokens.sin.unsqueeze(-2)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding. x: [..., H, Dh]; cos, sin: [..., Dh]."""
+    return x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)
 
 
 def _replace(shared: Tensor, own: Tensor, tokens: Tokens) -> Tensor:
@@ -172,8 +185,8 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self, x: Tensor, tokens: Tokens, recursion: int, shared_kv: KeyValue | None = None, cache=None, depth: int = 0
-    ) -> tuple[Tensor, KeyValue]:
-        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values that were attended to."""
+    ) -> tuple[Tensor, KeyValue | None]:
+        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values that were attended to (None with a cache)."""
         mixed, kv = self.self_attn(
             _norm(self.input_layernorm, x, recursion), tokens, recursion, shared_kv, cache, depth
         )

@@ -27,6 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.utils import ModelOutput
 
 from model import routing
+from model.cache import MoRCache
 from model.config import MoRConfig
 from model.layers import DecoderLayer, KeyValue, LMHead, Tokens, cross_entropy_sum, chunk_rows, gather_rows
 from model.relaxation import RelaxedLinear
@@ -94,7 +95,8 @@ class Row:
     allowed: Tensor | None = None
     input_ids: Tensor | None = None
     hidden_states: list[Tensor] | None = None
-    cache: Any = None
+    cache: MoRCache | None = None
+    past: int = 0
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add_loss(self, name: str, value: Tensor) -> None:
@@ -183,10 +185,14 @@ class MoRModel(MoRPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        row = self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, past_key_values)
+        mode = self._mode(routing_mode)
+        cache = self._cache(past_key_values, use_cache, mode, document_ids)
+        row = self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, cache)
         if output_hidden_states:
             row.hidden_states = [hidden]
-        hidden, record = self._decode(hidden, row, self._mode(routing_mode), step, global_load)
+        hidden, record = self._decode(hidden, row, mode, step, global_load)
+        if cache is not None:
+            cache.advance(hidden.shape[1])
         hidden = self.norm(hidden)
         if row.hidden_states is not None:
             if self.config.routing == "none":
@@ -194,7 +200,7 @@ class MoRModel(MoRPreTrainedModel):
             row.hidden_states.append(hidden)
         return MoRModelOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            past_key_values=cache,
             hidden_states=tuple(row.hidden_states) if row.hidden_states is not None else None,
             losses={name: torch.stack(values).sum() for name, values in row.losses.items()},
             routing=record,
@@ -218,11 +224,30 @@ class MoRModel(MoRPreTrainedModel):
             )
         return mode
 
+    def _cache(self, cache, use_cache: bool | None, mode: str, document_ids: Tensor | None) -> MoRCache | None:
+        """The cache of this pass. A new one only if `use_cache` asks for it: training and validation keep none."""
+        if cache is None and not use_cache:
+            return None
+        if cache is not None and not isinstance(cache, MoRCache):
+            raise ValueError(f"past_key_values: expected a MoRCache, got {type(cache).__name__}; use MoRCache(config)")
+        if mode == "topk" and self.config.routing == "expert_choice":
+            raise ValueError(
+                "routing_mode: 'topk' looks at tokens to come, so nothing can be cached; use routing_mode='causal', or "
+                "use_cache=False"
+            )
+        if document_ids is not None:
+            raise ValueError("document_ids: a cached row is one document; leave them out, or use_cache=False")
+        return MoRCache(self.config) if cache is None else cache
+
     def _describe(self, hidden, input_ids, attention_mask, position_ids, document_ids, cache) -> Row:
         """Positions, rotary tables and masks, built once and gathered by every recursion."""
         length, device = hidden.shape[1], hidden.device
-        past = cache.get_seq_length() if cache is not None else 0
+        past = cache.begin(hidden.shape[0]) if cache is not None else 0
         real = None if attention_mask is None else attention_mask.bool()
+        if real is not None and real.shape[1] != past + length:
+            raise ValueError(
+                f"attention_mask: covers {real.shape[1]} positions; {past} cached and {length} new ones need {past + length}"
+            )
         if position_ids is None and real is not None:
             position_ids = (real.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
         elif position_ids is None:
@@ -240,7 +265,8 @@ class MoRModel(MoRPreTrainedModel):
             allowed = allowed.expand(hidden.shape[0], -1, -1)
         mask = None if allowed is None else allowed[:, None]
         everyone = Tokens(cos, sin, mask=mask)
-        return Row(everyone, position_ids, real, document_ids, allowed, input_ids, cache=cache)
+        real = None if real is None else real[:, past:]
+        return Row(everyone, position_ids, real, document_ids, allowed, input_ids, cache=cache, past=past)
 
     # Running layers --------------------------------------------------------------------------------------------------
 
@@ -295,7 +321,7 @@ class MoRModel(MoRPreTrainedModel):
         for use in group:
             shared_kv = (kv.get(use.layer) or fresh.get(use.layer)) if sharing and use.recursion else None
             x, own = self.layers[use.layer](x, tokens, use.recursion or 0, shared_kv, cache, use.depth)
-            if sharing and use.recursion == 0:
+            if sharing and use.recursion == 0 and cache is None:
                 fresh[use.layer] = own
             if self.recursion_encoding is not None and use.encoding is not None:
                 x = x * self.recursion_encoding[use.encoding]
@@ -309,8 +335,8 @@ class MoRModel(MoRPreTrainedModel):
         tables = [gather_rows(table.expand(batch, -1, -1), index) for table in (everyone.cos, everyone.sin)]
         return Tokens(tables[0], tables[1], index, used, None, self._mask(row, index, used))
 
-    def _pack(self, row: Row, flat: Tensor, batch: int, length: int) -> Tokens:
-        """Tokens packed over the batch. flat: [N] ascending b * T + t."""
+    def _pack(self, row: Row, flat: Tensor, batch: int, length: int, recursion: int) -> Tokens:
+        """Tokens packed over the batch, which enter a recursion. flat: [N] ascending b * T + t."""
         rows, places = flat // length, flat % length
         counts = torch.bincount(rows, minlength=batch)
         slots = int(counts.max())
@@ -321,7 +347,10 @@ class MoRModel(MoRPreTrainedModel):
             table.expand(batch, -1, -1).flatten(0, 1).index_select(0, flat)
             for table in (row.everyone.cos, row.everyone.sin)
         )
-        return Tokens(cos, sin, index, used, packed, self._mask(row, index, used))
+        tokens = Tokens(cos, sin, index, used, packed)
+        entered = None if row.cache is None else row.cache.enter(recursion, flat, tokens, length)
+        tokens.mask = self._mask(row, index, used) if entered is None else entered
+        return tokens
 
     def _mask(self, row: Row, index: Tensor, used: Tensor | None) -> Tensor | None:
         """Attention mask of selected queries: gathered from the rows of the forward pass. [B, 1, K, S] or None."""
@@ -329,8 +358,8 @@ class MoRModel(MoRPreTrainedModel):
         if row.allowed is None:
             if not shared:
                 return None
-            places = torch.arange(row.everyone.cos.shape[1], device=index.device)
-            return (index[..., None] >= places)[:, None]
+            places = torch.arange(row.past + row.everyone.cos.shape[1], device=index.device)
+            return (index[..., None] + row.past >= places)[:, None]
         allowed = gather_rows(row.allowed, index)
         if not shared:
             allowed = allowed.gather(2, index[:, None].expand(-1, index.shape[1], -1))
@@ -470,10 +499,14 @@ class MoRModel(MoRPreTrainedModel):
             trace.scores.append(logits)
             trace.means.append(logits.mean())
             keep = alive if config.capacity_factors[r] == 1.0 else alive & (decision >= 0)
+            if row.cache is not None and not keep.any():
+                if r == 0 and config.kv_strategy != "recursion_wise":
+                    self._run(segment, hidden, row.everyone, kv, row)  # later tokens look at these keys and values
+                break
             local = _places(keep)
             alive = keep.index_select(0, local)
             flat, state, logits = (x.index_select(0, local) for x in (flat, state, logits))
-            tokens = self._pack(row, flat, batch, length)
+            tokens = self._pack(row, flat, batch, length, r)
             fresh, _ = self._recurse(segment, state, hidden, tokens, logits, kv, row, r)
             # A dummy token, taken where no token is left so that every module runs, changes nothing.
             state = torch.where(alive[:, None], fresh, state)
@@ -499,9 +532,11 @@ class MoRModel(MoRPreTrainedModel):
         last = self._run(recursions[0], hidden, row.everyone, kv, row).flatten(0, 1)
         state, before = last, None
         for r, segment in enumerate(recursions[1:], 1):
+            if row.cache is not None and not (depth > r).any():
+                break
             flat = _places((depth > r).flatten())
             alive = (depth > r).flatten().index_select(0, flat)
-            tokens = self._pack(row, flat, batch, length)
+            tokens = self._pack(row, flat, batch, length, r)
             state = last.index_select(0, flat)
             fresh = self._run(segment, state, tokens, kv, row)
             # A dummy token, taken where no token is left so that every module runs, changes nothing.
@@ -653,6 +688,14 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             losses=losses,
             routing=output.routing,
         )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """`generate` of transformers builds a `MoRCache` in place of its own."""
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(f"cache_implementation: {implementation!r} cannot hold recursions; leave it out")
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = MoRCache(self.config)
 
     def _loss(self, hidden, logits, given, shifted, router_losses, num_items) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss and its terms. given: labels as passed; shifted: [B, T] the token that each position predicts."""

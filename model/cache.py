@@ -1,0 +1,277 @@
+"""Key-value caches for generation: a token holds keys and values only for the recursions that it entered.
+
+Shapes: B batch, T positions at hand, S positions of a row so far (padding included), K query slots of a row, N tokens that
+entered a recursion, packed over the batch, C the most tokens of a row that entered it, H query heads, Hkv key/value heads,
+Dh head dimension.
+
+`MoRCache` is a transformers `Cache`. Layers that see every token are transformers' own `DynamicLayer` [B, Hkv, S, Dh]; layers
+of a routed recursion are `RaggedLayer` [N, Hkv, Dh], whose bookkeeping one `RaggedIndex` per recursion holds. With
+`kv_strategy` "shared" the deeper recursions own nothing and read the first one's layers; with "shared_update" they own the
+keys and values that replace the first one's at the places of the tokens that entered (paper section 2.2.2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from model.config import MoRConfig
+from model.layers import Tokens, attend
+from model.sharing import Application, applications
+
+
+def sees_everyone(use: Application, config: MoRConfig) -> bool:
+    """Whether a layer computes keys and values of every token, at this depth."""
+    if use.recursion is None or config.routing == "none":
+        return True
+    return use.recursion == 0 and (config.routing == "token_choice" or config.kv_strategy != "recursion_wise")
+
+
+def owned_uses(config: MoRConfig) -> list[Application]:
+    """The uses of layers that hold keys and values of their own: all but the deeper recursions of `shared`."""
+    return [use for use in applications(config) if not (config.kv_strategy == "shared" and use.recursion)]
+
+
+def kv_bytes_per_token(config: MoRConfig, bytes_per_value: int) -> int:
+    """Bytes of the keys and values of one token in one layer."""
+    return 2 * config.num_key_value_heads * config.head_dim * bytes_per_value
+
+
+def kv_bytes(config: MoRConfig, entered: list[int], everyone: int, bytes_per_value: int) -> int:
+    """Bytes of keys and values. entered: tokens held per recursion (Nr of them); everyone: tokens held by other layers."""
+    tokens = (everyone if sees_everyone(use, config) else entered[use.recursion or 0] for use in owned_uses(config))
+    return sum(tokens) * kv_bytes_per_token(config, bytes_per_value)
+
+
+class RaggedIndex:
+    """Which tokens a recursion holds: `rows` and `places` [N] in order of arrival, and `table` [B, C] of each row's tokens.
+
+    Places count from 0 over a row, padding included. `valid` [B, C] is False where a row holds fewer than C tokens.
+    """
+
+    def __init__(self) -> None:
+        self.rows = self.places = torch.zeros(0, dtype=torch.long)
+        self.table = self.valid = torch.zeros(0, 0, dtype=torch.long)
+
+    def append(self, rows: Tensor, places: Tensor, batch: int) -> None:
+        """Take in tokens, ascending by place within a row. rows, places: [N]."""
+        self.rows, self.places = torch.cat([self.rows.to(rows), rows]), torch.cat([self.places.to(places), places])
+        self._tabulate(batch)
+
+    def keep(self, chosen: Tensor, rows: Tensor, batch: int) -> None:
+        """Hold the tokens `chosen` [M] alone, as tokens of `rows` [M]."""
+        self.rows, self.places = rows, self.places[chosen]
+        self._tabulate(batch)
+
+    def _tabulate(self, batch: int) -> None:
+        order = torch.sort(self.rows, stable=True).indices
+        counts = torch.bincount(self.rows, minlength=batch)
+        width = int(counts.max()) if batch else 0
+        slots = torch.arange(width, device=order.device)
+        self.valid = slots < counts[:, None]
+        starts = counts.cumsum(0) - counts
+        self.table = (
+            order[(starts[:, None] + slots).clamp(max=max(len(order) - 1, 0))]
+            if len(order)
+            else order.new_zeros(batch, 0)
+        )
+
+    def mask(self, rows_places: Tensor) -> Tensor:
+        """Who may look at whom. rows_places: [B, K] places of the queries -> [B, 1, K, C]."""
+        if not self.table.shape[1]:
+            return self.table.new_zeros(rows_places.shape[0], 1, rows_places.shape[1], 0, dtype=torch.bool)
+        keys = self.places[self.table]
+        return ((keys[:, None] <= rows_places[..., None]) & self.valid[:, None])[:, None]
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values [N, Hkv, Dh] of the tokens that entered one recursion, in one layer."""
+
+    is_croppable = True
+
+    def __init__(self, index: RaggedIndex):
+        super().__init__()
+        self.index = index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:0], value_states[:0]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append [N, Hkv, Dh] in the order of the index; returns everything held."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = torch.cat([self.keys, key_states]), torch.cat([self.values, value_states])
+        return self.keys, self.values
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Everything held as [B, Hkv, C, Dh]; what the index marks invalid repeats some token."""
+        table = self.index.table
+        if table.shape[0] == 1:
+            return self.keys.transpose(0, 1)[None], self.values.transpose(0, 1)[None]
+        return self.keys[table].transpose(1, 2), self.values[table].transpose(1, 2)
+
+    def keep(self, chosen: Tensor) -> None:
+        if self.is_initialized:
+            self.keys, self.values = self.keys[chosen], self.values[chosen]
+
+    def get_seq_length(self) -> int:
+        return self.index.table.shape[1]
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
+class MoRCache(Cache):
+    """Cache of every architecture and KV strategy, for causal routing.
+
+    Rows may be padded on either side: padding takes no place in routed recursions, and is masked elsewhere.
+    """
+
+    def __init__(self, config: MoRConfig):
+        self.config = config
+        self.indices = {r: RaggedIndex() for r in range(config.num_recursions)}
+        layers: list[CacheLayerMixin] = []
+        own: dict[int, int] = {}
+        for use in owned_uses(config):
+            own[use.depth] = len(layers)
+            layers.append(
+                DynamicLayer() if sees_everyone(use, config) else RaggedLayer(self.indices[use.recursion or 0])
+            )
+        super().__init__(layers=layers)
+        first = {use.layer: own[use.depth] for use in reversed(applications(config)) if not use.recursion}
+        # depth -> the layer that it writes (None: none), the layer of the first recursion that it reads (None: not shared)
+        shares = config.kv_strategy != "recursion_wise"
+        self._plan = {
+            use.depth: (own.get(use.depth), first[use.layer] if shares and use.recursion else None)
+            for use in applications(config)
+        }
+        self.batch = 0
+        self.seen = 0
+
+    # What the model calls --------------------------------------------------------------------------------------------
+
+    def begin(self, batch: int) -> int:
+        """Check a forward pass's batch size; returns how many positions of each row came before."""
+        if self.seen and batch != self.batch:
+            raise ValueError(f"past_key_values: holds a batch of {self.batch}, the input has {batch} rows")
+        self.batch = batch
+        return self.seen
+
+    def advance(self, length: int) -> None:
+        """Count the positions of a finished forward pass."""
+        self.seen += length
+
+    def enter(self, recursion: int, flat: Tensor, tokens: Tokens, length: int) -> Tensor | None:
+        """Note which tokens enter a recursion; returns the mask of its queries [B, 1, K, C], None if the keys are shared.
+
+        flat: [N] ascending b * T + t of the tokens at hand; length: T.
+        """
+        assert tokens.index is not None
+        strategy = self.config.kv_strategy
+        if strategy == "recursion_wise" or (strategy == "shared_update" and recursion):
+            self.indices[recursion].append(flat // length, flat % length + self.seen, self.batch)
+        return self.indices[recursion].mask(tokens.index + self.seen) if strategy == "recursion_wise" else None
+
+    def writers(self, depth: int, count: int) -> int:
+        """How many of `count` rows of hidden states, from the first, need keys and values at this depth: all or none."""
+        return count if self._plan[depth][0] is not None else 0
+
+    def attend(self, query: Tensor, key: Tensor | None, value: Tensor | None, tokens: Tokens, depth: int) -> Tensor:
+        """Store this depth's keys and values and attend to all that came before.
+
+        query: [B, K, H, Dh] or [N, H, Dh]; key, value: as query with Hkv heads, None where `writers` is 0.
+        Returns the shape of `query`.
+        """
+        own, first = self._plan[depth]
+        if own is not None:
+            assert key is not None and value is not None
+            if isinstance(self.layers[own], DynamicLayer):
+                key, value = key.transpose(1, 2), value.transpose(1, 2)
+            key, value = self.update(key, value, own)
+            if isinstance(self.layers[own], RaggedLayer):
+                key, value = self.layers[own].padded() if first is None else self._replaced(own, first)
+        else:
+            assert first is not None
+            key, value = self.layers[first].keys, self.layers[first].values
+        query = tokens.to_slots(query).transpose(1, 2)
+        return tokens.from_slots(attend(query, key, value, tokens.mask, self.config, False).transpose(1, 2))
+
+    def _replaced(self, own: int, first: int) -> tuple[Tensor, Tensor]:
+        """The first recursion's keys and values, replaced where a token entered this recursion. [B, Hkv, S, Dh]."""
+        index, deeper, shared = self.layers[own].index, self.layers[own], self.layers[first]
+        key, value = shared.keys.clone(), shared.values.clone()
+        key[index.rows, :, index.places] = deeper.keys
+        value[index.rows, :, index.places] = deeper.values
+        return key, value
+
+    # What transformers calls -----------------------------------------------------------------------------------------
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Positions of each row that were seen, padding included."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    @property
+    def batch_size(self) -> int:
+        return self.batch or -1
+
+    def memory_bytes(self) -> int:
+        """Bytes of the keys and values held."""
+        held = [x for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values)]
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Hold the rows `indices` [B'] in this order; a row may appear more than once."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):
+                layer.batch_select_indices(indices)
+        for r, index in self.indices.items():
+            if not len(index.rows):
+                continue
+            picked = indices.to(index.table.device)
+            valid = index.valid[picked]
+            rows = torch.arange(len(picked), device=valid.device)[:, None].expand_as(valid)[valid]
+            chosen = index.table[picked][valid]
+            index.keep(chosen, rows, len(picked))
+            self._keep(r, chosen)
+        self.batch = len(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(self.batch).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last positions of every row. tokens_to_remove: their number, negative as transformers has it."""
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer):
+                layer.crop(tokens_to_remove)
+        self.seen -= abs(tokens_to_remove)
+        for r, index in self.indices.items():
+            chosen = (index.places < self.seen).nonzero().squeeze(1)
+            index.keep(chosen, index.rows[chosen], self.batch)
+            self._keep(r, chosen)
+
+    def _keep(self, recursion: int, chosen: Tensor) -> None:
+        for layer in self.layers:
+            if isinstance(layer, RaggedLayer) and layer.index is self.indices[recursion]:
+                layer.keep(chosen)
+
+    def reset(self) -> None:
+        super().reset()
+        for r in self.indices:
+            self.indices[r].__init__()  # type: ignore[misc]
+        self.batch = self.seen = 0

@@ -1,0 +1,65 @@
+"""Tiny models of every architecture and KV strategy, with routers whose decisions vary from token to token."""
+
+from __future__ import annotations
+
+import torch
+
+from model.config import MoRConfig
+from model.modeling import MoRForCausalLM
+
+VOCABULARY = 41
+# name -> fields of the configuration, every architecture with every KV strategy that it allows
+VARIANTS: dict[str, dict] = {
+    "vanilla": {"num_recursions": 1},
+    "recursive": {"num_recursions": 3},
+    "recursive-shared": {"num_recursions": 3, "kv_strategy": "shared", "sharing": "middle_sequence"},
+    **{
+        f"{name}-{kv}": {"num_recursions": 3, "kv_strategy": kv, **fields}
+        for name, fields in {
+            "expert": {"routing": "expert_choice"},
+            "expert-aux": {
+                "routing": "expert_choice",
+                "selection": "aux_router",
+                "capacity_factors": [0.8, 0.6, 0.4],
+                "sharing": "cycle",
+                "num_hidden_layers": 6,
+            },
+            "token": {"routing": "token_choice"},
+        }.items()
+        for kv in ("recursion_wise", "shared", "shared_update")
+    },
+    "expert-random": {"num_recursions": 3, "routing": "expert_choice", "router": "random"},
+    "expert-lora": {"num_recursions": 2, "routing": "expert_choice", "relaxation": "lora", "lora_rank": 4},
+    "token-encoding": {"num_recursions": 2, "routing": "token_choice", "relaxation": "recursion_encoding"},
+    "expert-norms": {"num_recursions": 2, "routing": "expert_choice", "share_norms": False},
+}
+
+
+def tiny_config(variant: str, **fields) -> MoRConfig:
+    """hidden 32, 4 heads over 2 key/value heads, vocabulary `VOCABULARY`; at most 8 effective layers."""
+    chosen = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "num_hidden_layers": 2 + 2 * VARIANTS[variant]["num_recursions"],
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "initializer_range": 0.15,
+    }
+    return MoRConfig(**(chosen | VARIANTS[variant] | fields))
+
+
+def tiny_model(variant: str, seed: int = 0, **fields) -> MoRForCausalLM:
+    """An untrained model in fp64, so that the order of additions changes nothing that counts; depths vary over tokens."""
+    torch.manual_seed(seed)
+    model = MoRForCausalLM(tiny_config(variant, **fields)).double().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name:
+                parameter.mul_(8.0)
+            elif "lora_B" in name or "recursion_encoding" in name or ("norm" in name and parameter.dim() == 1):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
