@@ -97,6 +97,7 @@ class Row:
     hidden_states: list[Tensor] | None = None
     cache: MoRCache | None = None
     past: int = 0
+    routing_only: bool = False
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add_loss(self, name: str, value: Tensor) -> None:
@@ -179,15 +180,19 @@ class MoRModel(MoRPreTrainedModel):
         step: int | None = None,
         routing_mode: str | None = None,
         global_load: Tensor | None = None,
+        routing_only: bool = False,
         output_hidden_states: bool | None = None,
     ) -> MoRModelOutput:
         """Shapes and meanings as in `MoRForCausalLM.forward`."""
+        if routing_only and self.config.routing != "token_choice":
+            raise ValueError("routing_only: needs routing 'token_choice', which decides before the first recursion")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mode = self._mode(routing_mode)
         cache = self._cache(past_key_values, use_cache, mode, document_ids)
         row = self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, cache)
+        row.routing_only = routing_only
         if output_hidden_states:
             row.hidden_states = [hidden]
         hidden, record = self._decode(hidden, row, mode, step, global_load)
@@ -246,7 +251,7 @@ class MoRModel(MoRPreTrainedModel):
         real = None if attention_mask is None else attention_mask.bool()
         if real is not None and real.shape[1] != past + length:
             raise ValueError(
-                f"attention_mask: covers {real.shape[1]} positions; {past} cached and {length} new ones need {past + length}"
+                f"attention_mask: covers {real.shape[1]} positions; {past} cached and {length} new make {past + length}"
             )
         if position_ids is None and real is not None:
             position_ids = (real.long().cumsum(1) - 1).clamp(min=0)[:, -length:]
@@ -284,6 +289,8 @@ class MoRModel(MoRPreTrainedModel):
             hidden = self._run(self.segments[0], hidden, row.everyone, {}, row)
         if config.routing == "token_choice":
             hidden, record = self._token_choice(recursions, hidden, row, step, global_load)
+            if row.routing_only:
+                return hidden, record
         elif mode == "topk":
             hidden, record = self._expert_choice(recursions, hidden, row, step)
         else:
@@ -528,6 +535,10 @@ class MoRModel(MoRPreTrainedModel):
         scores = routing.depth_scores(logits, config.router_activation, config.router_alpha)
         choice = self._choose_depth(scores.detach(), step)
         depth = choice + 1 if row.real is None else torch.where(row.real, choice + 1, 0)
+        trace = _Trace(scores=[logits.detach()], means=list(logits.detach().flatten(0, 1).mean(0)))
+        record = self._record(depth, row, trace)
+        if row.routing_only:
+            return hidden, record
         kv: dict[int, KeyValue] = {}
         last = self._run(recursions[0], hidden, row.everyone, kv, row).flatten(0, 1)
         state, before = last, None
@@ -545,8 +556,6 @@ class MoRModel(MoRPreTrainedModel):
         last = last.view(batch, length, width)
         if config.gating == "weighted":
             last = scores.gather(-1, choice[..., None]).to(last.dtype) * last
-        trace = _Trace(scores=[logits.detach()], means=list(logits.detach().flatten(0, 1).mean(0)))
-        record = self._record(depth, row, trace)
         self._token_losses(logits, scores, row, record.load if global_load is None else global_load)
         hidden = hidden + last
         if row.hidden_states is not None:
@@ -632,6 +641,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         routing_mode: str | None = None,
         num_items_in_batch: Tensor | int | None = None,
         global_load: Tensor | None = None,
+        routing_only: bool = False,
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -648,6 +658,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             over this batch, is multiplied by this batch's share of it, so that losses of all micro-batches and ranks
             add up to the mean over the global batch.
         global_load: [Nr] share of tokens per depth in the global batch, for the balancing loss; None: this batch's own.
+        routing_only: token-choice: run the layers before the recursions and the router alone, for `routing`; no loss.
         return_logits: None returns logits unless training with labels; False never makes them.
         """
         if labels is not None and targets is not None:
@@ -665,8 +676,11 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             step=step,
             routing_mode=routing_mode,
             global_load=global_load,
+            routing_only=routing_only,
             output_hidden_states=output_hidden_states,
         )
+        if routing_only:
+            return MoRCausalLMOutput(routing=output.routing)
         given = labels if labels is not None else targets
         if return_logits is None:
             return_logits = given is None or not self.training
