@@ -6,10 +6,10 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -57,6 +57,14 @@ MAY_CHANGE = (
 )
 
 
+def _whole(value: Any) -> Any:
+    """16.5e18 as an integer: pydantic itself refuses floats beyond 64 bits."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Flops = Annotated[int, BeforeValidator(_whole)]
+
+
 class DataSettings(Settings):
     folder: Path = Field(description="prepared folder: manifest.json, train/ and validation/ shards, tokenizer.json")
     prepare: Path | None = Field(
@@ -68,7 +76,7 @@ class DataSettings(Settings):
 
 
 class BudgetSettings(Settings):
-    flops: int | list[int] | None = Field(
+    flops: Flops | list[Flops] | None = Field(
         default=None,
         description="training FLOPs after which the run ends; a list trains one trunk and a cool-down branch for each",
     )
@@ -230,7 +238,7 @@ class ExperimentSettings(Settings):
         for key in fields:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
-                raise ValueError(f"unknown key 'model.{key}'; nearest valid: {', '.join(near)}")
+                raise ValueError(f"unknown key {key!r}; nearest valid: {', '.join(near)}")
         make_model_config(fields)
         return fields
 
@@ -251,7 +259,7 @@ def make_model_config(fields: dict[str, Any]) -> MoRConfig:
     try:
         return MoRConfig(**fields)
     except StrictDataclassError as error:
-        raise ValueError(f"model: {' '.join(str(error.__cause__ or error).split())}") from None
+        raise ValueError(" ".join(str(error.__cause__ or error).split())) from None
 
 
 def resolve_model(settings: ExperimentSettings, manifest: Manifest) -> MoRConfig:
@@ -268,7 +276,10 @@ def resolve_model(settings: ExperimentSettings, manifest: Manifest) -> MoRConfig
             f"{manifest.folder}"
         )
     manifest.check_model(manifest.vocab_size, settings.batch.sequence_length or manifest.sequence_length)
-    return make_model_config(fields)
+    try:
+        return make_model_config(fields)
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
 
 
 def micro_size_of(batch: BatchSettings, world_size: int) -> int:

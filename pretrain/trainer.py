@@ -286,13 +286,13 @@ class Trainer:
         load: Tensor | float = 0.0
         with torch.no_grad():
             for micro in batch:
-                routing = self.parallel.forward(
+                output = self.parallel.forward(
                     input_ids=micro.input_ids,
                     document_ids=micro.document_ids,
                     step=self.state.step,
                     routing_only=True,
                 )
-                load = load + routing.load * share
+                load = load + output.routing.load * share
         assert isinstance(load, Tensor)
         return self.parallel.all_reduce(load)
 

@@ -1,0 +1,67 @@
+"""Whole training runs in this process: tiny models on a tiny corpus, seconds each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.settings import build, merge
+from pretrain.config import ExperimentSettings
+from pretrain.data import Manifest
+from pretrain.parallel import Parallel
+from pretrain.trainer import Trainer
+
+TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+ROUTED = {
+    "vanilla": TINY,
+    "recursive": TINY | {"num_recursions": 3},
+    "mor_expert": TINY | {"num_recursions": 3, "routing": "expert_choice"},
+    "mor_token": TINY | {"num_recursions": 3, "routing": "token_choice"},
+}
+
+
+def settings_for(run_dir: Path, data: Path, architecture: str = "mor_expert", **changes: Any) -> ExperimentSettings:
+    """Settings of a tiny run of 8 steps; `changes` are merged into them."""
+    values: dict[str, Any] = {
+        "name": architecture,
+        "run_dir": run_dir,
+        "model": ROUTED[architecture],
+        "data": {"folder": data},
+        "budget": {"steps": 8},
+        "batch": {"size": 4, "micro_size": 4},
+        "precision": "fp32",
+        "evaluation": {"times": 0, "sequences": 4},
+        "tracker": {"mode": "disabled"},
+        "checkpoint": {"asynchronous": False},
+    }
+    return build(ExperimentSettings, merge(values, changes), "test")
+
+
+def trainer_for(settings: ExperimentSettings) -> Trainer:
+    """A trainer on one process."""
+    parallel = Parallel.start(settings.parallel, settings.precision, settings.seed)
+    return Trainer(settings, Manifest.read(settings.data.folder), parallel)
+
+
+def train(settings: ExperimentSettings) -> list[dict[str, Any]]:
+    """Train to the end; returns the lines of metrics.jsonl."""
+    assert trainer_for(settings).run() == 0
+    return read_lines(settings.run_dir)
+
+
+def read_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """All lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def figures(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines without what the clock and the machine decide."""
+    clock = {"seconds", "tokens_per_second", "data_seconds", "memory_bytes", "mfu"}
+    return [{key: value for key, value in line.items() if key not in clock} for line in lines]

@@ -1,0 +1,90 @@
+"""metrics.jsonl survives a kill at any byte; W&B never ends a run; sums are exact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import wandb
+
+from pretrain.metrics import MetricsFile, Sums, Tracker, last_line, tracker_id
+from tests.helpers.experiments import settings_for
+
+
+def write_lines(path: Path, steps: list[int]) -> None:
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+
+
+def steps_of(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_lines_beyond_the_checkpoint_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [1, 2, 3, 4])
+    file = MetricsFile(path, 2)
+    file.write({"step": 3, "loss": 0.1 + 0.2})
+    file.close()
+    assert steps_of(path) == [1, 2, 3]
+    assert last_line(path) == {"step": 3, "loss": 0.1 + 0.2}
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', '{"step": 3}', "\x00\x00\n", "[]\n"])
+def test_a_line_torn_by_a_kill_is_cut(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_lines(path, [1, 2])
+    path.write_text(path.read_text() + torn)
+    MetricsFile(path, 5).close()
+    assert steps_of(path) == [1, 2]
+
+
+def test_what_is_not_finite_becomes_null(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", -1)
+    file.write({"step": 1, "loss": float("nan"), "norm": float("inf")})
+    file.close()
+    assert last_line(tmp_path / "metrics.jsonl") == {"step": 1, "loss": None, "norm": None}
+
+
+def test_sums_keep_large_counts_exact_and_scalars_apart_from_vectors() -> None:
+    parallel: Any = SimpleNamespace(device=torch.device("cpu"), all_reduce=lambda tensor: tensor * 2)
+    sums = Sums()
+    for _ in range(2):
+        sums.add("pairs", torch.tensor([2**40 + 1, 3]))
+        sums.add("loss", torch.tensor(0.5))
+    assert sums.reduce(parallel) == {"pairs": [4.0 * (2**40 + 1), 12.0], "loss": 2.0}
+
+
+def test_tracker_id_survives_a_resume_and_a_lost_folder(tmp_path: Path) -> None:
+    first = tracker_id(tmp_path / "tracker", None)
+    assert tracker_id(tmp_path / "tracker", "other") == first
+    assert tracker_id(tmp_path / "moved", first) == first
+
+
+def test_tracker_out_of_reach_warns_once_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(**_: Any) -> None:
+        raise wandb.errors.UsageError("no API key configured")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    settings = settings_for(tmp_path, tmp_path, tracker={"mode": "online"})
+    tracker = Tracker(settings, tmp_path, "id")
+    tracker.log({"step": 1})
+    tracker.log({"step": 2})
+    tracker.finish()
+    assert capsys.readouterr().err.count("training goes on without it: no API key configured") == 1
+
+
+def test_tracker_offline_uses_flops_as_the_x_axis(tmp_path: Path) -> None:
+    tracker = Tracker(settings_for(tmp_path, tmp_path, tracker={"mode": "offline"}), tmp_path, "abc123")
+    tracker.log({"step": 1, "flops": 10, "loss": 1.5, "depth_shares": [0.5, 0.5]})
+    tracker.finish()
+    wandb.teardown()  # the file is written by another process, which this waits for
+    (record,) = tmp_path.glob("wandb/offline-run-*/run-abc123.wandb")
+    content = record.read_bytes()
+    assert b"depth_shares/1" in content
+    assert b"flops" in content
