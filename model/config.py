@@ -4,6 +4,7 @@ Names follow the paper (arXiv 2507.10524). Which architecture a configuration de
 `num_recursions` and `routing`, and spelled out by the property `architecture`.
 """
 
+import itertools
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -46,7 +47,7 @@ class MoRConfig(LlamaConfig):
     bias_update_rate: u of the loss-free update b <- b + u * sign(mean load - load).
     balancing_warmup_steps: optimizer steps during which every token takes the full depth.
     z_loss_coefficient: weight of the router z-loss; 0 leaves it out.
-    routing_mode: at evaluation and generation, `causal` (no look-ahead) or `topk` (the paper's; sees the whole sequence).
+    routing_mode: at evaluation and generation, `causal` (no look-ahead) or `topk` (the paper's; sees all of the text).
     relaxation: `lora`, `dora` (per-depth low-rank deltas on shared weights), `recursion_encoding` (a vector per
         recursion that scales the block's output) or `none`.
     lora_rank, lora_alpha, lora_dropout, lora_targets: of `lora` and `dora`; the delta is scaled by alpha / rank.
@@ -104,7 +105,7 @@ class MoRConfig(LlamaConfig):
         super().__post_init__(**kwargs)
 
     def validate_architecture(self):
-        """Refuse configurations that no model can be built from. Raises ValueError with the field and a value that works."""
+        """Refuse configurations that no model can be built from: ValueError with the field and a value that works."""
         self._validate_heads()
         self._validate_depth()
         self._validate_strategy()
@@ -120,9 +121,10 @@ class MoRConfig(LlamaConfig):
                 f"use {_nearest_divisor(self.hidden_size, self.num_attention_heads)}"
             )
         if self.num_attention_heads % self.num_key_value_heads:
+            works = _nearest_divisor(self.num_attention_heads, self.num_key_value_heads)
             raise ValueError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
-                f"{self.num_attention_heads}; use {_nearest_divisor(self.num_attention_heads, self.num_key_value_heads)}"
+                f"{self.num_attention_heads}; use {works}"
             )
         if self.head_dim % 2:
             raise ValueError(
@@ -180,7 +182,7 @@ class MoRConfig(LlamaConfig):
             )
         if any(not 0.0 < c <= 1.0 for c in capacities):
             raise ValueError(f"capacity_factors: each must lie in (0, 1], got {capacities}; use {default}")
-        if any(later > earlier for earlier, later in zip(capacities, capacities[1:], strict=False)):
+        if any(later > earlier for earlier, later in itertools.pairwise(capacities)):
             falling = sorted(capacities, reverse=True)
             raise ValueError(
                 f"capacity_factors: must not rise, since each recursion chooses among the tokens of the one before, "

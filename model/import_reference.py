@@ -7,9 +7,9 @@ sections `model` (Llama's fields), `recursive`, `kv_sharing`, `relaxation`, `mor
 files and flat.
 
 Their naming, with D layers in a block: a plain or recursive model keeps every depth under `model.layers.<depth>`;
-expert-choice wraps recursion r as `model.layers.<start + r>.block.<0..D-1>` with its own router, token-choice wraps all as
-`model.layers.<start>.block_list.<r>.<0..D-1>`, and PEFT prefixes `base_model.model.`. A shared tensor may stand under one
-of its names or under all; names that should agree and do not are refused.
+expert-choice wraps recursion r as `model.layers.<start + r>.block.<0..D-1>` with its own router, token-choice wraps all
+as `model.layers.<start>.block_list.<r>.<0..D-1>`, and PEFT prefixes `base_model.model.`. A shared tensor may stand under
+one of its names or under all; names that should agree and do not are refused.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class KeyMap:
         self.block = (config.num_hidden_layers - 2 * self.start) // config.num_recursions
 
     def __call__(self, name: str) -> tuple[str, int | None]:
-        """(parameter, index in its first dimension or None). Raises ImportFailure for a name that has no counterpart."""
+        """(parameter, index in its first dimension or None). Raises ImportFailure where the depth does not exist."""
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", plain)
         if match is None:

@@ -1,7 +1,7 @@
 """Start a recursive or Mixture-of-Recursions model from a trained vanilla one ("uptraining", paper section 4.1).
 
-A source layer is a 0-based layer of the vanilla model. Where the depths do not fit, the source is resampled first: layers
-spread evenly over it (over its middle, if the sharing keeps the first and last layer), rounded half to even.
+A source layer is a 0-based layer of the vanilla model. Where the depths do not fit, the source is resampled first:
+layers spread evenly over it (over its middle, if the sharing keeps the first and last layer), rounded half to even.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ def _layout(source_depth: int, config: MoRConfig) -> tuple[int, int, int, list[i
 def source_layers(source_depth: int, config: MoRConfig, strategy: Initialization, seed: int = 0) -> list[list[int]]:
     """Source layers whose mean starts each unique layer of the model that `config` describes.
 
-    stepwise: layers spread evenly; average: all the layers that a shared layer stands in for; lower, upper: the first or
-    last; random: a sorted draw without replacement. Raises ValueError for an unknown strategy or a source too shallow.
+    stepwise: layers spread evenly; average: all the layers that a shared layer stands in for; lower, upper: the first
+    or last; random: a sorted draw without replacement. Raises ValueError for an unknown strategy or a shallow source.
     """
     if strategy not in get_args(Initialization):
         raise ValueError(f"strategy: expected one of {', '.join(get_args(Initialization))}, got {strategy!r}")
@@ -92,8 +92,8 @@ def from_vanilla(
 ) -> MoRForCausalLM:
     """Build the model of `config` from a trained vanilla model (Llama, or this project's vanilla).
 
-    source: model or folder. svd: start LoRA or DoRA deltas from the difference between each depth's original weights and
-    the shared ones, so that with full rank the recursive model equals the (resampled) original.
+    source: model or folder. svd: start LoRA or DoRA deltas from the difference between each depth's original weights
+    and the shared ones, so that with full rank these projections equal the (resampled) original's.
     Routers and recursion encodings start as in a new model. Raises ValueError naming a field on which the two differ.
     """
     if isinstance(source, str):

@@ -140,6 +140,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, confi
     grouped = config.num_attention_heads != config.num_key_value_heads
     causal = mask is None and query.shape[2] > 1
     if config._attn_implementation != "eager":
+        if grouped and mask is not None and query.is_cuda:
+            # The memory-efficient kernel takes a mask but no groups; without this the product would be materialised.
+            repeats = query.shape[1] // key.shape[1]
+            key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
@@ -186,7 +190,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, tokens: Tokens, recursion: int, shared_kv: KeyValue | None = None, cache=None, depth: int = 0
     ) -> tuple[Tensor, KeyValue | None]:
-        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values that were attended to (None with a cache)."""
+        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values that were attended to (without a cache)."""
         mixed, kv = self.self_attn(
             _norm(self.input_layernorm, x, recursion), tokens, recursion, shared_kv, cache, depth
         )
@@ -234,7 +238,7 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
-    """Head and cross-entropy in one, chunk by chunk; gradients are made in the forward pass, so nothing is recomputed."""
+    """Head and cross-entropy chunk by chunk; gradients are made in the forward pass, so nothing is recomputed."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -249,7 +253,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             total = total + ((log_sum - logits.gather(-1, label)) * counted).sum()
             # Gradient of the sum: softmax minus one-hot.
             grad = (logits - log_sum).exp_()
-            grad = grad.scatter_add_(-1, label, grad.new_full((1, 1), -1.0).expand_as(label)) * counted
+            grad = grad.scatter_add_(-1, label, grad.new_full((1, 1), -1.0).expand_as(label)).mul_(counted)
             grad = grad.to(weight.dtype)
             grads_x.append(grad @ weight)
             grad_weight += grad.T @ part

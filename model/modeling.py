@@ -10,9 +10,10 @@ A shared layer is one module that is called at every depth of its `sharing` map;
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from transformers.utils import ModelOutput
 from model import routing
 from model.cache import MoRCache
 from model.config import MoRConfig
-from model.layers import DecoderLayer, KeyValue, LMHead, Tokens, cross_entropy_sum, chunk_rows, gather_rows
+from model.layers import DecoderLayer, KeyValue, LMHead, Tokens, chunk_rows, cross_entropy_sum, gather_rows
 from model.relaxation import RelaxedLinear
 from model.routing import Router, RoutingRecord
 from model.sharing import Application, applications, num_unique_layers, segments
@@ -111,8 +112,8 @@ class MoRPreTrainedModel(PreTrainedModel):
     config: MoRConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -224,8 +225,8 @@ class MoRModel(MoRPreTrainedModel):
             and config.router != "random"
         ):
             raise ValueError(
-                "routing_mode: 'causal' needs a router that was trained to decide without looking ahead, and selection is "
-                "'none'; use routing_mode='topk', or train with selection 'aux_loss' or 'aux_router'"
+                "routing_mode: 'causal' needs a router that was trained to decide without looking ahead, and selection "
+                "is 'none'; use routing_mode='topk', or train with selection 'aux_loss' or 'aux_router'"
             )
         return mode
 
@@ -276,7 +277,7 @@ class MoRModel(MoRPreTrainedModel):
     # Running layers --------------------------------------------------------------------------------------------------
 
     def _decode(self, hidden: Tensor, row: Row, mode: str, step: int | None, global_load: Tensor | None):
-        """[B, T, D] -> [B, T, D] and the routing record. Unshared layers, then recursions by their routing, then the rest."""
+        """[B, T, D] -> [B, T, D] and the routing record: unshared layers, then recursions by their routing."""
         config, record = self.config, None
         if config.routing == "none":
             kv: dict[int, KeyValue] = {}
@@ -345,7 +346,7 @@ class MoRModel(MoRPreTrainedModel):
     def _pack(self, row: Row, flat: Tensor, batch: int, length: int, recursion: int) -> Tokens:
         """Tokens packed over the batch, which enter a recursion. flat: [N] ascending b * T + t."""
         rows, places = flat // length, flat % length
-        counts = torch.bincount(rows, minlength=batch)
+        counts = flat.new_zeros(batch).index_add(0, rows, torch.ones_like(rows))
         slots = int(counts.max())
         packed = rows * slots + torch.arange(len(flat), device=flat.device) - (counts.cumsum(0) - counts)[rows]
         index = flat.new_zeros(batch * slots).index_copy(0, packed, places).view(batch, slots)
@@ -383,7 +384,8 @@ class MoRModel(MoRPreTrainedModel):
         kept = factors[recursion] / (factors[recursion - 1] if recursion else 1.0)
         logits = routing.random_logits(row.input_ids, row.positions, recursion, 1).squeeze(-1)
         # Shifted so that a score of at least 0, the causal decision, comes with the share that the capacity keeps.
-        logits = logits - torch.logit(torch.tensor(1.0 - min(kept, 1.0 - 1e-6)))
+        left_out = max(1.0 - kept, 1e-6)
+        logits = logits - math.log(left_out / (1.0 - left_out))
         if flat_or_index is None:
             return logits.expand(x.shape[0], -1)
         if x.dim() == 2:
@@ -403,7 +405,7 @@ class MoRModel(MoRPreTrainedModel):
 
     def _expert_choice(self, recursions, hidden: Tensor, row: Row, step: int | None):
         """Each recursion takes the top-k of the tokens of the recursion before (eq. 2.1), at fixed shapes."""
-        config, (batch, length) = self.config, hidden.shape[:2]
+        batch, length = hidden.shape[:2]
         state, index, used, documents = hidden, None, row.real, row.documents
         if row.real is not None:
             # Padding goes last, so that slots stay causal whichever side it is on.
@@ -415,9 +417,7 @@ class MoRModel(MoRPreTrainedModel):
         kv: dict[int, KeyValue] = {}
         trace = _Trace()
         for r, segment in enumerate(recursions):
-            factor = routing.capacity(
-                config.capacity_factors[r], step if self.training else None, config.capacity_warmup_steps
-            )
+            factor = self._capacity(r, step)
             slots = routing.selection_size(factor, length)
             size = slots if lengths is None else ((lengths * factor).long()).clamp(min=1).minimum(lengths)
             logits = self._logits("routers", r, state, row, index)
@@ -433,10 +433,7 @@ class MoRModel(MoRPreTrainedModel):
                 index = local if index is None else index.gather(1, local)
                 used = None if used is None else chosen.gather(1, local)
                 documents = None if documents is None else documents.gather(1, local)
-            if index is not None:
-                tokens = self._select(row, index, used)
-            else:
-                tokens = row.everyone
+            tokens = row.everyone if index is None else self._select(row, index, used)
             state, hidden = self._recurse(segment, state, hidden, tokens, logits, kv, row, r)
             ran = torch.ones_like(logits, dtype=torch.long) if used is None else used.long()
             depth = depth + ran if index is None else depth.scatter_add(1, index, ran)
@@ -446,6 +443,14 @@ class MoRModel(MoRPreTrainedModel):
             if row.hidden_states is not None:
                 row.hidden_states.append(hidden)
         return hidden, self._record(depth, row, trace)
+
+    def _capacity(self, recursion: int, step: int | None) -> float:
+        config = self.config
+        final = config.capacity_factors[recursion]
+        if not self.training or config.capacity_warmup_steps == 0:
+            # Without a look at the step: a compiled model would be specialised to it.
+            return final
+        return routing.capacity(final, step, config.capacity_warmup_steps)
 
     def _recurse(self, segment, state, hidden, tokens: Tokens, logits, kv, row: Row, recursion: int):
         """Run one recursion on the selected tokens; returns their new states and the hidden states of all."""
@@ -526,7 +531,7 @@ class MoRModel(MoRPreTrainedModel):
     # Token-choice ----------------------------------------------------------------------------------------------------
 
     def _token_choice(self, recursions, hidden: Tensor, row: Row, step: int | None, global_load: Tensor | None):
-        """Each token chooses its depth once (eq. 2.2); the output of its last recursion, gated, is added to its state."""
+        """Each token chooses its depth once (eq. 2.2); its last recursion's output, gated, is added to its state."""
         config, (batch, length, width) = self.config, hidden.shape
         if config.router == "random":
             logits = routing.random_logits(row.input_ids, row.positions, 0, config.num_recursions).expand(batch, -1, -1)
@@ -541,7 +546,6 @@ class MoRModel(MoRPreTrainedModel):
             return hidden, record
         kv: dict[int, KeyValue] = {}
         last = self._run(recursions[0], hidden, row.everyone, kv, row).flatten(0, 1)
-        state, before = last, None
         for r, segment in enumerate(recursions[1:], 1):
             if row.cache is not None and not (depth > r).any():
                 break
@@ -563,8 +567,9 @@ class MoRModel(MoRPreTrainedModel):
         return hidden, record
 
     def _choose_depth(self, scores: Tensor, step: int | None) -> Tensor:
-        """0-based depth of every token, [B, T]: the best score plus the loss-free bias; all the deepest during warm-up."""
-        if self.training and step is not None and step < self.config.balancing_warmup_steps:
+        """0-based depth of every token, [B, T]: the best score plus bias; the deepest for all during warm-up."""
+        warmup = self.config.balancing_warmup_steps if self.training else 0
+        if warmup > 0 and step is not None and step < warmup:
             return scores.new_full(scores.shape[:2], self.config.num_recursions - 1, dtype=torch.long)
         return (scores if self.router_bias is None else scores + self.router_bias).argmax(-1)
 
@@ -615,7 +620,7 @@ def _places(active: Tensor) -> Tensor:
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     """The language model: decoder, head, losses."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MoRConfig):
         super().__init__(config)
@@ -623,6 +628,24 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = LMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, but weights of another architecture are refused instead of being made up.
+
+        Raises ValueError naming what the folder lacks or has too much, unless `output_loading_info` asks for that list.
+        """
+        if kwargs.get("output_loading_info"):
+            return super().from_pretrained(*args, **kwargs)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            names = sorted(map(str, info[kind]))
+            if names and not (kind == "mismatched_keys" and kwargs.get("ignore_mismatched_sizes")):
+                raise ValueError(
+                    f"{args[0] if args else 'weights'}: not the weights of this {model.config.architecture} model, "
+                    f"{len(names)} {kind.replace('_', ' ')}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+                )
+        return model
 
     def forward(
         self,
@@ -652,11 +675,11 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         labels: [B, T], -100 ignored; the model shifts them (position t predicts labels t+1).
         targets: [B, T], labels already shifted; exclusive with `labels`.
         document_ids: [B, T] non-decreasing; tokens attend, and compete for slots, within their document only.
-        step: optimizer step, needed while a warm-up of the configuration runs; None: warm-ups are over.
+        step: optimizer steps done before this one, needed while a warm-up runs; None: warm-ups are over.
         routing_mode: overrides `config.routing_mode` at evaluation; training always selects by top-k.
-        num_items_in_batch: number of labels of the global batch. The LM sum is divided by it, and every other loss, a mean
-            over this batch, is multiplied by this batch's share of it, so that losses of all micro-batches and ranks
-            add up to the mean over the global batch.
+        num_items_in_batch: number of labels of the global batch. The LM sum is divided by it, and every other loss, a
+            mean over this batch, is multiplied by this batch's share of it, so that the losses of all micro-batches
+            and ranks add up to the mean over the global batch.
         global_load: [Nr] share of tokens per depth in the global batch, for the balancing loss; None: this batch's own.
         routing_only: token-choice: run the layers before the recursions and the router alone, for `routing`; no loss.
         return_logits: None returns logits unless training with labels; False never makes them.

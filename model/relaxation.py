@@ -58,7 +58,7 @@ class RelaxedLinear(nn.Linear):
 
     @torch.no_grad()
     def fit_delta(self, recursion: int, target: Tensor) -> None:
-        """Set A and B of one recursion so that the effective weight comes as near to `target` [O, I] as the rank allows.
+        """Set A and B of one recursion: the effective weight comes as near to `target` [O, I] as the rank allows.
 
         Truncated SVD of target - weight (arXiv 2410.20672, section 3.3), divided by the scaling that forward applies.
         """
@@ -75,7 +75,7 @@ class RelaxedLinear(nn.Linear):
 def make_projection(
     config: MoRConfig, name: str, in_features: int, out_features: int, bias: bool, shared: bool
 ) -> nn.Linear:
-    """A projection of one layer: relaxed if its layer is shared and the configuration relaxes projections of this name."""
+    """A projection of one layer, relaxed if its layer is shared and the configuration names it."""
     if shared and config.relaxation in ("lora", "dora") and name in config.lora_targets:
         return RelaxedLinear(in_features, out_features, bias, config)
     return nn.Linear(in_features, out_features, bias=bias)

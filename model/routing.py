@@ -1,8 +1,8 @@
-"""Routing: each equation of the paper (arXiv 2507.10524, section 2.2.1) in one function, and the record of what was routed.
+"""Routing: each equation of the paper (arXiv 2507.10524, section 2.2.1) in one function, and the record of a pass.
 
 Shapes: B batch, T positions, C candidates of a recursion, K tokens it selects, N tokens packed over the batch,
 D hidden size, Nr recursions. Recursions count from 0 in the code (the paper's r - 1).
-Scores are fp32 whatever the model's precision: in bf16, alpha * sigmoid(s) takes a handful of values and ties would decide.
+Scores are fp32 whatever the model's precision: in bf16, alpha * sigmoid(s) takes a handful of values, and ties decide.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Router(nn.Module):
 def random_logits(input_ids: Tensor | None, positions: Tensor, recursion: int, outputs: int) -> Tensor:
     """Logits of the control without a router: uniform numbers' logits, [B, T, outputs].
 
-    A hash of token, position and recursion stands for the dice, so that the choice sees nothing of the text around, is the
-    same when a block is recomputed, and does not depend on padding, batch or later tokens.
+    A hash of token, position and recursion stands for the dice, so that the choice sees nothing of the text around, is
+    the same when a block is recomputed, and does not depend on padding, batch or later tokens.
     """
     seed = positions * 2654435761 + (recursion + 1) * 40503
     if input_ids is not None:
@@ -55,11 +55,11 @@ def random_logits(input_ids: Tensor | None, positions: Tensor, recursion: int, o
     return torch.logit(uniform).float()
 
 
-# Expert-choice ------------------------------------------------------------------------------------------------------------
+# Expert-choice --------------------------------------------------------------------------------------------------------
 
 
 def capacity(final: float, step: int | None, warmup_steps: int) -> float:
-    """Capacity factor at an optimizer step: c + (1 - c) * (1 + cos(pi * min(1, step / warmup))) / 2; None: warm-up is over."""
+    """Capacity factor at a step: c + (1 - c) * (1 + cos(pi * min(1, step / warmup))) / 2; None: warm-up is over."""
     if step is None or warmup_steps <= 0:
         return final
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / warmup_steps)))
@@ -96,8 +96,8 @@ def document_quota(documents: Tensor, size: Tensor | int, offered: Tensor | int)
 def selected_mask(logits: Tensor, documents: Tensor | None, used: Tensor | None, size: Tensor | int) -> Tensor:
     """Top-k of the raw scores, per document. logits: [B, C] -> bool [B, C]; ties go to the earlier token.
 
-    documents: [B, C] non-decreasing or None for one; used: [B, C], False for padding, which is never selected and stands
-    last; size: tokens to select in a row, a number or [B, 1].
+    documents: [B, C] non-decreasing or None for one; used: [B, C], False for padding, which is never selected and
+    stands last; size: tokens to select in a row, a number or [B, 1].
     """
     if used is not None:
         logits = logits.masked_fill(~used, -torch.inf)
@@ -133,7 +133,7 @@ def selection_loss(logits: Tensor, selected: Tensor, used: Tensor | None) -> Ten
     return masked_mean(loss, used)
 
 
-# Token-choice -------------------------------------------------------------------------------------------------------------
+# Token-choice ---------------------------------------------------------------------------------------------------------
 
 
 def depth_scores(logits: Tensor, activation: str, alpha: float) -> Tensor:
@@ -156,7 +156,7 @@ def bias_step(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return bias + rate * torch.sign(load.mean() - load)
 
 
-# Both ---------------------------------------------------------------------------------------------------------------------
+# Both -----------------------------------------------------------------------------------------------------------------
 
 
 def z_loss(logits: Tensor, used: Tensor | None) -> Tensor:
@@ -186,7 +186,7 @@ class RoutingRecord:
 
     depth: [B, T] recursions that each token executed, 0 .. Nr; 0 for padding.
     counts: [B, Nr] queries per sequence and recursion.
-    pairs: [B, Nr] causal (query, key) pairs that attention covers per sequence and recursion, document boundaries ignored.
+    pairs: [B, Nr] causal (query, key) pairs that attention covers per sequence and recursion, documents ignored.
     load: [Nr] share of tokens per depth (token-choice), or share that entered each recursion (expert-choice).
     statistics: scalars by name. Expert-choice: `selection_accuracy` (how often the causal decision agrees with top-k),
         `score_mean_r`, `entered_r`. Token-choice: `max_violation`, `entropy`, `score_mean_r`. Both: `dead_token_share`,

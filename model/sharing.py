@@ -14,7 +14,7 @@ class Application:
 
     depth: position among the L effective layers.
     layer: index of the unique layer.
-    recursion: 0-based recursion that the use belongs to; None for the unshared first and last layer and in vanilla models.
+    recursion: 0-based recursion that the use belongs to; None for unshared layers.
     encoding: index of the recursion encoding that scales the output of this use; None: none does.
     """
 

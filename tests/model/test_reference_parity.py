@@ -1,7 +1,7 @@
 """Numbers of the authors' implementation, case by case.
 
-Each case pins one setting: logits in train and eval mode, each loss term, gradients, selected tokens, depth shares, hidden
-states after each recursion, initialisation maps, LoRA, recursion encoding, and a few real optimizer steps. Cases under
+Each case pins one setting: logits in train and eval mode, each loss term, gradients, selected tokens, depth shares,
+hidden states after each recursion, initialisation maps, LoRA, recursion encoding, and a few optimizer steps. Cases under
 MOR_REFERENCE_CASES (default ../shared/reference_cases) run beside a small set kept in this repository. Every case goes
 through `python -m model.import_reference`.
 """
@@ -200,7 +200,7 @@ def test_token_choice_scores(folder: Path, tmp_path: Path):
     close(scores if bias is None else scores + bias, case.expected("eval", "topk_scores"), "topk_scores", **LOGITS)
 
 
-# Initialisation from a vanilla model, relaxation ---------------------------------------------------------------------------
+# Initialisation from a vanilla model, relaxation ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("folder", [p for p in select("e") if "maps" in Case.read(p.values[0]).info])
@@ -255,7 +255,7 @@ def test_relaxation(folder: Path, tmp_path: Path):
     assert compare_parameters(model, case.gradients(), True, lambda a, b, name: close(a, b, name, **GRADIENTS)) >= 3
 
 
-# Optimizer steps -----------------------------------------------------------------------------------------------------------
+# Optimizer steps ------------------------------------------------------------------------------------------------------
 
 
 def optimizers(case: Case, model: MoRForCausalLM) -> list[torch.optim.AdamW]:
