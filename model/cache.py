@@ -1,16 +1,18 @@
 """Key-value caches for generation: a token holds keys and values only for the recursions that it entered.
 
-Shapes: B batch, T positions at hand, S positions of a row so far (padding included), K query slots of a row, N tokens that
-entered a recursion, packed over the batch, C the most tokens of a row that entered it, H query heads, Hkv key/value heads,
-Dh head dimension.
+Shapes: B batch, T positions at hand, S positions of a row so far (padding included), K query slots of a row, N tokens
+that entered a recursion, packed over the batch, C the most tokens of a row that entered it, H query heads,
+Hkv key/value heads, Dh head dimension.
 
-`MoRCache` is a transformers `Cache`. Layers that see every token are transformers' own `DynamicLayer` [B, Hkv, S, Dh]; layers
-of a routed recursion are `RaggedLayer` [N, Hkv, Dh], whose bookkeeping one `RaggedIndex` per recursion holds. With
-`kv_strategy` "shared" the deeper recursions own nothing and read the first one's layers; with "shared_update" they own the
-keys and values that replace the first one's at the places of the tokens that entered (paper section 2.2.2).
+`MoRCache` is a transformers `Cache`. Layers that see every token are transformers' own `DynamicLayer` [B, Hkv, S, Dh];
+layers of a routed recursion are `RaggedLayer` [N, Hkv, Dh], whose bookkeeping one `RaggedIndex` per recursion holds.
+With `kv_strategy` "shared" the deeper recursions own nothing and read the first one's layers; with "shared_update" they
+own the keys and values that replace the first one's at the places of the tokens that entered (paper section 2.2.2).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,22 +37,27 @@ def owned_uses(config: MoRConfig) -> list[Application]:
 
 def kv_bytes_per_token(config: MoRConfig, bytes_per_value: int) -> int:
     """Bytes of the keys and values of one token in one layer."""
+    assert config.num_key_value_heads is not None and config.head_dim is not None
     return 2 * config.num_key_value_heads * config.head_dim * bytes_per_value
 
 
 def kv_bytes(config: MoRConfig, entered: list[int], everyone: int, bytes_per_value: int) -> int:
-    """Bytes of keys and values. entered: tokens held per recursion (Nr of them); everyone: tokens held by other layers."""
+    """Bytes of keys and values. entered: tokens held per recursion (Nr); everyone: tokens held by the other layers."""
     tokens = (everyone if sees_everyone(use, config) else entered[use.recursion or 0] for use in owned_uses(config))
     return sum(tokens) * kv_bytes_per_token(config, bytes_per_value)
 
 
 class RaggedIndex:
-    """Which tokens a recursion holds: `rows` and `places` [N] in order of arrival, and `table` [B, C] of each row's tokens.
+    """Which tokens a recursion holds: `rows` and `places` [N] in order of arrival.
 
-    Places count from 0 over a row, padding included. `valid` [B, C] is False where a row holds fewer than C tokens.
+    `table` [B, C] lists each row's tokens; `valid` [B, C] is False where a row holds fewer than C. Places count from 0
+    over a row, padding included.
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
         self.rows = self.places = torch.zeros(0, dtype=torch.long)
         self.table = self.valid = torch.zeros(0, 0, dtype=torch.long)
 
@@ -71,24 +78,21 @@ class RaggedIndex:
         slots = torch.arange(width, device=order.device)
         self.valid = slots < counts[:, None]
         starts = counts.cumsum(0) - counts
-        self.table = (
-            order[(starts[:, None] + slots).clamp(max=max(len(order) - 1, 0))]
-            if len(order)
-            else order.new_zeros(batch, 0)
-        )
+        last = max(len(order) - 1, 0)
+        self.table = order[(starts[:, None] + slots).clamp(max=last)] if width else order.new_zeros(batch, 0)
 
-    def mask(self, rows_places: Tensor) -> Tensor:
-        """Who may look at whom. rows_places: [B, K] places of the queries -> [B, 1, K, C]."""
-        if not self.table.shape[1]:
-            return self.table.new_zeros(rows_places.shape[0], 1, rows_places.shape[1], 0, dtype=torch.bool)
+    def mask(self, places: Tensor) -> Tensor:
+        """Who may look at whom. places: [B, K] places of the queries -> [B, 1, K, C]."""
         keys = self.places[self.table]
-        return ((keys[:, None] <= rows_places[..., None]) & self.valid[:, None])[:, None]
+        return ((keys[:, None] <= places[..., None]) & self.valid[:, None])[:, None]
 
 
 class RaggedLayer(CacheLayerMixin):
     """Keys and values [N, Hkv, Dh] of the tokens that entered one recursion, in one layer."""
 
     is_croppable = True
+    keys: Any
+    values: Any
 
     def __init__(self, index: RaggedIndex):
         super().__init__()
@@ -137,10 +141,12 @@ class MoRCache(Cache):
     Rows may be padded on either side: padding takes no place in routed recursions, and is masked elsewhere.
     """
 
+    layers: list[Any]
+
     def __init__(self, config: MoRConfig):
         self.config = config
         self.indices = {r: RaggedIndex() for r in range(config.num_recursions)}
-        layers: list[CacheLayerMixin] = []
+        layers: list[Any] = []
         own: dict[int, int] = {}
         for use in owned_uses(config):
             own[use.depth] = len(layers)
@@ -149,7 +155,7 @@ class MoRCache(Cache):
             )
         super().__init__(layers=layers)
         first = {use.layer: own[use.depth] for use in reversed(applications(config)) if not use.recursion}
-        # depth -> the layer that it writes (None: none), the layer of the first recursion that it reads (None: not shared)
+        # depth -> the layer that it writes (or None), the layer of the first recursion that it reads (or None)
         shares = config.kv_strategy != "recursion_wise"
         self._plan = {
             use.depth: (own.get(use.depth), first[use.layer] if shares and use.recursion else None)
@@ -172,7 +178,7 @@ class MoRCache(Cache):
         self.seen += length
 
     def enter(self, recursion: int, flat: Tensor, tokens: Tokens, length: int) -> Tensor | None:
-        """Note which tokens enter a recursion; returns the mask of its queries [B, 1, K, C], None if the keys are shared.
+        """Note which tokens enter a recursion; returns its queries' mask [B, 1, K, C], None if keys are shared.
 
         flat: [N] ascending b * T + t of the tokens at hand; length: T.
         """
@@ -183,7 +189,7 @@ class MoRCache(Cache):
         return self.indices[recursion].mask(tokens.index + self.seen) if strategy == "recursion_wise" else None
 
     def writers(self, depth: int, count: int) -> int:
-        """How many of `count` rows of hidden states, from the first, need keys and values at this depth: all or none."""
+        """How many of `count` rows of hidden states, from the first, store keys and values at this depth."""
         return count if self._plan[depth][0] is not None else 0
 
     def attend(self, query: Tensor, key: Tensor | None, value: Tensor | None, tokens: Tokens, depth: int) -> Tensor:
@@ -273,5 +279,5 @@ class MoRCache(Cache):
     def reset(self) -> None:
         super().reset()
         for r in self.indices:
-            self.indices[r].__init__()  # type: ignore[misc]
+            self.indices[r].clear()
         self.batch = self.seen = 0

@@ -53,7 +53,7 @@ def tiny_config(variant: str, **fields) -> MoRConfig:
 
 
 def tiny_model(variant: str, seed: int = 0, **fields) -> MoRForCausalLM:
-    """An untrained model in fp64, so that the order of additions changes nothing that counts; depths vary over tokens."""
+    """An untrained model in fp64, where the order of additions changes nothing that counts; depths vary over tokens."""
     torch.manual_seed(seed)
     model = MoRForCausalLM(tiny_config(variant, **fields)).double().eval()
     with torch.no_grad():

@@ -1,6 +1,8 @@
-"""Caches: one pass, token by token, in chunks, in a batch, padded on either side: the same logits and the same depths."""
+"""Caches: at once, token by token, in chunks, in a batch, padded on either side: the same logits and depths."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from model.cache import MoRCache, kv_bytes, owned_uses, sees_everyone
 from tests.helpers.tiny import VARIANTS, VOCABULARY, tiny_model
 
 LOGITS = {"rtol": 1e-5, "atol": 1e-6}  # router scores are fp32 in a model that is fp64 elsewhere
-LAW = settings(deadline=None, max_examples=4, derandomize=True)
+LAW = settings(deadline=None, max_examples=2, derandomize=True)
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
@@ -45,12 +47,12 @@ def cut(length: int, seed: int) -> list[int]:
     """A random partition of `length`."""
     cuts = torch.randperm(length - 1, generator=torch.Generator().manual_seed(seed))[: seed % length] + 1
     edges = [0, *sorted(cuts.tolist()), length]
-    return [b - a for a, b in zip(edges, edges[1:])]
+    return [b - a for a, b in pairwise(edges)]
 
 
 @variants
 @LAW
-@given(seed=st.integers(0, 10**6), batch=st.integers(1, 3), length=st.integers(2, 14))
+@given(seed=st.integers(0, 10**6), batch=st.integers(1, 3), length=st.integers(2, 10))
 def test_cached_equals_uncached_token_by_token_and_in_any_chunks(variant, seed, batch, length):
     model, ids = tiny_model(variant, seed % 5), random_ids(seed, batch, length)
     logits, depth = at_once(model, ids)
@@ -62,7 +64,7 @@ def test_cached_equals_uncached_token_by_token_and_in_any_chunks(variant, seed, 
 
 @variants
 @LAW
-@given(seed=st.integers(0, 10**6), short=st.integers(1, 9), long=st.integers(9, 13), left=st.booleans())
+@given(seed=st.integers(0, 10**6), short=st.integers(1, 7), long=st.integers(7, 10), left=st.booleans())
 def test_padding_and_company_change_nothing(variant, seed, short, long, left):
     model = tiny_model(variant, seed % 5)
     rows = [random_ids(seed, 1, short), random_ids(seed + 1, 1, long)]
@@ -78,11 +80,9 @@ def test_padding_and_company_change_nothing(variant, seed, short, long, left):
         assert torch.equal(depth[i, real], alone_depth[0])
 
 
-@variants
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith(("expert", "token"))])
 def test_depths_vary_so_that_the_laws_mean_something(variant):
     model = tiny_model(variant, 1)
-    if model.config.routing == "none":
-        pytest.skip("nothing is routed")
     depth = at_once(model, random_ids(1, 2, 40))[1]
     assert len(depth.unique()) >= 2
 
@@ -95,9 +95,9 @@ def test_memory_is_what_was_entered(variant):
     config = model.config
     entered = [int((depth > r).sum()) for r in range(config.num_recursions)]
     assert cache.memory_bytes() == kv_bytes(config, entered, 23, bytes_per_value=8)
-    by_hand = sum(
-        23 if sees_everyone(use, config) else entered[use.recursion or 0] for use in owned_uses(config)
-    ) * (2 * 2 * 8 * 8)
+    by_hand = sum(23 if sees_everyone(use, config) else entered[use.recursion or 0] for use in owned_uses(config)) * (
+        2 * 2 * 8 * 8
+    )
     assert cache.memory_bytes() == by_hand
     if config.routing != "none" and config.kv_strategy == "recursion_wise":
         assert by_hand < 23 * config.num_hidden_layers * 2 * 2 * 8 * 8
@@ -123,7 +123,7 @@ def test_rows_can_be_reordered_repeated_and_cropped(variant):
 def test_agreement_holds_after_training_in_fp32(variant):
     model = tiny_model(variant, 4).float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(15):
+    for step in range(8):
         ids = random_ids(step, 4, 24)
         loss = model(ids, labels=ids).loss
         optimizer.zero_grad()
@@ -140,7 +140,7 @@ def test_agreement_holds_after_training_in_fp32(variant):
 
 def test_what_cannot_be_cached_is_refused():
     model, ids = tiny_model("expert-recursion_wise"), random_ids(0, 2, 6)
-    with pytest.raises(ValueError, match="routing_mode.*causal"):
+    with pytest.raises(ValueError, match=r"routing_mode.*causal"):
         model(ids, use_cache=True, routing_mode="topk")
     with pytest.raises(ValueError, match="document_ids"):
         model(ids, use_cache=True, document_ids=torch.zeros_like(ids))
