@@ -418,6 +418,8 @@ class _DeepSpeed(Parallel):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
 
+        if self.device.type == "cpu":  # its shared-memory collectives would be compiled at start; gloo serves
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.module = model.to(self.device)
         optimizer = optimizer_factory(self.module)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
