@@ -120,16 +120,15 @@ class MoRConfig(LlamaConfig):
                 f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
                 f"use {_nearest_divisor(self.hidden_size, self.num_attention_heads)}"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
-            works = _nearest_divisor(self.num_attention_heads, self.num_key_value_heads)
+        kv_heads, head_dim = self.num_key_value_heads or 0, self.head_dim or 0
+        if kv_heads < 1 or self.num_attention_heads % kv_heads:
+            works = _nearest_divisor(self.num_attention_heads, kv_heads)
             raise ValueError(
-                f"num_key_value_heads: {self.num_key_value_heads} does not divide num_attention_heads "
+                f"num_key_value_heads: {kv_heads} does not divide num_attention_heads "
                 f"{self.num_attention_heads}; use {works}"
             )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head_dim: rotary positions need an even number, got {self.head_dim}; use {self.head_dim + 1}"
-            )
+        if head_dim % 2:
+            raise ValueError(f"head_dim: rotary positions need an even number, got {head_dim}; use {head_dim + 1}")
 
     def _validate_depth(self):
         if self.num_recursions < 1:
@@ -175,7 +174,7 @@ class MoRConfig(LlamaConfig):
 
     def _validate_capacities(self):
         default = [round((self.num_recursions - r) / self.num_recursions, 4) for r in range(self.num_recursions)]
-        capacities = list(self.capacity_factors)
+        capacities = list(self.capacity_factors or ())
         if len(capacities) != self.num_recursions:
             raise ValueError(
                 f"capacity_factors: {len(capacities)} values for num_recursions {self.num_recursions}; use {default}"

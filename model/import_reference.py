@@ -8,8 +8,8 @@ files and flat.
 
 Their naming, with D layers in a block: a plain or recursive model keeps every depth under `model.layers.<depth>`;
 expert-choice wraps recursion r as `model.layers.<start + r>.block.<0..D-1>` with its own router, token-choice wraps all
-as `model.layers.<start>.block_list.<r>.<0..D-1>`, and PEFT prefixes `base_model.model.`. A shared tensor may stand under
-one of its names or under all; names that should agree and do not are refused.
+as `model.layers.<start>.block_list.<r>.<0..D-1>`, and PEFT prefixes `base_model.model.`. A shared tensor may stand
+under one of its names or under all; names that should agree and do not are refused.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ layers spread evenly over it (over its middle, if the sharing keeps the first an
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -109,7 +109,8 @@ def from_vanilla(
     if svd and config.relaxation not in ("lora", "dora"):
         raise ValueError(f"svd: needs relaxation 'lora' or 'dora', the configuration has {config.relaxation!r}")
     weights = source.state_dict()
-    model = MoRForCausalLM(config).to(source.dtype)
+    model: Any = MoRForCausalLM(config)
+    model = model.to(source.dtype)
     origins = source_layers(theirs.num_hidden_layers, config, strategy, seed)
     state = model.state_dict()
     for name, parameter in state.items():

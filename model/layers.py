@@ -65,9 +65,10 @@ class Attention(nn.Module):
     def __init__(self, config: MoRConfig, shared: bool):
         super().__init__()
         self.config = config
-        self.head_dim = config.head_dim
+        self.head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
         hidden, bias = config.hidden_size, config.attention_bias
-        heads, kv_heads = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        heads = config.num_attention_heads * self.head_dim
+        kv_heads = (config.num_key_value_heads or config.num_attention_heads) * self.head_dim
         self.q_proj = make_projection(config, "q_proj", hidden, heads, bias, shared)
         self.k_proj = make_projection(config, "k_proj", hidden, kv_heads, bias, shared)
         self.v_proj = make_projection(config, "v_proj", hidden, kv_heads, bias, shared)
@@ -136,7 +137,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, confi
 
     Without a mask it is causal, which needs K = S, or one query that sees everything.
     """
-    dropout = config.attention_dropout if training else 0.0
+    dropout = float(config.attention_dropout or 0.0) if training else 0.0
     grouped = config.num_attention_heads != config.num_key_value_heads
     causal = mask is None and query.shape[2] > 1
     if config._attn_implementation != "eager":

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -112,8 +112,8 @@ class MoRPreTrainedModel(PreTrainedModel):
     config: MoRConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 (transformers declares it as an instance's)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
 
     @torch.no_grad()
@@ -131,6 +131,18 @@ class MoRPreTrainedModel(PreTrainedModel):
             if module.router_bias is not None:
                 nn.init.zeros_(module.router_bias)
 
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        """The standard switch of transformers: recompute each block, non-reentrant."""
+        if every_n_layers != 1:
+            raise ValueError(
+                f"every_n_layers: layers that are shared are recomputed alike; use 1, got {every_n_layers}"
+            )
+        decoder = self if isinstance(self, MoRModel) else self.model
+        decoder.gradient_checkpointing = enable
+        decoder.recompute = "block" if enable else "none"
+
 
 class MoRModel(MoRPreTrainedModel):
     """Embedding, the decoder in its sharing and routing, and the final norm."""
@@ -144,6 +156,9 @@ class MoRModel(MoRPreTrainedModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.segments = segments(config)
+        self.capacities = list(config.capacity_factors or ())
+        self.activation, self.alpha = str(config.router_activation), float(config.router_alpha or 0.0)
+        self.router_bias: Tensor | None
         encodings = sum(use.encoding is not None for use in uses) if config.relaxation == "recursion_encoding" else 0
         self.recursion_encoding = nn.Parameter(torch.empty(encodings, config.hidden_size)) if encodings else None
         self._make_routers(config)
@@ -161,12 +176,6 @@ class MoRModel(MoRPreTrainedModel):
             self.aux_routers = nn.ModuleList(Router(config, 1, tempered=False) for _ in range(config.num_recursions))
         bias = torch.zeros(config.num_recursions) if token and config.balancing == "loss_free" else None
         self.register_buffer("router_bias", bias)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
 
     def forward(
         self,
@@ -380,8 +389,7 @@ class MoRModel(MoRPreTrainedModel):
         """Raw fp32 scores of the candidates. x: [B, C, D] or [N, D] -> [B, C] or [N]."""
         if self.config.router != "random":
             return getattr(self, routers)[recursion](x).squeeze(-1)
-        factors = self.config.capacity_factors
-        kept = factors[recursion] / (factors[recursion - 1] if recursion else 1.0)
+        kept = self.capacities[recursion] / (self.capacities[recursion - 1] if recursion else 1.0)
         logits = routing.random_logits(row.input_ids, row.positions, recursion, 1).squeeze(-1)
         # Shifted so that a score of at least 0, the causal decision, comes with the share that the capacity keeps.
         left_out = max(1.0 - kept, 1e-6)
@@ -398,7 +406,7 @@ class MoRModel(MoRPreTrainedModel):
             return x + y
         if self.config.router == "random":
             logits = torch.zeros_like(logits)
-        gate = routing.gate(logits, self.config.router_activation, self.config.router_alpha)
+        gate = routing.gate(logits, self.activation, self.alpha)
         return x + gate[..., None].to(y.dtype) * y
 
     # Expert-choice ---------------------------------------------------------------------------------------------------
@@ -446,7 +454,7 @@ class MoRModel(MoRPreTrainedModel):
 
     def _capacity(self, recursion: int, step: int | None) -> float:
         config = self.config
-        final = config.capacity_factors[recursion]
+        final = self.capacities[recursion]
         if not self.training or config.capacity_warmup_steps == 0:
             # Without a look at the step: a compiled model would be specialised to it.
             return final
@@ -510,7 +518,7 @@ class MoRModel(MoRPreTrainedModel):
             decision = logits if routers == "routers" else self._logits(routers, r, state, row, flat)
             trace.scores.append(logits)
             trace.means.append(logits.mean())
-            keep = alive if config.capacity_factors[r] == 1.0 else alive & (decision >= 0)
+            keep = alive if self.capacities[r] == 1.0 else alive & (decision >= 0)
             if row.cache is not None and not keep.any():
                 if r == 0 and config.kv_strategy != "recursion_wise":
                     self._run(segment, hidden, row.everyone, kv, row)  # later tokens look at these keys and values
@@ -537,7 +545,7 @@ class MoRModel(MoRPreTrainedModel):
             logits = routing.random_logits(row.input_ids, row.positions, 0, config.num_recursions).expand(batch, -1, -1)
         else:
             logits = self.routers[0](hidden)
-        scores = routing.depth_scores(logits, config.router_activation, config.router_alpha)
+        scores = routing.depth_scores(logits, self.activation, self.alpha)
         choice = self._choose_depth(scores.detach(), step)
         depth = choice + 1 if row.real is None else torch.where(row.real, choice + 1, 0)
         trace = _Trace(scores=[logits.detach()], means=list(logits.detach().flatten(0, 1).mean(0)))
@@ -620,7 +628,7 @@ def _places(active: Tensor) -> Tensor:
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     """The language model: decoder, head, losses."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: MoRConfig):
         super().__init__(config)
@@ -637,7 +645,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         """
         if kwargs.get("output_loading_info"):
             return super().from_pretrained(*args, **kwargs)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             names = sorted(map(str, info[kind]))
             if names and not (kind == "mismatched_keys" and kwargs.get("ignore_mismatched_sizes")):
@@ -777,10 +786,3 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         if policy not in get_args(RecomputePolicy):
             raise ValueError(f"recompute: expected one of {', '.join(get_args(RecomputePolicy))}, got {policy!r}")
         self.model.recompute = policy
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint
-    ) -> None:
-        """The standard switch of transformers: recompute each block, non-reentrant."""
-        self.model.gradient_checkpointing = enable
-        self.set_recompute("block" if enable else "none")

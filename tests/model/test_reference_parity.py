@@ -1,7 +1,7 @@
 """Numbers of the authors' implementation, case by case.
 
 Each case pins one setting: logits in train and eval mode, each loss term, gradients, selected tokens, depth shares,
-hidden states after each recursion, initialisation maps, LoRA, recursion encoding, and a few optimizer steps. Cases under
+hidden states after each recursion, initialisation maps, LoRA, recursion encoding, a few optimizer steps. Cases under
 MOR_REFERENCE_CASES (default ../shared/reference_cases) run beside a small set kept in this repository. Every case goes
 through `python -m model.import_reference`.
 """
