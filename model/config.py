@@ -4,10 +4,13 @@ Names follow the paper (arXiv 2507.10524). Which architecture a configuration de
 `num_recursions` and `routing`, and spelled out by the property `architecture`.
 """
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
@@ -103,6 +106,7 @@ class MoRConfig(LlamaConfig):
                 (self.num_recursions - r) / self.num_recursions for r in range(self.num_recursions)
             ]
         super().__post_init__(**kwargs)
+        self.validate_architecture()
 
     def validate_architecture(self):
         """Refuse configurations that no model can be built from: ValueError with the field and a value that works."""
@@ -203,6 +207,22 @@ class MoRConfig(LlamaConfig):
         if self.routing == "token_choice":
             return "mor_token"
         return "recursive" if self.num_recursions > 1 else "vanilla"
+
+
+def _raise_value_errors(init: Callable[..., None]) -> Callable[..., None]:
+    """Field checks of `strict` raise an error of their own kind; users get a ValueError for every wrong field alike."""
+
+    @functools.wraps(init)
+    def wrapped(self, *args, **kwargs):
+        try:
+            init(self, *args, **kwargs)
+        except StrictDataclassError as error:
+            raise ValueError(str(error)) from None
+
+    return wrapped
+
+
+MoRConfig.__init__ = _raise_value_errors(MoRConfig.__init__)  # type: ignore[method-assign]
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
