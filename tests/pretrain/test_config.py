@@ -72,7 +72,9 @@ def test_budgets_must_rise_and_share_a_plateau(path: Path) -> None:
 def test_print_config_explains_every_key(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     print_config(read_settings(path, ["model.num_recursions=3"]))
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = [
+        [cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line
+    ]
     table = {row[0]: row[1:] for row in rows if row[0]}
     assert table["model.num_recursions"][0] == "3"
     assert table["model.kv_strategy"][0] == "'recursion_wise' (default)"
