@@ -169,13 +169,15 @@ def _members(item: Fetched) -> Iterator[tuple[str, bytes]]:
 def _deb_members(item: Fetched, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
     command = ["dpkg-deb", "--fsys-tarfile", str(item.path)]
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process,
+            tarfile.open(fileobj=process.stdout, mode="r|") as archive,
+        ):
+            yield from _tar_members(archive, pattern)
     except FileNotFoundError:
         raise UserError(f"{item.path}: dpkg-deb, which reads Debian packages, is not installed") from None
-    with process, tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-        yield from _tar_members(archive, pattern)
-    if process.returncode != 0:
-        raise UserError(f"{item.path}: dpkg-deb cannot read it; delete the file and run again")
+    except tarfile.ReadError:
+        raise UserError(f"{item.path}: dpkg-deb cannot read it; delete the file and run again") from None
 
 
 def _tar_members(archive: tarfile.TarFile, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:

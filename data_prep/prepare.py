@@ -81,7 +81,7 @@ def _finished(settings: DataSettings, folder: Path) -> dict[str, Any] | None:
     """The manifest, if the folder is finished; raise UserError if it is of another configuration."""
     manifest = read_manifest(folder)
     if manifest is not None:
-        _check_same(manifest["source"], settings, folder)
+        _check_same(manifest["source"], settings, f"{folder}:")
         shutil.rmtree(folder / "work", ignore_errors=True)  # left by a process killed after the manifest was written
     return manifest
 
@@ -95,13 +95,13 @@ def _explain(error: OSError, folder: Path) -> UserError:
     return UserError(f"{error.filename or folder}: {error.strerror or error}")
 
 
-def _check_same(stated: dict[str, Any], settings: DataSettings, folder: Path) -> None:
-    """Raise UserError naming the keys in which the folder's configuration differs from the settings."""
+def _check_same(stated: dict[str, Any], settings: DataSettings, what: str) -> None:
+    """Raise UserError naming the keys in which the configuration of `what` differs from the settings."""
     mine = settings.content()
     different = sorted(key for key in mine.keys() | stated.keys() if mine.get(key) != stated.get(key))
     if different:
         changes = "; ".join(f"{key}: {stated.get(key)!r} there, {mine.get(key)!r} asked for" for key in different)
-        raise UserError(f"{folder}: belongs to another configuration ({changes}); choose another folder or delete it")
+        raise UserError(f"{what} belongs to another configuration ({changes}); delete the folder or choose another")
 
 
 @contextmanager
@@ -144,11 +144,12 @@ class _Preparation:
         corpus = open_corpus(self.settings)
         if state.exists():
             stated = json.loads(state.read_text(encoding="utf-8"))
-            _check_same(stated["settings"], self.settings, self.folder)
+            _check_same(stated["settings"], self.settings, f"{self.folder}: unfinished work there")
             if stated["inputs"] == corpus.inputs and stated["modified"] == corpus.modified:
                 return corpus
             console.print("the corpus changed since the interrupted preparation; starting anew")
-            shutil.rmtree(self.work)
+            for path in self.work.iterdir():
+                path.unlink()
         content = self.settings.content()
         write_json(state, {"settings": content, "inputs": corpus.inputs, "modified": corpus.modified})
         return corpus
@@ -194,7 +195,7 @@ class _Preparation:
         workers = self.settings.workers or len(os.sched_getaffinity(0))
         result = encode_split(self.work / f"{split}.spans", files, self.work / f"{split}.tokens", workers)
         rate = result["new_tokens"] / max(result["seconds"], 1e-9)
-        console.print(f"tokenize {split}: {result['tokens']:,} tokens, {rate:,.0f} tokens/s, {workers} workers")
+        console.print(f"tokenize {split}: {result['tokens']:,} tokens, {rate:,.0f} tokens/s")
         width = self.settings.sequence_length + 1
         if result["tokens"] < width:
             raise UserError(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import csv
 import glob
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +13,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
-import zstandard
 from pyarrow import parquet
 
 from data_prep import packages
 from data_prep.config import DataSettings
 from data_prep.documents import Record, cut_position
+from data_prep.files import CHUNK
 from data_prep.settings import UserError
 from data_prep.synthetic import synthetic_documents
 
@@ -31,7 +29,7 @@ _SUFFIXES = {
     "parquet": (".parquet",),
 }
 _BOM = b"\xef\xbb\xbf"
-_READ_ERRORS = (OSError, EOFError, zlib.error, zstandard.ZstdError, pyarrow.ArrowInvalid)
+_READ_ERRORS = (OSError, pyarrow.ArrowInvalid)
 
 
 @dataclass(frozen=True)
@@ -98,12 +96,9 @@ def _read_files(paths: list[Path], settings: DataSettings) -> Iterator[Record]:
 def _open(path: Path) -> Iterator[BinaryIO]:
     """Open a plain, .gz or .zst file for reading, past a byte order mark."""
     with path.open("rb") as raw:
-        if path.suffix == ".gz":
-            stream: Any = gzip.GzipFile(fileobj=raw)
-        elif path.suffix == ".zst":
-            stream = io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
-        else:
-            stream = raw
+        # Arrow's decompression refuses a truncated file, which zstandard's reader takes for a short one.
+        compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+        stream: Any = io.BufferedReader(pyarrow.input_stream(raw, compression=compression)) if compression else raw
         if stream.peek(3)[:3] == _BOM:
             stream.read(3)
         yield stream
@@ -115,7 +110,7 @@ def _read_text(path: Path, settings: DataSettings) -> Iterator[Record]:
     limit = 2 * settings.max_document_bytes
     buffer, number, continues = bytearray(), 1, False
     with _open(path) as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(CHUNK):
             searched = max(0, len(buffer) - len(delimiter))
             buffer += chunk
             while delimiter and (end := buffer.find(delimiter, searched)) >= 0:
@@ -164,9 +159,12 @@ def _read_csv(path: Path, settings: DataSettings) -> Iterator[Record]:
         rows = csv.DictReader(lines, strict=True)
         try:
             for row in rows:
-                yield _from_row(row, f"{path}, line {rows.line_num}", settings)
+                where = f"{path}, line {rows.line_num}"
+                if row.get(settings.source.field, "") is None:
+                    raise UserError(f"{where}: fewer fields than the header has")
+                yield _from_row(row, where, settings)
         except csv.Error as error:
-            raise UserError(f"{path}, line {rows.line_num}: not CSV: {error}") from None
+            raise UserError(f"{path}, line {rows.reader.line_num}: not CSV: {error}") from None
 
 
 def _read_parquet(path: Path, settings: DataSettings) -> Iterator[Record]:
