@@ -1,0 +1,305 @@
+"""Submit a run, a comparison or data preparations to Slurm, after checking that they can work.
+
+python launchers/submit.py --config configs/experiment/NAME.yaml --nodes 2 --gpus-per-node 8 [--dry-run] [key=value ...]
+python launchers/submit.py --compare configs/compare/NAME.yaml --gpus-per-node 1 [--dry-run] [key=value ...]
+python launchers/submit.py --prepare configs/data/ONE.yaml configs/data/TWO.yaml [--dry-run] [key=value ...]
+
+Jobs that depend on each other: the data's preparation where the data is missing; the run, or an array with a task for
+each run of the comparison that is not finished; the comparison's report. `--dry-run` prints the commands, as a shell
+script that would submit the same. Refused, with the numbers: a batch that does not divide among the ranks, and a model
+that does not fit into the GPUs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by path: import from the repository, not from this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from data_prep.settings import UserError, run_command
+from launchers.compare import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare
+from model.memory import Memory, training_memory
+from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
+from pretrain.data import accumulation_steps
+from pretrain.parallel import ParallelSettings, resolve_strategy
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOGS = "runs/slurm"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """One sbatch command, the word `sbatch` left out.
+
+    after: what must have happened before, as in ("afterok", "prepare"): kind of dependency and name of an earlier job.
+    """
+
+    name: str
+    command: list[str]
+    after: tuple[str, str] | None = None
+
+
+# --- what is submitted ------------------------------------------------------------------------------------------
+
+
+def plan_run(options: argparse.Namespace) -> list[Job]:
+    """The jobs of one experiment. Raises UserError where it cannot run on the nodes of the request."""
+    settings = read_settings(options.config, options.overrides)
+    check(settings, options)
+    prepare = prepare_jobs(settings, options)
+    arguments = ["--config", options.config, *options.overrides, world_size(options)]
+    named = [f"--job-name={settings.name}", f"--output={LOGS}/%x-%j.log"]
+    command = [*named, *resources(options), "launchers/pretrain.sbatch", *arguments]
+    return [*prepare, Job("pretrain", command, ("afterok", "prepare") if prepare else None)]
+
+
+def plan_comparison(options: argparse.Namespace) -> list[Job]:
+    """The jobs of a comparison: an array over its unfinished runs and the report. Raises UserError as `plan_run`."""
+    compare, runs = read_comparison(options)
+    missing = [number for number, run in enumerate(runs) if not run.finished()]
+    for number in missing:
+        check(runs[number].settings, options)
+    report = [f"--baseline={compare.baseline}"] if compare.baseline else []
+    report += ["--published"] if compare.published else []
+    report += ["--allow-mixed"] if len({entry.convention for entry in compare.budgets}) > 1 else []
+    report_command = [sys.executable, "pretrain/report.py", str(compare.output), *report]
+    named = [f"--job-name={compare.output.name}", f"--output={LOGS}/%x-%A_%a.log"]
+    tasks = ",".join(map(str, missing)) + (f"%{options.at_once}" if options.at_once else "")
+    jobs = prepare_jobs(runs[0].settings, options) if missing else []
+    if missing:
+        arguments = ["--compare", options.compare, *options.overrides, f"overrides.{world_size(options)}"]
+        array = [*named, f"--array={tasks}", *resources(options), "launchers/compare_array.sbatch", *arguments]
+        jobs.append(Job("compare", array, ("afterok", "prepare") if jobs else None))
+    # afterany: a run that failed is missing from the report, and no reason to have none
+    named = [f"--job-name={compare.output.name}-report", f"--output={LOGS}/%x-%j.log"]
+    command = [*named, *one_node(options), "--time=01:00:00", f"--wrap={shlex.join(report_command)}"]
+    return [*jobs, Job("report", command, ("afterany", "compare") if missing else None)]
+
+
+def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[PlannedRun]]:
+    """The comparison and its runs; the place of a run in the list is its task in the array."""
+    compare = read_compare(Path(options.compare), options.overrides)
+    return compare, plan_runs(compare)
+
+
+def prepare_jobs(settings: ExperimentSettings, options: argparse.Namespace) -> list[Job]:
+    """The job that makes the data's folder, if it is not there. Raises UserError if nothing says how to make it."""
+    data = settings.data
+    if (data.folder / "manifest.json").exists():
+        return []
+    if data.prepare is None:
+        raise UserError(f"{data.folder}: holds no prepared data, and data.prepare does not say how to make it")
+    return [prepare_job(options, [str(data.prepare)], [f"folder={data.folder}"])]
+
+
+def prepare_job(options: argparse.Namespace, configs: Sequence[str], overrides: Sequence[str]) -> Job:
+    """The array that prepares one data configuration a task, on one node each and without GPUs."""
+    named = ["--job-name=prepare", f"--output={LOGS}/%x-%A_%a.log", f"--array=0-{len(configs) - 1}"]
+    time = [f"--time={options.time}"]
+    return Job("prepare", [*named, *one_node(options), *time, "launchers/prepare_array.sbatch", *configs, *overrides])
+
+
+# --- the request ------------------------------------------------------------------------------------------------
+
+
+def check(settings: ExperimentSettings, options: argparse.Namespace) -> None:
+    """Raise UserError where the batch does not divide among the ranks, or the model does not fit into their memory."""
+    micro_size = micro_size_of(settings.batch, ranks(options))
+    accumulation_steps(settings.batch.size, micro_size, ranks(options))
+    memory = estimate(settings, options)
+    if not options.gpus_per_node or memory.total <= options.gpu_memory * GIB:
+        return
+    parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(memory).items() if size >= GIB / 20)
+    raise UserError(
+        f"{settings.name}: a rank needs about {memory.total / GIB:.1f} GiB, a GPU has {options.gpu_memory:g} GiB "
+        f"(--gpu-memory); in GiB: {parts}. This is for {ranks(options)} ranks, strategy "
+        f"{strategy_of(settings, options).strategy}, micro-batches of {micro_size} sequences, recompute "
+        f"{settings.recompute}, {settings.precision}. {what_fits(settings, options)}"
+    )
+
+
+def what_fits(settings: ExperimentSettings, options: argparse.Namespace) -> str:
+    """The single changes of the settings after which the model fits."""
+    micro_size = micro_size_of(settings.batch, ranks(options))
+    changes: dict[str, dict[str, object]] = {
+        "recompute=block": {"recompute": "block"},
+        "parallel=configs/parallel/fsdp2.yaml": {"parallel": ParallelSettings(strategy="fsdp2")},
+    }
+    for smaller in (size for size in range(micro_size - 1, 0, -1) if micro_size % size == 0):
+        changes[f"batch.micro_size={smaller}"] = {"batch": settings.batch.model_copy(update={"micro_size": smaller})}
+    fits = [
+        change
+        for change, update in changes.items()
+        if estimate(settings.model_copy(update=update), options).total <= options.gpu_memory * GIB
+    ]
+    return (
+        f"Each of these would fit: {', '.join(fits)}" if fits else "Combine smaller micro-batches, recompute and fsdp2"
+    )
+
+
+def estimate(settings: ExperimentSettings, options: argparse.Namespace) -> Memory:
+    """Memory of one rank. Raises UserError where the strategy cannot run on these ranks."""
+    parallel, world_size = strategy_of(settings, options), ranks(options)
+    vocab_size, sequence_length = data_shape(settings)
+    fields = {"max_position_embeddings": sequence_length, **settings.model}
+    config = make_model_config(fields if vocab_size is None else fields | {"vocab_size": vocab_size})
+    micro_size = micro_size_of(settings.batch, world_size)
+    assert parallel.strategy != "auto"  # resolve_strategy has settled it
+    return training_memory(
+        config,
+        sequence_length,
+        micro_size,
+        strategy=parallel.strategy,
+        world_size=world_size,
+        shard_size=parallel.shard_size,
+        reshard_after_forward=parallel.reshard_after_forward,
+        offload_optimizer=parallel.offload_optimizer,
+        micro_batches=settings.batch.size // (micro_size * world_size),
+        precision=settings.precision,
+        recompute=settings.recompute,
+        document_masking=settings.data.document_masking,
+    )
+
+
+def strategy_of(settings: ExperimentSettings, options: argparse.Namespace) -> ParallelSettings:
+    """The strategy as torchrun's ranks will settle it."""
+    return resolve_strategy(settings.parallel, {"WORLD_SIZE": str(ranks(options))})
+
+
+def ranks(options: argparse.Namespace) -> int:
+    """Ranks of one run: one a GPU, or one a node on nodes without GPUs."""
+    return options.nodes * max(1, options.gpus_per_node)
+
+
+def world_size(options: argparse.Namespace) -> str:
+    """The override by which a run refuses to start on any other number of ranks than was asked for."""
+    return f"parallel.world_size={ranks(options)}"
+
+
+def resources(options: argparse.Namespace) -> list[str]:
+    """sbatch's options for the nodes of one run."""
+    tasks = max(1, options.gpus_per_node) if options.task_per_gpu else 1
+    given = [f"--nodes={options.nodes}", f"--ntasks-per-node={tasks}"]
+    if options.gpus_per_node:
+        given.append(f"--gpus-per-node={options.gpus_per_node}")
+    if options.cpus_per_gpu:
+        given.append(f"--cpus-per-task={options.cpus_per_gpu * max(1, options.gpus_per_node) // tasks}")
+    return [*given, f"--time={options.time}", f"--signal=B:USR1@{options.grace}", *placement(options)]
+
+
+def one_node(options: argparse.Namespace) -> list[str]:
+    """sbatch's options for a job that needs no GPU."""
+    return ["--nodes=1", "--ntasks=1", *placement(options)]
+
+
+def placement(options: argparse.Namespace) -> list[str]:
+    """sbatch's options for where and on whose account, for every job alike."""
+    named = ("partition", "account", "qos")
+    return [f"--{name}={getattr(options, name)}" for name in named if getattr(options, name)] + options.sbatch
+
+
+# --- submission -------------------------------------------------------------------------------------------------
+
+
+def submit(jobs: Sequence[Job], dry_run: bool) -> None:
+    """Submit the jobs in order, each with its dependency, or print the commands.
+
+    Raises UserError with sbatch's message where it refuses one.
+    """
+    numbers: dict[str, str] = {}
+    if dry_run:
+        print(f"cd {shlex.quote(str(REPOSITORY))} && mkdir -p {LOGS} && export PYTHON={shlex.quote(sys.executable)}")
+    for job in jobs:
+        waits = [f"--dependency={job.after[0]}:{numbers[job.after[1]]}"] if job.after else []
+        if dry_run:
+            numbers[job.name] = f"${job.name}"
+            print(f"{job.name}=$({' '.join(['sbatch --parsable', *waits, shlex.join(job.command)])})")
+        else:
+            numbers[job.name] = call(["sbatch", "--parsable", *waits, *job.command])
+            print(f"{job.name}: job {numbers[job.name]}")
+
+
+def call(command: Sequence[str]) -> str:
+    """Run sbatch from the repository's root; the job's number. Raises UserError where it fails."""
+    (REPOSITORY / LOGS).mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHON": sys.executable}
+    try:
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, text=True, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise UserError("no sbatch here: run this where Slurm is, or add --dry-run") from None
+    if done.returncode:
+        raise UserError(f"{shlex.join(command)}\nsbatch refused it: {done.stderr.strip()}")
+    return done.stdout.strip().partition(";")[0]  # NUMBER, or NUMBER;CLUSTER
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; see its --help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="FILE", help="one experiment, configs/experiment/*.yaml")
+    what.add_argument(
+        "--compare", metavar="FILE", help="a comparison, configs/compare/*.yaml; the request is each run's"
+    )
+    what.add_argument("--prepare", metavar="FILE", nargs="+", help="data, configs/data/*.yaml; a task for each")
+    parser.add_argument("--nodes", type=positive, default=1, help="nodes of a run")
+    parser.add_argument(
+        "--gpus-per-node", type=int, default=8, help="GPUs and ranks of a node; 0: one rank on its CPUs"
+    )
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU")
+    parser.add_argument("--task-per-gpu", action="store_true", help="let Slurm start the ranks, in place of torchrun")
+    parser.add_argument("--cpus-per-gpu", type=positive, help="cores of each rank")
+    parser.add_argument("--time", default="24:00:00", help="time limit of a job; a run goes on in the next one")
+    parser.add_argument("--grace", type=positive, default=300, help="seconds before the limit in which a run may stop")
+    parser.add_argument("--at-once", type=positive, help="runs of a comparison at the same time")
+    for name in ("partition", "account", "qos"):
+        parser.add_argument(f"--{name}", help="as for sbatch")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --sbatch=--mem=0"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
+    parser.add_argument("--print-run", type=int, metavar="N", help="print the arguments of --compare's run N, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    options = parser.parse_intermixed_args(arguments)
+    if options.prepare:  # --prepare takes whatever follows it
+        options.overrides += [item for item in options.prepare if "=" in item]
+        options.prepare = [item for item in options.prepare if "=" not in item]
+    return options
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    options = parse(arguments)
+    os.chdir(REPOSITORY)  # paths in configurations are relative to it
+    if options.print_run is not None:
+        print(*read_comparison(options)[1][options.print_run].arguments, sep="\n")
+    elif options.config:
+        submit(plan_run(options), options.dry_run)
+    elif options.compare:
+        submit(plan_comparison(options), options.dry_run)
+    else:
+        submit([prepare_job(options, options.prepare, options.overrides)], options.dry_run)
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)
