@@ -413,6 +413,25 @@ def flops_per_token(
     return float(Fraction(total) / sequence_length)
 
 
+def decode_flops(config: MoRConfig, context_length: int) -> float:
+    """Expected forward FLOPs of one new token that finds `context_length` tokens in the cache, itself included.
+
+    By the `exact` convention. A token reaches recursion r with probability c_r and finds c_r of the context there, or
+    all of it under shared keys.
+    """
+    keys = Fraction(context_length)
+    passes = [Pass(unshared_layers(config), 1, 1, keys, keys)]
+    for r, share in enumerate(capacities(config) if config.num_recursions > 1 else []):
+        own = config.kv_strategy == "recursion_wise"
+        attended = share * keys * (share if own else 1)
+        computed = share if own or config.kv_strategy == "shared_update" else Fraction(r == 0)
+        passes.append(Pass(recursion_layers(config), share, computed, attended, attended))
+    offered: Number = 1 if config.routing != "none" else 0
+    if config.routing == "expert_choice":
+        offered += sum(capacities(config)[:-1])
+    return float(sum(forward_flops(config, Work(1, tuple(passes), offered)).values()))
+
+
 # --- parameters -----------------------------------------------------------------------------------------------------
 
 

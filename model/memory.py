@@ -1,0 +1,290 @@
+"""Memory of training and inference, and the bytes that ranks exchange, from the configuration alone.
+
+What is assumed is what this project runs: fp32 parameters, gradients and AdamW moments under every strategy; with bf16,
+autocast (FSDP2 gathers bf16 weights in its place); attention that keeps no scores; the head fused with its loss. Bytes
+are per rank. Estimates err on the high side: what the parts need at their own peaks is added up.
+
+Legend as in model/flops.py: B sequences, T tokens, h hidden size, f intermediate size, H query heads, q = H d and
+kv = G d widths of queries and keys, V vocabulary, L effective depth, Nr recursions, D layers of one recursion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from fractions import Fraction
+from typing import Literal
+
+from model.config import MoRConfig
+from model.flops import (
+    Pass,
+    Recompute,
+    attention_widths,
+    capacities,
+    expected_work,
+    layer_parameters,
+    recursion_layers,
+    relaxation_parameters,
+    router_parameters,
+    unique_parameters,
+    unshared_layers,
+)
+from model.sharing import num_unique_layers
+
+Precision = Literal["fp32", "bf16"]
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+FP32, BF16 = 4, 2
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of the activations of one micro-batch. saved: kept from the forward to the backward pass. working: on top
+    of them at the worst moment, of the head's forward pass or of one recomputed stretch."""
+
+    saved: int
+    working: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank in training.
+
+    gathered: whole weights or gradients that a sharded strategy holds for a time. working, activations: `Activations`.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class Communication:
+    """Bytes that one rank sends in an optimizer step (ring algorithms), by collective, and collectives that gather."""
+
+    all_gather: int
+    reduce_scatter: int
+    all_reduce: int
+    gathers: int
+
+    @property
+    def total(self) -> int:
+        return self.all_gather + self.reduce_scatter + self.all_reduce
+
+
+# --- activations --------------------------------------------------------------------------------------------------
+
+
+def layer_activation_bytes(config: MoRConfig, passed: Pass, precision: Precision, *, packed: bool = False) -> int:
+    """What autograd saves in one layer of a pass without recomputation.
+
+    fp32, per token: 6h (input, normalised and scaled, of both norms), 2q + 2kv of attention, 4f of SwiGLU. bf16: norms
+    stay fp32 and each of the five projections that read them saves its own bf16 copy. packed: ragged tokens
+    are spread over slots and collected again for attention, which keeps both copies.
+    """
+    h, f = config.hidden_size, config.intermediate_size
+    (q, kv), size = attention_widths(config), BF16 if precision == "bf16" else FP32
+    scaled = 5 * h * BF16 if precision == "bf16" else 2 * h * FP32
+    per_query = 4 * h * FP32 + scaled + (2 * q + 4 * f) * size
+    per_query += FP32 * (2 + config.num_attention_heads)  # of norms and of softmax
+    per_key = 2 * kv * size
+    if packed:
+        per_query, per_key = per_query + 2 * q * size, per_key + 2 * kv * size
+    return round(passed.queries * per_query + passed.keys * per_key)
+
+
+def mask_bytes(config: MoRConfig, passed: Pass, recursion: int, precision: Precision, document_masking: bool) -> int:
+    """The dense mask, a value for each query and key, that attention keeps in one layer; causal needs none.
+
+    Documents need one everywhere, shared keys wherever the queries are a selection (from the second recursion on).
+    """
+    selection = recursion > 1 and config.routing != "none" and config.kv_strategy != "recursion_wise"
+    if not (document_masking or selection):
+        return 0
+    return round(passed.dense) * (BF16 if precision == "bf16" else FP32)
+
+
+def activation_bytes(
+    config: MoRConfig,
+    sequence_length: int,
+    num_sequences: int,
+    *,
+    precision: Precision = "bf16",
+    recompute: Recompute = "none",
+    document_masking: bool = False,
+) -> Activations:
+    """Activations of one micro-batch under expected routing.
+
+    document_masking: attention takes a dense mask, which every layer keeps.
+    """
+    work = expected_work(config, sequence_length, num_sequences)
+    tokens, h = num_sequences * sequence_length, config.hidden_size
+    size = BF16 if precision == "bf16" else FP32
+    q, kv = attention_widths(config)
+    saved, stretches = 0, [0]
+    for r, passed in enumerate(work.passes):
+        packed = config.routing == "token_choice" and r > 1
+        layer = layer_activation_bytes(config, passed, precision, packed=packed)
+        layer += mask_bytes(config, passed, r, precision, document_masking)
+        inputs = round(passed.queries * h * FP32)
+        products = round(passed.queries * (2 * q + 2 * h + 2 * config.intermediate_size) + passed.keys * 2 * kv) * size
+        whole = recompute == "recursion" and r > 0  # the recursion, not the layer, is the stretch that is recomputed
+        if passed.layers:
+            stretches.append(layer * (passed.layers if whole else 1))
+        saved += {
+            "none": passed.layers * layer,
+            "selective": passed.layers * (inputs + products),
+            "block": passed.layers * inputs,
+            "recursion": inputs if whole else passed.layers * inputs,
+        }[recompute]
+        if r > 0 and config.routing != "none":
+            saved += round(passed.queries) * h * FP32  # the block's output, for the gradient of its gate
+    saved += (
+        2 * tokens * h * FP32 + tokens * h * size + config.vocab_size * h * size
+    )  # final norm, gradients of the head
+    if precision == "bf16" and recompute == "none":
+        saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
+    rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
+    head = (3 * rows + h) * config.vocab_size * FP32
+    return Activations(saved, max(head, 0 if recompute == "none" else max(stretches)))
+
+
+# --- one rank -----------------------------------------------------------------------------------------------------
+
+
+def unit_parameters(config: MoRConfig) -> tuple[int, int]:
+    """Parameters of the largest sharding unit, a unique layer, and of the root: all that is outside the layers."""
+    layer = layer_parameters(config)
+    if config.num_recursions > 1:
+        layer += 0 if config.share_norms else 2 * config.hidden_size * (config.num_recursions - 1)
+        if config.relaxation in ("lora", "dora"):
+            layer += relaxation_parameters(config) // recursion_layers(config)
+    embeddings = unique_parameters(config) - unique_parameters(config, embeddings=False)
+    encodings = relaxation_parameters(config) if config.relaxation == "recursion_encoding" else 0
+    return layer, embeddings + router_parameters(config) + encodings + config.hidden_size
+
+
+def training_memory(
+    config: MoRConfig,
+    sequence_length: int,
+    micro_batch_size: int,
+    *,
+    strategy: Strategy = "single",
+    world_size: int = 1,
+    shard_size: int | None = None,
+    reshard_after_forward: bool = True,
+    offload_optimizer: bool = False,
+    micro_batches: int = 1,
+    precision: Precision = "bf16",
+    recompute: Recompute = "none",
+    document_masking: bool = False,
+) -> Memory:
+    """Bytes of one rank at the peak of a training step.
+
+    shard_size: fsdp2, ranks that share one copy (hybrid). micro_batches: forward passes of a step; fsdp2 keeps whole
+    gradients between them. Raises ValueError for a shard size that does not divide.
+    """
+    _check(strategy, world_size, shard_size)
+    states = unique_parameters(config) * FP32
+    shards = shard_size or world_size
+    parts = {"single": (1, 1, 1), "ddp": (1, 1, 1), "zero1": (1, 1, world_size)}
+    parts |= {"zero2": (1, world_size, world_size), "zero3": (world_size,) * 3, "fsdp2": (shards,) * 3}
+    parameters, gradients, moments = (-(-states // part) for part in parts[strategy])
+    optimizer = 2 * moments
+    if strategy.startswith("zero"):
+        optimizer += moments  # DeepSpeed steps on a flat copy of its partition of the parameters
+    layer, root = unit_parameters(config)
+    gathered = 0
+    if strategy == "zero3":
+        gathered = (2 * layer + root) * FP32
+    elif strategy == "fsdp2":
+        size = BF16 if precision == "bf16" else FP32
+        weights = 2 * layer + root if reshard_after_forward else unique_parameters(config)
+        gathered = weights * size + (states if micro_batches > 1 else (layer + root) * FP32)
+    activations = activation_bytes(
+        config,
+        sequence_length,
+        micro_batch_size,
+        precision=precision,
+        recompute=recompute,
+        document_masking=document_masking,
+    )
+    on_device = 0 if offload_optimizer else optimizer
+    return Memory(parameters, gradients, on_device, gathered, activations.saved, activations.working)
+
+
+def communication(
+    config: MoRConfig,
+    *,
+    strategy: Strategy,
+    world_size: int,
+    shard_size: int | None = None,
+    reshard_after_forward: bool = True,
+    micro_batches: int = 1,
+    precision: Precision = "bf16",
+) -> Communication:
+    """Bytes that one rank sends in an optimizer step.
+
+    ddp reduces whole gradients once. zero1 reduces to the owners and gathers the weights once; zero2 reduces in every
+    micro-batch. zero3, and fsdp2 with resharding, gather a layer for each of its applications, forward and backward;
+    fsdp2 without it gathers each unit once a step, whatever Nr. shard_size: hybrid, copies sum their gradients.
+    """
+    _check(strategy, world_size, shard_size)
+    states = unique_parameters(config) * FP32
+    layer, root = unit_parameters(config)
+    size = BF16 if precision == "bf16" and strategy == "fsdp2" else FP32
+    shards = (shard_size or world_size) if strategy == "fsdp2" else world_size
+    share, copies = Fraction(shards - 1, shards), world_size // shards
+    uses, units = config.num_hidden_layers, num_unique_layers(config)
+    gather = scatter = reduce = gathers = 0
+    if strategy == "ddp":
+        reduce = round(2 * share * states)
+    elif strategy in ("zero1", "zero2"):
+        gather, gathers = round(share * states), 1
+        scatter = round(share * states) * (micro_batches if strategy == "zero2" else 1)
+    elif strategy in ("zero3", "fsdp2"):
+        again = 2 if strategy == "zero3" else 1  # fsdp2 keeps its root between the passes
+        gathers, weights = units + 1, unique_parameters(config)
+        if strategy == "zero3" or reshard_after_forward:
+            gathers = micro_batches * (2 * uses + again)
+            weights = micro_batches * (2 * _applied_parameters(config, layer) + again * root)
+        gather = round(share * weights * size)
+        scatter = round(share * states) * (micro_batches if strategy == "zero3" else 1)
+        reduce = round(2 * Fraction(copies - 1, copies) * Fraction(states, shards))
+    return Communication(gather, scatter, reduce, gathers)
+
+
+def _applied_parameters(config: MoRConfig, shared_layer: int) -> int:
+    """Parameters of all layers, each as often as it is applied."""
+    outside = unshared_layers(config)
+    return outside * layer_parameters(config) + (config.num_hidden_layers - outside) * shared_layer
+
+
+def _check(strategy: str, world_size: int, shard_size: int | None) -> None:
+    if strategy not in ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2"):
+        raise ValueError(f"strategy: {strategy!r} is none of single, ddp, zero1, zero2, zero3, fsdp2")
+    if shard_size is not None and (strategy != "fsdp2" or world_size % shard_size):
+        raise ValueError(f"shard_size: {shard_size} must divide the {world_size} ranks, and belongs to fsdp2")
+    if strategy == "single" and world_size != 1:
+        raise ValueError(f"world_size: strategy single runs on 1 rank, not {world_size}")
+
+
+# --- inference ----------------------------------------------------------------------------------------------------
+
+
+def kv_cache_bytes_per_token(config: MoRConfig, bytes_per_value: int = BF16) -> float:
+    """Expected bytes of keys and values that a cached token takes.
+
+    In the recursions, against vanilla: (Nr + 1) / (2 Nr) with `recursion_wise` keys of routed models, 1 / Nr with
+    `shared`. `shared_update` keeps the replaced keys beside the first recursion's, as much as `recursion_wise`.
+    """
+    recursions = sum(capacities(config)) if config.num_recursions > 1 else Fraction(0)
+    if config.kv_strategy == "shared":
+        recursions = Fraction(1)
+    layers = unshared_layers(config) + recursion_layers(config) * recursions
+    return float(layers * 2 * attention_widths(config)[1] * bytes_per_value)
