@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -38,7 +39,7 @@ from data_prep.settings import Settings, UserError, build, merge, parse_override
 from model.config import MoRConfig
 from model.flops import unique_parameters
 from pretrain.budget import Plan, plan
-from pretrain.config import ExperimentSettings, differing_keys, make_model_config, read_settings
+from pretrain.config import ExperimentSettings, Flops, differing_keys, make_model_config, read_settings
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.report import write_report
@@ -52,7 +53,9 @@ REQUEUE = 75
 
 
 class BudgetEntry(Settings):
-    flops: int | list[int] = Field(description="training FLOPs of each run; a list trains one trunk with a branch each")
+    flops: Flops | list[Flops] = Field(
+        description="training FLOPs of each run; a list trains one trunk with a branch each"
+    )
     convention: Literal["exact", "paper", "palm", "six_n"] = Field("exact", description="how they are counted")
 
 
@@ -76,7 +79,8 @@ class CompareSettings(Settings):
         description="arguments of `accelerate launch`, for instance [--config_file, configs/parallel/fsdp.yaml]",
     )
     scheduler: Literal["local", "slurm"] = Field("local", description="run here, or hand each run to Slurm")
-    submit: list[str] = Field([], description="arguments of launchers/submit.py for each run, for instance [--nodes=2]")
+    submit: list[str] = Field([], description="arguments of launchers/submit.py, for instance [--nodes=2]")
+    report: str = Field("report", description="name of the report's folder below `output`")
     baseline: str | None = Field(None, description="model to compare with; null: the vanilla model of the same width")
     published: bool = Field(False, description="draw the paper's figures beside these")
 
@@ -136,17 +140,19 @@ def _event(folder: Path) -> str | None:
 def plan_runs(compare: CompareSettings) -> list[PlannedRun]:
     """Every run of the grid, seeds outermost, so that a first answer for all models comes early.
 
+    A run's directory is named by model, convention (where it is not `exact`) and seed: two comparisons with one output
+    folder share the runs that they have in common.
+
     Raises UserError where a run's settings are wrong or its directory belongs to another configuration.
     """
     runs = []
     conventions = [entry.convention for entry in compare.budgets]
-    several = len(compare.budgets) > 1
     for seed in compare.seeds:
         for place, entry in enumerate(compare.budgets):
             for name, model in compare.models.items():
-                twin = conventions.count(entry.convention) > 1
-                budget = f"-{entry.convention}{place if twin else ''}" if several else ""
-                label = f"{name}{budget}-seed{seed}"
+                twin = f"-budget{place}" if conventions.count(entry.convention) > 1 else ""
+                convention = "" if entry.convention == "exact" else f"-{entry.convention}"
+                label = f"{name}{convention}{twin}-seed{seed}"
                 arguments = [
                     "--config",
                     str(compare.experiment),
@@ -400,9 +406,9 @@ def local_command(compare: CompareSettings, run: PlannedRun) -> list[str]:
     return [accelerate, "launch", *compare.accelerate, "pretrain/main.py", *run.arguments]
 
 
-def submit_command(compare: CompareSettings, run: PlannedRun) -> list[str]:
-    """The command line that hands one run to Slurm."""
-    return [sys.executable, "launchers/submit.py", *compare.submit, *run.arguments]
+def submit_command(compare: CompareSettings, config: Path, overrides: Sequence[str]) -> list[str]:
+    """The command line that hands the comparison's missing runs to Slurm, with the report after them."""
+    return [sys.executable, "launchers/submit.py", "--compare", str(config), *compare.submit, *overrides]
 
 
 # --- command line -----------------------------------------------------------------------------------------------
@@ -426,7 +432,7 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
     if done:
         write_report(
             done,
-            compare.output / "report",
+            compare.output / compare.report,
             published=compare.published,
             allow_mixed=len({entry.convention for entry in compare.budgets}) > 1,
             baseline=compare.baseline,
@@ -443,20 +449,6 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
     return 0
 
 
-def submit_all(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> int:
-    """Hand what is missing to Slurm; returns 1 if a submission failed."""
-    failed = []
-    for run in runs:
-        if not run.finished() and subprocess.run(submit_command(compare, run), cwd=ROOT, check=False).returncode:
-            failed.append(run.label)
-    console.print(
-        f"when the jobs are done: python pretrain/report.py {compare.output}", highlight=False, soft_wrap=True
-    )
-    if failed:
-        console.print(f"not submitted: {', '.join(failed)}", highlight=False, soft_wrap=True)
-    return 1 if failed else 0
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -469,14 +461,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console()
     runs = plan_runs(compare)
     console.print(plan_table(runs))
+    if compare.scheduler == "slurm":
+        dry_run = ["--dry-run"] if given.dry_run else []
+        command = submit_command(compare, given.config, [*dry_run, *given.overrides])
+        return subprocess.run(command, check=False).returncode
     if given.dry_run:
-        command = submit_command if compare.scheduler == "slurm" else local_command
         for run in runs:
-            console.print(" ".join(command(compare, run)), highlight=False, soft_wrap=True, markup=False)
+            console.print(shlex.join(local_command(compare, run)), highlight=False, soft_wrap=True, markup=False)
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the runs as Ctrl-C does
     prepare_data(runs[0].settings.data)
-    return submit_all(compare, runs, console) if compare.scheduler == "slurm" else run_locally(compare, runs, console)
+    return run_locally(compare, runs, console)
 
 
 if __name__ == "__main__":

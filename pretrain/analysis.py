@@ -189,8 +189,8 @@ def fit_scaling_law(
     size_unit = float(np.exp(np.log(columns[0] + columns[1]).mean()))
     token_unit = float(np.exp(np.log(columns[3]).mean()))
     scaled = [columns[0] / size_unit, columns[1] / size_unit, columns[2], columns[3] / token_unit, columns[4]]
-    fits = [_fit_from(scaled, start) for start in _STARTS]
-    best = min(fits, key=lambda fit: fit.cost)
+    tried = sorted((_fit_from(scaled, start, 30) for start in _STARTS), key=lambda fit: fit.cost)
+    best = min((_fit_from(scaled, fit.x) for fit in tried[:4]), key=lambda fit: fit.cost)
     ln_e, ln_a, a, ln_b, b, phi = (float(value) for value in best.x)
     random = np.random.default_rng(seed)
     phis = []
@@ -235,8 +235,8 @@ def _residuals(x: Array, columns: Sequence[Array]) -> Array:
     return np.log(np.exp(ln_e) + np.exp(ln_a) * effective**-a + np.exp(ln_b) * tokens**-b) - np.log(losses)
 
 
-def _fit_from(columns: Sequence[Array], start: Array) -> optimize.OptimizeResult:
+def _fit_from(columns: Sequence[Array], start: Array, evaluations: int = 2000) -> optimize.OptimizeResult:
     inside = np.clip(start, _LOWER + 1e-6, _UPPER - 1e-6)
     return optimize.least_squares(
-        _residuals, inside, bounds=(_LOWER, _UPPER), loss="huber", f_scale=1e-3, args=(columns,), max_nfev=2000
+        _residuals, inside, bounds=(_LOWER, _UPPER), loss="huber", f_scale=1e-3, args=(columns,), max_nfev=evaluations
     )
