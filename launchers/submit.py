@@ -93,12 +93,11 @@ def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[
 
 
 def prepare_jobs(settings: ExperimentSettings, options: argparse.Namespace) -> list[Job]:
-    """The job that makes the data's folder, if it is not there. Raises UserError if nothing says how to make it."""
+    """The job that makes the data's folder, if it is not there."""
     data = settings.data
     if (data.folder / "manifest.json").exists():
         return []
-    if data.prepare is None:
-        raise UserError(f"{data.folder}: holds no prepared data, and data.prepare does not say how to make it")
+    assert data.prepare is not None  # `check` refuses data that nothing can make
     return [prepare_job(options, [str(data.prepare)], [f"folder={data.folder}"])]
 
 

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
-REQUEUE = 75  # a run's request to be started again, no failure to report
+EXPLAINED = (2, 75)  # a user's mistake and the request to be started again: the ranks have said all there is to say
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
         torchrun(list(arguments))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        if failure.exitcode != REQUEUE:
+        if failure.exitcode not in EXPLAINED:
             print(error, file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:

@@ -21,7 +21,7 @@ from tests.helpers.slurm import REPOSITORY, Slurm, wait_for
 REASON = slurm.why_not()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
 
-STEPS = 60
+STEPS = 120  # long enough to be interrupted on a fast machine
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
 
 
@@ -145,12 +145,12 @@ def test_array_prepares_one_configuration_a_task(cluster: Slurm, tmp_path: Path)
 def test_comparison_is_an_array_and_its_report_follows(
     cluster: Slurm, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = "{hidden_size: 32, num_hidden_layers: 4, num_attention_heads: 2, num_key_value_heads: 2}"
+    model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_key_value_heads: 2}"
     config = tmp_path / "compare.yaml"
     config.write_text(
         f"output: {tmp_path}/out\nexperiment: configs/experiment/smoke.yaml\nmodels: {{vanilla: {model}}}\n"
         f"overrides: {{data: {{folder: {data}}}, tracker: {{mode: disabled}}, evaluation: {{sequences: 8}}}}\n"
-        "budgets: [{flops: 5.0e+9}]\nseeds: [0, 1]\n"
+        "budgets: [{flops: 2.0e+10}]\nseeds: [0, 1]\n"
     )
     for key, value in cluster.environment.items():
         monkeypatch.setenv(key, value)

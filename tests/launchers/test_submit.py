@@ -57,7 +57,7 @@ def test_missing_data_is_prepared_first(capsys: pytest.CaptureFixture[str], tmp_
     prepare, run = dry_run(capsys, *SMOKE, "--gpus-per-node=1", f"data.folder={folder}")
     assert prepare[-3:] == ["launchers/prepare_array.sbatch", "configs/data/smoke.yaml", f"folder={folder}"]
     assert "--array=0-0" in prepare and "--dependency=afterok:$prepare" in run
-    with pytest.raises(UserError, match=r"no prepared data, and data\.prepare"):
+    with pytest.raises(UserError, match=r"data\.prepare does not say how to make it"):
         main([*SMOKE, "--dry-run", "--gpus-per-node=1", f"data.folder={folder}", "data.prepare=null"])
 
 
