@@ -15,6 +15,7 @@ precision.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -27,16 +28,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from data_prep.settings import Settings, UserError
+from pretrain.watchdog import Watchdog
 
 Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["fp32", "bf16"]
-NATIVE_TAG = "native"  # the folder that DeepSpeed puts its files in
+NATIVE_TAG, FACTS, BUFFERS = "native", "facts.json", "buffers.safetensors"  # in a DeepSpeed checkpoint
 OptimizerFactory = Callable[[nn.Module], Optimizer]
 
 
@@ -187,6 +190,7 @@ class Parallel:
         else:
             self.device = torch.device("cpu")
         self.background_group: dist.ProcessGroup | None = None
+        self.watchdog: Watchdog | None = None
 
     @staticmethod
     def start(settings: ParallelSettings, precision: Precision = "fp32", seed: int = 0) -> Parallel:
@@ -214,10 +218,21 @@ class Parallel:
         self.module = model.to(self.device)
         self.model = self._wrap(self.module)
         self.optimizer = optimizer_factory(self.module)
-        self._seed_rank()
+        self._begin()
 
-    def _seed_rank(self) -> None:
+    def _begin(self) -> None:
+        """The ranks run from here on: watch them, and let each draw its own random numbers."""
         torch.manual_seed(self.seed * 1_000_003 + self.rank + 1)
+        limit = self.settings.watchdog_seconds
+        if self.world_size > 1 and limit > 0:
+            store = Watchdog.open_store(self.rank, self.world_size, limit, 0) if self.is_main else None
+            port = self.gather(store.port if store else None)[0]
+            store = store or Watchdog.open_store(self.rank, self.world_size, limit, port)
+            self.watchdog = Watchdog(self.rank, self.world_size, limit, store)
+
+    def _reached(self, place: str) -> None:
+        if self.watchdog:
+            self.watchdog.reached(place)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         return model
@@ -227,6 +242,7 @@ class Parallel:
 
         last: in training, whether this is the last micro-batch of the step, as `micro_step` will be told.
         """
+        self._reached("forward")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model(**inputs)
 
@@ -235,6 +251,7 @@ class Parallel:
 
         loss: scalar, this rank's and micro-batch's share of the global mean (see the module's opening).
         """
+        self._reached("backward")
         (loss * self.world_size).backward()
 
     def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
@@ -243,6 +260,7 @@ class Parallel:
         learning_rate: of every parameter group, times the group's `learning_rate_scale` where it has one.
         max_norm: of the gradient; 0 does not clip. A non-finite gradient, on any rank, updates nothing on any rank.
         """
+        self._reached("the update")
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
         norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
@@ -261,6 +279,7 @@ class Parallel:
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "mean", "max", "min"] = "sum") -> Tensor:
         """`tensor` reduced over all ranks, as a new tensor."""
+        self._reached("a reduction")
         result = tensor.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(result, getattr(dist.ReduceOp, "SUM" if op == "mean" else op.upper()))
@@ -275,6 +294,8 @@ class Parallel:
 
         background: over the group of the checkpoint thread, which may run beside training.
         """
+        if not background:
+            self._reached("a gathering")
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.background_group if background else None)
@@ -287,6 +308,8 @@ class Parallel:
 
     def finish(self) -> None:
         """Leave the group. The barrier right before keeps a late rank from finding its peers gone."""
+        if self.watchdog:
+            self.watchdog.stop()
         if dist.is_initialized():
             dist.barrier(group=self.background_group)
             dist.destroy_process_group()
@@ -427,7 +450,7 @@ class _DeepSpeed(Parallel):
         )
         self.model = self.engine
         self.stage = int(self.settings.strategy[-1])
-        self._seed_rank()
+        self._begin()
 
     def _configuration(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": int(self.settings.strategy[-1]), "overlap_comm": self.device.type == "cuda"}
@@ -446,13 +469,16 @@ class _DeepSpeed(Parallel):
         }
 
     def forward(self, last: bool = True, **inputs: Any) -> Any:
+        self._reached("forward")
         return self.engine(**inputs)
 
     def micro_step(self, loss: Tensor, last: bool) -> None:
+        self._reached("backward")
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size)
 
     def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
+        self._reached("the update")
         self.optimizer.clip_grad = max_norm  # type: ignore[attr-defined]
         self._set_learning_rate(learning_rate)
         self.engine.step()
@@ -481,6 +507,21 @@ class _DeepSpeed(Parallel):
             del self.engine.checkpoint_engine.save
         if failures:
             raise failures[0]
+        if self.is_main:
+            self._save_facts(folder)
+
+    def _save_facts(self, folder: Path) -> None:
+        """What DeepSpeed's converter leaves out: buffers, the optimizer's step, and which names are parameters."""
+        shapes = self.model_shapes()
+        parameters = {name: list(shapes[name]) for name, _ in self.module.named_parameters()}
+        states = self.optimizer.optimizer.state.values()  # type: ignore[attr-defined]
+        steps = max((int(state["step"]) for state in states if "step" in state), default=0)
+        facts = {"optimizer_steps": steps, "parameters": parameters}
+        (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        buffers = {
+            f"model/{name}": t.contiguous() for name, t in self.model_tensors().items() if name not in parameters
+        }
+        save_file(buffers, folder / BUFFERS)
 
     def load_native(self, folder: Path) -> None:
         """Read what `save_native` wrote under the same strategy on as many ranks."""
@@ -546,6 +587,8 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
 
     DeepSpeed's own converter to its universal format does the work, in a process of its own.
     """
+    tensors = load_file(folder / BUFFERS)
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
@@ -553,11 +596,13 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
         done = subprocess.run([*tool, *workers, *folders], capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{folder}: DeepSpeed's converter failed:\n{done.stderr[-2000:]}")
-        tensors = {}
-        for path in sorted(Path(scratch, "universal", "zero").rglob("*.pt")):
-            name, kind = path.parent.name, path.stem
-            content = torch.load(path, weights_only=True)
-            value = content["param"] if isinstance(content, dict) else content
-            key = f"model/{name}" if kind == "fp32" else f"optimizer/{name}/{kind}"
-            tensors[key] = torch.as_tensor(value, dtype=torch.float32)
+        for name, shape in facts["parameters"].items():
+            for path in Path(scratch, "universal", "zero", name).glob("*.pt"):
+                content = torch.load(path, weights_only=True)
+                value = content["param"] if isinstance(content, dict) else content
+                if path.stem == "fp32":
+                    tensors[f"model/{name}"] = value.float().reshape(shape)
+                elif path.stem != "step":
+                    tensors[f"optimizer/{name}/{path.stem}"] = value.float().reshape(shape)
+            tensors[f"optimizer/{name}/step"] = torch.tensor(float(facts["optimizer_steps"]))
     return tensors

@@ -1,0 +1,192 @@
+"""Check an allocation before a long run: ranks, bandwidth, disk, clocks, versions, and memory against the estimate.
+
+torchrun --nproc_per_node N -m pretrain.doctor [--config configs/experiment/NAME.yaml] [--folder RUNS] [key=value ...]
+
+Started exactly as the run will be. Prints a line for each check; exit code 1 if one fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from data_prep.settings import UserError, run_command
+from model.memory import training_memory
+from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
+from pretrain.data import Manifest
+from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.run_folder import versions
+
+MEBIBYTE, GIBIBYTE = 2**20, 2**30
+LARGEST_SKEW = 1.0  # seconds between clocks; beyond it, checkpoints and logs of nodes cannot be put in order
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check, the same on every rank."""
+
+    check: str
+    passed: bool
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.passed else 'FAIL'}  {self.check:<10} {self.text}"
+
+
+def check_ranks(parallel: Parallel) -> Finding:
+    """Every rank hears every other, and no two share an accelerator."""
+    seen = parallel.gather((parallel.rank, socket.gethostname(), str(parallel.device)))
+    hosts = sorted({host for _, host, _ in seen})
+    devices = [(host, device) for _, host, device in seen if device != "cpu"]
+    complete = [rank for rank, _, _ in seen] == list(range(parallel.world_size))
+    shared = len(set(devices)) != len(devices)
+    text = f"{parallel.world_size} ranks on {len(hosts)} hosts ({', '.join(hosts)}), {parallel.settings.strategy}"
+    return Finding("ranks", complete and not shared, text + (", two ranks share a device" if shared else ""))
+
+
+def check_bandwidth(parallel: Parallel, mebibytes: int = 64, rounds: int = 3) -> Finding:
+    """All-reduce of one buffer. Bus bandwidth: bytes * 2 (n - 1) / n over the time of the fastest round."""
+    if parallel.world_size == 1:
+        return Finding("bandwidth", True, "one rank, nothing to exchange")
+    buffer = torch.ones(mebibytes * MEBIBYTE // 4, device=parallel.device)
+    times = []
+    for _ in range(rounds):
+        parallel.barrier()
+        started = time.perf_counter()
+        total = parallel.all_reduce(buffer)
+        right = bool(total[-1] == parallel.world_size)  # reading it waits for the accelerator
+        times.append(time.perf_counter() - started)
+    slowest = max(parallel.gather(min(times)))
+    share = 2 * (parallel.world_size - 1) / parallel.world_size
+    speed = mebibytes * MEBIBYTE * share / slowest / 1e9
+    return Finding("bandwidth", not parallel.agree(not right), f"all-reduce of {mebibytes} MiB: {speed:.2f} GB/s")
+
+
+def check_disk(parallel: Parallel, folder: Path, mebibytes: int = 64) -> Finding:
+    """Every rank writes, reads back, and sees what rank 0 wrote: checkpoints need one file system for all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    note, own = folder / "doctor-note", folder / f"doctor-{parallel.rank}"
+    if parallel.is_main:
+        note.write_text("seen")
+    parallel.barrier()
+    started, fault = time.perf_counter(), ""
+    try:
+        fault = "" if note.is_file() else "does not see what rank 0 wrote"
+        data = os.urandom(MEBIBYTE) * mebibytes
+        with own.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if own.read_bytes() != data:
+            fault = "reads back other bytes than it wrote"
+    except OSError as error:
+        fault = str(error)
+    seconds = time.perf_counter() - started
+    own.unlink(missing_ok=True)
+    faults = parallel.gather(fault)
+    if parallel.is_main:
+        note.unlink(missing_ok=True)
+    if any(faults):
+        return Finding("disk", False, "; ".join(f"rank {rank} {text}" for rank, text in enumerate(faults) if text))
+    free = psutil.disk_usage(str(folder)).free / GIBIBYTE
+    speed = mebibytes * MEBIBYTE / max(parallel.gather(seconds)) / 1e6
+    return Finding("disk", True, f"{folder}: {speed:.0f} MB/s a rank written and read, {free:.0f} GiB free")
+
+
+def check_clock(parallel: Parallel) -> Finding:
+    """Clocks of all ranks, read right after a barrier."""
+    parallel.barrier()
+    clocks = parallel.gather(time.time())
+    skew = max(clocks) - min(clocks)
+    return Finding("clock", skew < LARGEST_SKEW, f"clocks differ by {skew:.3f} s at most")
+
+
+def check_versions(parallel: Parallel) -> Finding:
+    """The same packages on every rank."""
+    own = {"python": platform.python_version()} | versions()
+    everywhere = parallel.gather(own)
+    differing = sorted(name for name in own if len({found.get(name) for found in everywhere}) > 1)
+    if differing:
+        name = differing[0]
+        return Finding("versions", False, f"{name} differs: {[found.get(name) for found in everywhere]}")
+    return Finding("versions", True, ", ".join(f"{name} {version}" for name, version in own.items()))
+
+
+def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
+    """Memory that a rank can have against what the experiment is estimated to take."""
+    if (settings.data.folder / "manifest.json").exists():
+        manifest = Manifest.read(settings.data.folder)
+        config, length = resolve_model(settings, manifest), manifest.sequence_length
+    elif settings.batch.sequence_length:
+        config, length = make_model_config(settings.model), settings.batch.sequence_length
+    else:
+        raise UserError(f"{settings.data.folder} is not prepared; give batch.sequence_length for the memory estimate")
+    micro, rule = micro_size_of(settings.batch, parallel.world_size), parallel.settings
+    needed = training_memory(
+        config,
+        length,
+        micro,
+        strategy=rule.strategy,  # type: ignore[arg-type]  # auto is settled
+        world_size=parallel.world_size,
+        shard_size=rule.shard_size,
+        reshard_after_forward=rule.reshard_after_forward,
+        offload_optimizer=rule.offload_optimizer,
+        micro_batches=max(1, settings.batch.size // (micro * parallel.world_size)),
+        precision=settings.precision,
+        recompute=settings.recompute,
+        document_masking=settings.data.document_masking,
+    ).total
+    if parallel.device.type == "cuda":
+        free = torch.cuda.mem_get_info(parallel.device)[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = min(parallel.gather(free))
+    text = f"estimate {needed / GIBIBYTE:.2f} GiB a rank, {free / GIBIBYTE:.2f} GiB free"
+    return Finding("memory", needed <= free, text)
+
+
+def examine(parallel: Parallel, folder: Path, settings: ExperimentSettings | None) -> list[Finding]:
+    """All checks, in order; collective."""
+    checks: list[Callable[[], Finding]] = [
+        lambda: check_ranks(parallel),
+        lambda: check_bandwidth(parallel),
+        lambda: check_disk(parallel, folder),
+        lambda: check_clock(parallel),
+        lambda: check_versions(parallel),
+    ]
+    if settings is not None:
+        checks.append(lambda: check_memory(parallel, settings))
+    findings = []
+    for check in checks:
+        findings.append(check())
+        if parallel.is_main:
+            print(findings[-1], flush=True)
+    return findings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the command line and examine; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", help="the experiment that is to run, for the memory estimate")
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where checkpoints will be written")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment")
+    options: Any = parser.parse_intermixed_args(arguments)
+    settings = read_settings(options.config, options.overrides) if options.config else None
+    parallel = Parallel.start(settings.parallel if settings else ParallelSettings.model_validate({}))
+    findings = examine(parallel, options.folder, settings)
+    parallel.finish()
+    return int(not all(finding.passed for finding in findings))
+
+
+if __name__ == "__main__":
+    run_command(main)

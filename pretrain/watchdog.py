@@ -1,0 +1,129 @@
+"""Watchdog: notices that the ranks make no progress, names the one that holds the others up, and stops all.
+
+Every rank counts the points at which ranks meet (forward, backward, update, reductions) as it arrives, and a thread
+publishes the count through a store of its own. Ranks that wait have arrived; the rank with the lowest count has not. A
+rank whose thread no longer publishes is stopped, or its machine is gone.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+STALLED = 70  # exit code of a run that the watchdog ended
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank publishes: how many meeting points it has reached, the last one, and that its thread is alive."""
+
+    count: int
+    place: str
+    serial: int
+    host: str
+    pid: int
+
+
+class Watchdog:
+    """One for each rank. limit_seconds: longest time in which a rank may reach no meeting point."""
+
+    def __init__(self, rank: int, world_size: int, limit_seconds: float, store: dist.TCPStore) -> None:
+        self.rank, self.world_size, self.limit_seconds, self.store = rank, world_size, limit_seconds, store
+        self.interval = min(limit_seconds / 5, 10.0)
+        self.count, self.place, self.serial = 0, "start", 0
+        self.seen: dict[int, Beat] = {}
+        self.moved = dict.fromkeys(range(world_size), time.monotonic())  # when a rank's count last changed
+        self.heard = dict.fromkeys(range(world_size), time.monotonic())  # when its thread was last heard of
+        self._over = threading.Event()
+        self._publish()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def open_store(rank: int, world_size: int, limit_seconds: float, port: int) -> dist.TCPStore:
+        """The store, kept by rank 0; `port` 0 takes a free one there."""
+        address = os.environ["MASTER_ADDR"]
+        timeout = timedelta(seconds=limit_seconds)
+        return dist.TCPStore(address, port, world_size, rank == 0, timeout, wait_for_workers=False)
+
+    def reached(self, place: str) -> None:
+        """This rank arrives at a point where ranks meet."""
+        self.count += 1
+        self.place = place
+
+    def stop(self) -> None:
+        """End the watch; the ranks need not meet again."""
+        self._over.set()
+        self._thread.join()
+
+    def _publish(self) -> None:
+        self.serial += 1
+        fields = (self.count, self.place, self.serial, socket.gethostname(), os.getpid())
+        self.store.set(f"beat/{self.rank}", "\t".join(str(field) for field in fields))
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.interval):
+            try:
+                self._publish()
+                beats = self.store.multi_get([f"beat/{rank}" for rank in range(self.world_size)])
+            except (dist.DistError, RuntimeError):
+                if not self._over.is_set() and self.rank != 0:
+                    self._end("rank 0 does not respond: it was stopped, or its machine is gone", [0])
+                return
+            now = time.monotonic()
+            for rank, text in enumerate(beats):
+                count, place, serial, host, pid = text.decode().split("\t")
+                beat, before = Beat(int(count), place, int(serial), host, int(pid)), self.seen.get(rank)
+                if before is None or beat.count != before.count:
+                    self.moved[rank] = now
+                if before is None or beat.serial != before.serial:
+                    self.heard[rank] = now
+                self.seen[rank] = beat
+            if now - min(self.moved.values()) > self.limit_seconds:
+                self._end(*self.diagnose(now))
+
+    def diagnose(self, now: float) -> tuple[str, list[int]]:
+        """Which ranks hold the others up, in words and by number."""
+        silent = [rank for rank, heard in self.heard.items() if now - heard > 3 * self.interval]
+        if silent:
+            return f"{_ranks(silent)} not responding: stopped, or the machine is gone", silent
+        lowest = min(beat.count for beat in self.seen.values())
+        late = [rank for rank, beat in self.seen.items() if beat.count == lowest]
+        places = ", ".join(sorted({self.seen[rank].place for rank in late}))
+        if len(late) == self.world_size:
+            return f"all ranks stand in {places}: a collective hangs", late
+        return f"{_ranks(late)} holding the others up, last seen in {places}", late
+
+    def _end(self, reason: str, culprits: list[int]) -> None:
+        who = ", ".join(f"rank {r} is pid {b.pid} on {b.host}" for r, b in self.seen.items() if r in culprits)
+        print(f"watchdog: no progress for {self.limit_seconds:g} s; {reason} ({who}). Stopping.", file=sys.stderr)
+        if self.rank in culprits:
+            faulthandler.dump_traceback(sys.stderr)
+        for rank in culprits:  # a process that was stopped does not end by itself
+            beat = self.seen.get(rank)
+            if beat and rank != self.rank and beat.host == socket.gethostname():
+                time.sleep(self.interval)  # long enough for one that can to say where it stands
+                _kill(beat.pid)
+        sys.stderr.flush()
+        os._exit(STALLED)
+
+
+def _kill(pid: int) -> None:
+    """End a process of this run if it is still there."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _ranks(ranks: list[int]) -> str:
+    return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"

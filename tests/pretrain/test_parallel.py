@@ -1,0 +1,266 @@
+"""Strategy: every parallel configuration trains the same tiny model on the same data; the loss curve of one process is
+the law. The same runs leave checkpoints at half way, from which every strategy and world then goes on."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from data_prep.settings import UserError, read_yaml
+from pretrain.parallel import Parallel, ParallelSettings, resolve_strategy
+from tests.helpers.corpus import prepare_tiny
+from tests.helpers.distributed import run_ranks
+from tests.helpers.experiments import read_lines, settings_for, trainer_for
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "parallel"
+RUNNING = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1"}
+
+
+# --- settings ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("single", {"strategy": "single", "world_size": 1}),
+        ("ddp", {"strategy": "ddp"}),
+        ("zero1", {"strategy": "zero1", "offload_optimizer": False}),
+        ("zero2", {"strategy": "zero2", "offload_optimizer": False}),
+        ("zero3", {"strategy": "zero3", "offload_optimizer": False}),
+        ("zero3_offload", {"strategy": "zero3", "offload_optimizer": True}),
+        ("fsdp2", {"strategy": "fsdp2", "reshard_after_forward": True, "shard_size": None}),
+        ("fsdp2_keep", {"strategy": "fsdp2", "reshard_after_forward": False}),
+        ("fsdp2_hybrid", {"strategy": "fsdp2", "shard_size": 8}),
+    ],
+)
+def test_configuration_files_mean_what_they_say(name: str, fields: dict[str, Any]):
+    settings = ParallelSettings.model_validate(read_yaml(CONFIGS / f"{name}.yaml"))
+    assert {key: getattr(settings, key) for key in fields} == fields
+
+
+def test_every_configuration_file_is_tested():
+    tested = {mark.args[1][i][0] for mark in test_configuration_files_mean_what_they_say.pytestmark for i in range(9)}
+    assert tested == {path.stem for path in CONFIGS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"strategy": "ddp", "offload_optimizer": True},
+        {"strategy": "ddp", "shard_size": 2},
+        {"strategy": "zero3", "reshard_after_forward": False},
+        {"strategy": "single", "world_size": 2},
+        {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}},
+        {"distributed_type": "TPU"},
+        {"strategy": "ddp", "bogus": 1},
+    ],
+)
+def test_settings_that_contradict_themselves_are_refused(values: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        ParallelSettings.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "environment", "message"),
+    [
+        ({}, {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}, "started one"),
+        ({"strategy": "ddp"}, {}, "needs a launcher"),
+        ({"strategy": "single"}, RUNNING, "8 ranks"),
+        ({"strategy": "ddp", "world_size": 4}, RUNNING, "asks for 4 ranks, 8"),
+        ({"strategy": "fsdp2", "shard_size": 3}, RUNNING, "1, 2, 4, 8"),
+        ({"strategy": "ddp"}, RUNNING | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "configured for fsdp2"),
+        ({}, RUNNING | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "FSDP1"),
+    ],
+)
+def test_a_world_other_than_asked_for_is_refused(values: dict[str, Any], environment: dict[str, str], message: str):
+    with pytest.raises(UserError, match=message):
+        resolve_strategy(ParallelSettings.model_validate(values), environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "fields"),
+    [
+        ({}, {"strategy": "single"}),
+        (RUNNING, {"strategy": "ddp"}),
+        (
+            RUNNING | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false"},
+            {"strategy": "fsdp2", "reshard_after_forward": False},
+        ),
+        (
+            RUNNING | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"},
+            {"strategy": "fsdp2", "shard_size": 4},
+        ),
+        (
+            RUNNING | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+            {"strategy": "zero2", "offload_optimizer": False},
+        ),
+    ],
+)
+def test_auto_follows_the_launcher(environment: dict[str, str], fields: dict[str, Any]):
+    settings = resolve_strategy(ParallelSettings(timeout_seconds=7), environment)
+    assert {key: getattr(settings, key) for key in fields} == fields
+    assert settings.timeout_seconds == 7
+
+
+# --- one process ------------------------------------------------------------
+
+
+def small(seed: int = 0) -> tuple[Parallel, nn.Linear]:
+    parallel = Parallel.start(ParallelSettings(strategy="single"), "fp32", seed)
+    model = nn.Linear(4, 1, bias=False)
+    parallel.prepare(model, lambda module: torch.optim.SGD(module.parameters(), lr=1.0))
+    return parallel, model
+
+
+def test_accumulated_shares_equal_the_whole_batch():
+    x = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    weights = []
+    for parts in (1, 3):
+        parallel, model = small()
+        for number, part in enumerate(x.chunk(parts)):
+            parallel.micro_step(parallel.forward(input=part).square().sum() / 6, last=number == parts - 1)
+        parallel.optimizer_step(0.5, 0.0)
+        weights.append(model.weight.detach().clone())
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-7)
+
+
+def test_clipping_and_its_norm():
+    parallel, model = small()
+    before = model.weight.detach().clone()
+    parallel.micro_step((parallel.forward(input=torch.full((1, 4), 3.0))).sum(), last=True)
+    norm, finite = parallel.optimizer_step(1.0, 1.5)
+    assert finite and norm == pytest.approx(6.0)
+    assert float((model.weight - before).norm()) == pytest.approx(1.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float):
+    parallel, model = small()
+    before = model.weight.detach().clone()
+    parallel.micro_step(parallel.forward(input=torch.tensor([[bad, 1.0, 1.0, 1.0]])).sum(), last=True)
+    assert parallel.optimizer_step(1.0, 1.0)[1] is False
+    assert torch.equal(model.weight, before) and model.weight.grad is None
+
+
+# --- several ranks ------------------------------------------------------------
+
+STEPS = 50
+# name: (architecture, ranks, parallel section)
+RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "ddp": ("mor_expert", 2, {"strategy": "ddp"}),
+    "ddp_4": ("mor_expert", 4, {"strategy": "ddp"}),
+    "zero1": ("mor_expert", 2, {"strategy": "zero1"}),
+    "zero2": ("mor_expert", 2, {"strategy": "zero2"}),
+    "zero3": ("mor_expert", 2, {"strategy": "zero3"}),
+    "zero3_offload": ("mor_expert", 2, {"strategy": "zero3", "offload_optimizer": True}),
+    "fsdp2": ("mor_expert", 2, {"strategy": "fsdp2"}),
+    "fsdp2_4": ("mor_expert", 4, {"strategy": "fsdp2"}),
+    "fsdp2_keep": ("mor_expert", 2, {"strategy": "fsdp2", "reshard_after_forward": False}),
+    "fsdp2_hybrid": ("mor_expert", 4, {"strategy": "fsdp2", "shard_size": 2}),
+    "token_ddp_4": ("mor_token", 4, {"strategy": "ddp"}),
+    "token_zero3": ("mor_token", 2, {"strategy": "zero3"}),
+    "token_fsdp2_4": ("mor_token", 4, {"strategy": "fsdp2", "reshard_after_forward": False}),
+}
+
+
+def train_on_ranks(run_dir: Path, data: Path, architecture: str, changes: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every rank does: the run, to its end, and its lines of metrics."""
+    trainer = trainer_for(settings_for(run_dir, data, architecture, **changes))
+    assert trainer.run() == 0
+    trainer.parallel.finish()
+    return read_lines(run_dir)
+
+
+def changes_for(parallel: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "budget": {"steps": STEPS},
+        "batch": {"size": 8, "micro_size": 1},
+        "checkpoint": {"every_steps": STEPS // 2, "keep": 9, "asynchronous": True},
+        "parallel": parallel,
+    }
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    prepare_tiny(folder, samples=8 * STEPS)
+    return folder
+
+
+class Runs:
+    """Runs each named configuration once, when first asked for."""
+
+    def __init__(self, root: Path, data: Path) -> None:
+        self.root, self.data = root, data
+        self.lines: dict[str, list[dict[str, Any]]] = {}
+
+    def __call__(self, name: str) -> list[dict[str, Any]]:
+        if name not in self.lines:
+            architecture, ranks, parallel = RUNS.get(name, (name, 1, {"strategy": "single"}))
+            arguments = (self.root / name, self.data, architecture, changes_for(parallel))
+            self.lines[name] = run_ranks(train_on_ranks, ranks, *arguments)[0]
+        return self.lines[name]
+
+    def go_on(self, source: str, target: str) -> list[dict[str, Any]]:
+        """Resume, under configuration `target`, from the checkpoint that `source` made at half way."""
+        self(source)
+        folder = self.root / f"{source}-then-{target}"
+        shutil.copytree(self.root / source, folder)
+        shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08d}")
+        lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "finished" not in line]
+        (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        architecture, ranks, parallel = RUNS.get(target, (target, 1, {"strategy": "single"}))
+        return run_ranks(train_on_ranks, ranks, folder, self.data, architecture, changes_for(parallel))[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), data)
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    found = [line["loss"] for line in lines if "loss" in line]
+    assert len(found) == STEPS
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_same_losses_as_one_process(runs: Runs, name: str):
+    expected, found = runs(RUNS[name][0]), runs(name)
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
+    norms = [[line["gradient_norm"] for line in lines if "loss" in line] for lines in (expected, found)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2_keep"])
+def test_resumes_on_the_same_ranks_bit_for_bit(runs: Runs, name: str):
+    assert losses(runs.go_on(name, name)) == losses(runs(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("ddp", "ddp_4"),
+        ("fsdp2_4", "fsdp2"),
+        ("fsdp2", "fsdp2_hybrid"),
+        ("fsdp2", "mor_expert"),
+        ("zero3", "ddp_4"),
+        ("zero1", "zero3"),
+        ("fsdp2", "zero2"),
+        ("zero2", "fsdp2"),
+        ("mor_expert", "zero3"),
+    ],
+)
+def test_resumes_under_another_strategy_or_world(runs: Runs, source: str, target: str):
+    assert losses(runs.go_on(source, target)) == pytest.approx(losses(runs("mor_expert")), rel=1e-5)
