@@ -1,0 +1,283 @@
+"""Comparisons: the plan; running, resuming, failing and stopping, with a made-up trainer; one real run end to end.
+
+The made-up trainer copies a run directory prepared by `make_run`, so that a test takes a second and no model.
+"""
+
+import io
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from rich.console import Console
+
+from data_prep.settings import UserError
+from launchers import compare
+from tests.helpers.runs import make_run
+
+CONFIGS = sorted(path for path in Path("configs/compare").glob("*.yaml") if path.name != "paper.yaml")
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+MODELS = {
+    "vanilla": TINY,
+    "recursive_nr3": {**TINY, "num_recursions": 3},
+    "mor_expert_nr3": {**TINY, "num_recursions": 3, "routing": "expert_choice"},
+}
+TRAINER = """
+import pathlib, shutil, signal, sys, time
+staged, mode = pathlib.Path(sys.argv[1]), sys.argv[2]
+given = dict(argument.partition("=")[::2] for argument in sys.argv[3:])
+folder = pathlib.Path(given["run_dir"])
+with open(staged / "starts.txt", "a") as file:
+    file.write(folder.name + "\\n")
+if mode == "fail" and "recursive" in folder.name:
+    sys.exit("ValueError: it broke")
+folder.mkdir(parents=True, exist_ok=True)
+if mode == "wait":
+    def stop(number, frame):
+        (folder / "checkpoint").touch()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, stop)
+    (folder / "ready").touch()
+    time.sleep(60)
+if mode == "requeue":
+    sys.exit(75)
+shutil.copytree(staged / folder.name, folder, dirs_exist_ok=True)
+"""
+
+
+@pytest.fixture
+def grid(tmp_path, monkeypatch):
+    """(settings, use): a comparison of three models and two seeds, and a function that sets the trainer's mode."""
+    experiment = tmp_path / "experiment.yaml"
+    data = {"folder": str(tmp_path / "data"), "prepare": "configs/data/smoke.yaml"}
+    experiment.write_text(yaml.safe_dump({"data": data, "batch": {"size": 8}}))
+    config = tmp_path / "compare.yaml"
+    values = {
+        "output": str(tmp_path / "out"),
+        "experiment": str(experiment),
+        "models": MODELS,
+        "budgets": [{"flops": 2e10}],
+        "seeds": [0, 1],
+        "at_once": 2,
+    }
+    config.write_text(yaml.safe_dump(values, sort_keys=False))
+    for name in MODELS:
+        for seed in (0, 1):
+            make_run(tmp_path / "staged" / f"{name}-seed{seed}", name, seed=seed, loss=3 + 0.1 * seed)
+    script = tmp_path / "trainer.py"
+    script.write_text(TRAINER)
+
+    def use(mode):
+        def command(settings, run):
+            return [sys.executable, str(script), str(tmp_path / "staged"), mode, *run.arguments[2:]]
+
+        monkeypatch.setattr(compare, "local_command", command)
+
+    use("run")
+    monkeypatch.setattr(compare, "POLL_SECONDS", 0.05)
+    return compare.read_compare(config, []), use
+
+
+def starts(settings):
+    path = settings.output.parent / "staged" / "starts.txt"
+    return path.read_text().split() if path.exists() else []
+
+
+def run(settings):
+    """(exit code, what was printed)."""
+    text = io.StringIO()
+    code = compare.run_locally(settings, compare.plan_runs(settings), Console(file=text, width=200))
+    return code, text.getvalue()
+
+
+def test_plan_gives_every_run_its_own_directory_and_arguments(grid):
+    settings, _ = grid
+    runs = compare.plan_runs(settings)
+    assert [r.label for r in runs[:4]] == [
+        "vanilla-seed0",
+        "recursive_nr3-seed0",
+        "mor_expert_nr3-seed0",
+        "vanilla-seed1",
+    ]
+    assert len({r.folder for r in runs}) == 6
+    first = runs[2].arguments
+    assert first[:2] == ["--config", str(settings.experiment)]
+    assert {"seed=0", "name=mor_expert_nr3", "budget.flops=20000000000", "budget.convention=exact"} <= set(first)
+    assert runs[2].settings.model == MODELS["mor_expert_nr3"] and runs[3].settings.seed == 1
+
+
+def test_plan_matches_flops_within_half_a_step(grid):
+    settings, _ = grid
+    rows = [row for planned in compare.plan_runs(settings)[:3] for _, row in compare.plans_of(planned)]
+    assert len(rows) == 3
+    for row in rows:
+        assert abs(row.flops - 2e10) <= row.flops / row.steps / 2
+    assert rows[2].tokens > rows[0].tokens == rows[1].tokens  # routing buys tokens
+
+
+def test_a_budget_below_one_step_is_refused_before_anything_runs(grid):
+    settings, _ = grid
+    small = settings.model_copy(update={"budgets": [compare.BudgetEntry(flops=1000)]})
+    with pytest.raises(UserError, match=r"vanilla-seed0: budget 1000 is below one step"):
+        compare.plan_table(compare.plan_runs(small))
+
+
+def test_unknown_keys_are_refused_with_the_nearest(tmp_path):
+    with pytest.raises(UserError, match=r"unknown key 'seed'; nearest valid: .*seeds"):
+        compare.read_compare(CONFIGS[0], ["seed=3"])
+
+
+def test_everything_runs_and_is_reported_and_a_second_call_runs_nothing(grid):
+    settings, _ = grid
+    code, text = run(settings)
+    assert code == 0 and len(starts(settings)) == 6
+    results = json.loads((settings.output / "report" / "results.json").read_text())
+    assert [r["seed"] for r in results["runs"]] == [0, 1] * 3
+    assert "0 of 6 runs are finished already" in text and "mor_expert_nr3-seed1: finished" in text
+    code, text = run(settings)
+    assert code == 0 and len(starts(settings)) == 6 and "6 of 6 runs are finished already" in text
+
+
+def test_a_failed_run_stops_no_other_and_is_tried_again(grid, monkeypatch):
+    settings, use = grid
+    reported = []
+    monkeypatch.setattr(compare, "write_report", lambda folders, *_, **__: reported.append([f.name for f in folders]))
+    use("fail")
+    code, text = run(settings)
+    assert code == 1
+    assert "recursive_nr3-seed0: failed with exit code 1" in text and "ValueError: it broke" in text
+    use("run")
+    assert run(settings)[0] == 0
+    assert starts(settings)[6:] == ["recursive_nr3-seed0", "recursive_nr3-seed1"]
+    others = [f"{name}-seed{seed}" for seed in (0, 1) for name in ("vanilla", "mor_expert_nr3")]
+    assert reported[0] == others and len(reported[1]) == 6
+
+
+def test_a_run_that_stopped_on_request_is_no_failure(grid):
+    settings, use = grid
+    use("requeue")
+    code, text = run(settings)
+    assert code == 1 and "vanilla-seed0: stopped on request" in text and "failed" not in text
+
+
+def test_interrupting_stops_every_run_with_its_checkpoint(grid):
+    settings, use = grid
+    use("wait")
+    runs = compare.plan_runs(settings)
+
+    def interrupt():
+        while not all((planned.folder / "ready").exists() for planned in runs[:2]):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    assert [(planned.folder / "checkpoint").exists() for planned in runs[:3]] == [True, True, False]
+    ours = [child for child in psutil.Process().children() if "trainer.py" in " ".join(child.cmdline())]
+    assert not ours
+
+
+def test_a_directory_of_another_configuration_is_refused_by_key(grid):
+    settings, _ = grid
+    folder = compare.plan_runs(settings)[0].folder
+    folder.mkdir(parents=True)
+    other = compare.plan_runs(settings.model_copy(update={"overrides": {"optimizer": {"learning_rate": 1e-4}}}))[0]
+    (folder / "config.yaml").write_text(yaml.safe_dump(other.settings.model_dump(mode="json")))
+    with pytest.raises(UserError, match=r"vanilla-seed0: belongs to .*optimizer\.learning_rate"):
+        compare.plan_runs(settings)
+
+
+def test_several_budgets_train_one_trunk_with_branches(grid):
+    settings, _ = grid
+    entry = compare.BudgetEntry(flops=[1e10, 2e10])
+    (planned, *_) = compare.plan_runs(settings.model_copy(update={"budgets": [entry]}))
+    assert planned.budgets == [10**10, 2 * 10**10] and planned.share() == 0
+    make_run(planned.folder, finished=False, budget=1.6e10)  # the trunk, up to the last branch
+    assert planned.share() == pytest.approx(1.6 / 2.2, abs=0.01)
+    path = planned.folder / "metrics.jsonl"
+    path.write_text(
+        path.read_text() + json.dumps({**json.loads(path.read_text().splitlines()[-1]), "event": "branched"})
+    )
+    for label, budget in (("1e10", 1e10), ("2e10", 2e10)):
+        assert not planned.finished()
+        make_run(planned.folder / "branches" / label, budget=budget)
+    assert planned.finished() and planned.share() == pytest.approx(1, abs=0.01)
+    assert [folder.name for folder in planned.folders()] == ["1e10", "2e10"]
+
+
+def test_conventions_share_what_they_have_in_common():
+    exact = compare.plan_runs(compare.read_compare(Path("configs/compare/cpu_seeds.yaml"), []))
+    both = compare.plan_runs(compare.read_compare(Path("configs/compare/honest_count.yaml"), []))
+    assert {r.folder for r in exact} < {r.folder for r in both} and len(both) == 24
+    table = {(r.settings.name, r.settings.budget.convention): compare.plans_of(r)[0][1].steps for r in both}
+    assert table["vanilla", "exact"] == table["vanilla", "paper"] == table["recursive_nr3", "paper"]
+    assert table["mor_expert_nr3", "paper"] > 1.05 * table["mor_expert_nr3", "exact"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_ready_made_comparison_can_be_planned(path, tmp_path):
+    settings = compare.read_compare(path, [f"output={tmp_path}"])
+    runs = compare.plan_runs(settings)
+    assert len(runs) == len(settings.models) * len(settings.budgets) * len(settings.seeds)
+    first = [planned for planned in runs if planned.settings.seed == settings.seeds[0]]
+    assert compare.plan_table(runs).row_count == sum(len(planned.budgets) for planned in first)
+
+
+def test_table3_is_planned_to_the_authors_steps(tmp_path):
+    runs = compare.plan_runs(compare.read_compare(Path("configs/compare/table3.yaml"), [f"output={tmp_path}"]))
+    steps = {planned.settings.name: compare.plans_of(planned)[0][1].steps for planned in runs}
+    authors = {"vanilla": 9438, "recursive_nr4": 8883, "mor_expert_nr2": 12619, "mor_expert_nr3_shared_kv": 14672}
+    for name, count in authors.items():
+        assert abs(steps[name] - count) <= 1, name
+
+
+def test_slurm_receives_the_whole_comparison():
+    settings = compare.read_compare(Path("configs/compare/table3.yaml"), [])
+    command = compare.submit_command(settings, Path("configs/compare/table3.yaml"), ["seeds=[1]"])
+    assert command[1:] == ["launchers/submit.py", "--compare", "configs/compare/table3.yaml", "--nodes=1",
+                           "--gpus-per-node=8", "seeds=[1]"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_real_comparison_from_nothing_to_the_report(tmp_path, capsys):
+    """Real trainer, real data: FLOPs agree, models learn, and the second call does nothing."""
+    config = tmp_path / "compare.yaml"
+    experiment = tmp_path / "experiment.yaml"
+    experiment.write_text(
+        yaml.safe_dump(
+            {
+                "data": {"folder": str(tmp_path / "data"), "prepare": "configs/data/smoke.yaml"},
+                "batch": {"size": 4},
+                "precision": "fp32",
+                "evaluation": {"times": 2, "sequences": 16},
+                "tracker": {"mode": "disabled"},
+            }
+        )
+    )
+    values = {"output": str(tmp_path / "out"), "experiment": str(experiment), "models": MODELS,
+              "budgets": [{"flops": 4e10}], "at_once": 2, "threads": 1}  # fmt: skip
+    config.write_text(yaml.safe_dump(values, sort_keys=False))
+    assert compare.main(["--config", str(config)]) == 0
+    results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    runs = {r["name"]: r for r in results["runs"]}
+    assert set(runs) == set(MODELS)
+    flops = [r["flops"] for r in runs.values()]
+    assert max(flops) / min(flops) < 1.01
+    assert all(r["validation_loss"] < results["unigram_loss"] for r in runs.values())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/metrics.jsonl")}
+    assert compare.main(["--config", str(config)]) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/metrics.jsonl")}
+    assert "3 of 3 runs are finished already" in capsys.readouterr().out

@@ -1,0 +1,275 @@
+"""The report, from made-up run directories: what it says, what it refuses, what it survives."""
+
+import base64
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from data_prep.settings import UserError, read_yaml
+from pretrain import document, figures, report, summary
+from pretrain.runs import comparable_sets, read_metrics, read_run, read_runs, variants
+from tests.helpers.runs import make_run
+
+LOSSES = {"vanilla": 2.90, "recursive_nr3": 2.96, "mor_expert_nr3": 2.88, "mor_token_nr3": 2.99}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """A folder of four models with three seeds each, whose losses differ by seed alike for all, and its report."""
+    folder = tmp_path_factory.mktemp("four")
+    for name, loss in LOSSES.items():
+        for seed in range(3):
+            make_run(folder / f"{name}-seed{seed}", name, seed=seed, loss=loss + 0.02 * seed + 0.001 * (seed == 1))
+    with open(folder / "terminal.txt", "w") as file:
+        report.write_report([folder], folder / "report", published=True, console=Console(file=file, width=80))
+    return folder
+
+
+def numbers(folder, **options):
+    """What the report of one comparable set says, without writing it."""
+    return summary.build_results(read_runs([folder])[0], **options)
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=100)
+
+
+def test_results_hold_what_scripts_rely_on(four):
+    results = json.loads((four / "report" / "results.json").read_text())
+    assert results["convention"] == "exact" and results["unigram_loss"] == 4.1
+    assert len(results["runs"]) == 12
+    for run in results["runs"]:
+        assert {"name", "architecture", "seed", "unique_parameters", "flops", "tokens", "steps", "validation_loss",
+                "validation_loss_topk", "seconds"} <= run.keys()  # fmt: skip
+        assert run["validation_loss"] == pytest.approx(
+            LOSSES[run["name"]] + 0.02 * run["seed"] + 0.001 * (run["seed"] == 1)
+        )
+    topk = {run["name"]: run["validation_loss"] - run["validation_loss_topk"] for run in results["runs"]}
+    assert topk["mor_expert_nr3"] == pytest.approx(0.01) and topk["vanilla"] == 0
+
+
+def test_report_states_what_its_numbers_rest_on(four):
+    text = (four / "report" / "report.md").read_text()
+    for stated in ("`exact`", "causal work", "made-up", "dddddddddddd", "tttttttttttt", "Seeds: 0, 1, 2",
+                   "causal routing (no look-ahead); top-k", "unigram model", "64 tokens", "inside documents"):  # fmt: skip
+        assert stated in text, stated
+
+
+def test_differences_are_paired_and_judged(four):
+    rows = {row["name"]: row for row in numbers(four)["differences"]}
+    assert set(rows) == set(LOSSES) - {"vanilla"}
+    assert rows["mor_expert_nr3"]["mean"] == pytest.approx(-0.02) and rows["mor_expert_nr3"]["verdict"] == "better"
+    assert rows["recursive_nr3"]["verdict"] == "worse" and rows["recursive_nr3"]["baseline"] == "vanilla"
+    assert abs(rows["mor_token_nr3"]["flops_over_baseline"]) < 0.005
+
+
+def test_baseline_can_be_chosen(four):
+    rows = {row["name"]: row for row in numbers(four, baseline="recursive_nr3")["differences"]}
+    assert rows["vanilla"]["mean"] == pytest.approx(-0.06)
+    with pytest.raises(UserError, match=r"--baseline nothing: .*vanilla"):
+        numbers(four, baseline="nothing")
+
+
+def test_html_needs_no_other_file(four):
+    page = (four / "report" / "report.html").read_text()
+    pictures = re.findall(r'src="([^"]*)"', page)
+    assert len(pictures) == len(list((four / "report").glob("*.png"))) >= 6
+    for source in pictures:
+        head, _, data = source.partition(",")
+        assert head == "data:image/png;base64" and base64.b64decode(data).startswith(b"\x89PNG")
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_terminal_table_fits_eighty_columns(four):
+    lines = (four / "terminal.txt").read_text().splitlines()
+    table = [line for line in lines if line.startswith("│")]
+    assert max(map(len, table)) <= 80
+    assert sum("mor_expert_nr3" in line and "±" in line for line in table) == 2  # loss, difference: neither is folded
+
+
+def test_other_corpora_are_refused_or_shown_apart(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seed=7, corpus="elsewhere", data_fingerprint="e" * 64)
+    with pytest.raises(UserError, match=r"--allow-mixed.*\n  corpus: made-up.*elsewhere"):
+        report.write_report([tmp_path], tmp_path / "report", console=quiet())
+    results = report.write_report([tmp_path], tmp_path / "report", allow_mixed=True, console=quiet())
+    assert [[run["seed"] for run in one["runs"]] for one in results["sets"]] == [[0], [7]]
+    assert [run["seed"] for run in results["runs"]] == [0, 7]
+    assert (tmp_path / "report" / "set2_loss_flops.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("facts", "named"),
+    [
+        ({"tokenizer_fingerprint": "x" * 64}, "tokenizer"),
+        ({"sequence_length": 128}, "sequence length"),
+        ({"document_masking": False}, "evaluation"),
+        ({"convention": "paper"}, "FLOP convention"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(tmp_path, facts, named):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", seed=1, **facts)
+    with pytest.raises(UserError, match=f"\n  {named}"):
+        comparable_sets(read_runs([tmp_path])[0])
+
+
+def test_conventions_stand_side_by_side(tmp_path):
+    for convention in ("exact", "paper"):
+        for name, loss in (("vanilla", 3.0), ("mor_expert_nr3", 2.9 if convention == "paper" else 3.05)):
+            make_run(tmp_path / f"{name}-{convention}", name, loss=loss, convention=convention)
+    sets = [summary.build_results(runs) for runs in comparable_sets(read_runs([tmp_path])[0], allow_mixed=True)]
+    for one in sets:
+        one["title"] = one["convention"]
+    heading, table = report.side_by_side(sets)
+    assert table.header[1:] == ["exact", "paper"] and heading.text == "Side by side"
+    (row,) = table.rows
+    assert row[0] == "mor_expert_nr3" and row[1].startswith("+0.0500") and row[2].startswith("-0.1000")
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda lines: [*lines[:5], lines[5][:20]], r"line 6 is cut short"),
+        (lambda lines: [*lines[:6], lines[1], *lines[6:]], r"line 7 goes backwards in 'step'"),
+        (lambda lines: [*lines[:6], "{}\n", *lines[6:]], r"line 7 has no number under 'step'"),
+    ],
+)
+def test_damaged_metrics_are_used_up_to_the_last_good_line(tmp_path, damage, fault):
+    path = make_run(tmp_path / "run") / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(damage(lines)))
+    good, warnings = read_metrics(path)
+    assert good == [json.loads(line) for line in lines[: len(good)]] and len(good) in (5, 6)
+    assert re.search(f"{re.escape(str(path))}, {fault}", warnings[0])
+    runs, warnings = read_runs([tmp_path])
+    assert not runs[0].finished and any("not finished" in warning for warning in warnings)
+
+
+def test_unfinished_runs_are_shown_but_not_compared(tmp_path):
+    make_run(tmp_path / "vanilla")
+    make_run(tmp_path / "late", "mor_token_nr3", finished=False)
+    results = numbers(tmp_path)
+    assert [row["finished"] for row in results["variants"]] == [True, False]
+    assert results["differences"] == []
+    table = report.loss_table(results)
+    assert [row[0] for row in table.rows] == ["vanilla", "mor_token_nr3 (not finished)", "unigram model"]
+
+
+def test_isoflop_and_scaling_law_from_runs(tmp_path):
+    place = 0
+    for name in ("vanilla", "recursive_nr3"):
+        for budget in (1e12, 4e12, 1.6e13):
+            for hidden in (32, 48, 64):
+                run = make_run(tmp_path / str(place), name, hidden_size=hidden, budget=budget, name=f"{name}_{hidden}")
+                facts, path = read_run(run), run / "metrics.jsonl"
+                size, tokens = hidden * hidden * 80, facts.last["tokens"]
+                loss = 1.5 + 30 * size**-0.4 + 60 * tokens**-0.4 + 0.02 * (name != "vanilla")
+                lines = [json.loads(line) for line in path.read_text().splitlines()]
+                lines[-1]["validation_loss"] = loss
+                path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+                place += 1
+    results = numbers(tmp_path)
+    assert {(row["architecture"], len(set(row["effective_parameters"]))) for row in results["isoflop"]} == {
+        ("vanilla", 3),
+        ("recursive", 3),
+    }
+    assert len(results["isoflop"]) == 6
+    (law,) = results["scaling_law"]
+    assert law["architecture"] == "recursive" and law["fit"]["num_runs"] == 18 and law["fit"]["phi"] < 1
+    kinds = [type(block).__name__ for block in report.fit_blocks(results, "")]
+    assert kinds == ["Heading", "Table", "Picture", "Heading", "Text", "Table"]
+
+
+def test_too_few_runs_for_a_law_are_said(four):
+    laws = numbers(four)["scaling_law"]
+    assert {law["architecture"] for law in laws} == {"recursive", "mor_expert", "mor_token"}
+    assert all(law["fit"] is None and "at least" in law["note"] for law in laws)
+
+
+def test_inference_cost_follows_the_routing_that_happened(tmp_path):
+    """A third of the tokens at each depth costs less than full depth; all at full depth costs what recursive does."""
+    costs = {}
+    for name, shares in (
+        ("recursive_nr3", None),
+        ("mor_token_nr3", [0.0, 1 / 3, 1 / 3, 1 / 3]),
+        ("mor_expert_nr3", [0.0, 0.0, 0.0, 1.0]),
+    ):
+        path = make_run(tmp_path / name, name) / "metrics.jsonl"
+        lines = [json.loads(line) | {"validation_depth_shares": shares} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (variant,) = variants([read_run(tmp_path / name)])
+        costs[name] = summary.inference_costs(variant)
+    full, token, expert = (
+        costs[n]["inference_flops_per_token"] for n in ("recursive_nr3", "mor_token_nr3", "mor_expert_nr3")
+    )
+    assert token < 0.8 * full
+    assert full < expert < 1.01 * full  # the routers come on top
+    layer = 2 * 2 * 2 * 8  # keys and values, bf16, two heads of eight
+    assert costs["recursive_nr3"]["kv_bytes_per_token"] == 8 * layer
+    assert costs["mor_expert_nr3"]["kv_bytes_per_token"] == (2 + 2 * (1 + 2 / 3 + 1 / 3)) * layer
+
+
+def test_branches_stand_for_their_trunk(tmp_path):
+    trunk = make_run(tmp_path / "trunk", finished=False)
+    for budget in (1e12, 2e12):
+        make_run(trunk / "branches" / f"{budget:g}", budget=budget)
+    runs, warnings = read_runs([tmp_path])
+    assert len(runs) == 2 and all(run.finished for run in runs) and not warnings
+    assert [v.name for v in variants(runs)] == ["vanilla (1e+12 FLOPs)", "vanilla (2e+12 FLOPs)"]
+
+
+def test_the_same_run_twice_is_refused(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b")
+    with pytest.raises(UserError, match="same configuration and seed"):
+        variants(read_runs([tmp_path])[0])
+
+
+def test_nothing_to_report_is_one_clear_message(tmp_path):
+    with pytest.raises(UserError, match=r"run\.json: no such file"):
+        read_runs([tmp_path])
+    folder = make_run(tmp_path / "empty")
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match="no run with a validation loss"):
+        read_runs([folder])
+
+
+def test_published_figures_are_the_papers():
+    """Signs and order of Table 3, and that Table 9 repeats its 360M row."""
+    published = read_yaml(report.PUBLISHED)
+    losses = {row["name"]: row["loss"] for row in published["matched"]["rows"]}
+    assert losses["mor_expert_nr2"] < losses["vanilla"] < losses["mor_expert_nr3"] < losses["mor_token_nr3"]
+    table = published["isoflop"]["loss"]
+    assert {(len(rows), len(row)) for rows in table.values() for row in rows} == {(4, 3)}
+    assert table["vanilla"][1][2] == losses["vanilla"] and table["recursive"][1][2] == losses["recursive_nr3"]
+
+
+def test_command_line_names_a_mistake_without_a_traceback(tmp_path):
+    script = Path(report.__file__)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path / "nowhere")], capture_output=True, text=True)
+    assert done.returncode == 2 and "run.json: no such file" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_command_line_writes_beside_the_runs(tmp_path):
+    make_run(tmp_path / "run")
+    assert report.main([str(tmp_path)]) == 0
+    assert (tmp_path / "report" / "results.json").exists()
+
+
+def test_wandb_receives_the_panels(four, tmp_path):
+    pytest.importorskip("wandb")
+    runs, _ = read_runs([four / "vanilla-seed0"])
+    results = summary.build_results(runs)
+    picture = document.Picture("loss_flops", "a caption", figures.loss_curves(variants(runs), "flops", 4.1, ""))
+    document.write([picture], tmp_path, title="t", results=results)
+    report.send_to_wandb([picture, report.runs_table(results)], runs, results, tmp_path, "offline")
+    (recording,) = (tmp_path / "tracker" / "wandb").glob("offline-run-*/run-*.wandb")
+    content = recording.read_bytes()
+    assert b"validation_loss/vanilla-seed0" in content and b"loss_flops" in content
