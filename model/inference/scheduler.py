@@ -1,0 +1,231 @@
+"""Requests: what each one is, who waits, who runs, and who is sent back when the pool runs out."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from model.cache import sees_everyone
+from model.config import MoRConfig
+from model.flops import capacities
+from model.inference.pool import PagePool, Run
+from model.inference.sampling import SamplingParams
+from model.sharing import applications
+
+
+class QueueFull(Exception):
+    """As many requests wait as the engine takes; try again later."""
+
+
+@dataclass(frozen=True)
+class DepthPolicy:
+    """How many recursions a token executes: as the router says (`adaptive`), exactly n (`uniform`), at most n (`cap`).
+
+    Without a router `adaptive` is all of them.
+    """
+
+    mode: str = "adaptive"
+    recursions: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DepthPolicy:
+        """From `adaptive`, `uniform:N` or `cap:N`. Raises ValueError."""
+        mode, _, number = text.partition(":")
+        if (mode == "adaptive" and not number) or (mode in ("uniform", "cap") and number.isdecimal()):
+            return cls(mode, int(number) if number else None)
+        raise ValueError(f"depth: expected adaptive, uniform:N or cap:N, got {text!r}")
+
+    def checked(self, config: MoRConfig) -> DepthPolicy:
+        """Self, if a model of this configuration can follow it. Raises ValueError."""
+        if self.mode == "adaptive":
+            return self
+        if self.recursions is None or not 1 <= self.recursions <= config.num_recursions:
+            raise ValueError(
+                f"depth: {self.mode}:{self.recursions} does not fit 1 to {config.num_recursions} recursions"
+            )
+        if config.num_recursions > 1 and not config.sharing.endswith("cycle"):
+            raise ValueError(f"depth: recursions of sharing {config.sharing!r} cannot be left out; use adaptive")
+        return self
+
+    def limit(self, config: MoRConfig) -> int:
+        """Most recursions of a token."""
+        return config.num_recursions if self.recursions is None else self.recursions
+
+
+def ragged_recursions(config: MoRConfig, policy: DepthPolicy) -> list[int]:
+    """Recursions whose keys and values lie apart, for the tokens that entered them alone."""
+    if config.routing == "none" or config.kv_strategy == "shared":
+        return []
+    apart = {use.recursion for use in applications(config) if not sees_everyone(use, config)}
+    return [r for r in range(policy.limit(config)) if r in apart]
+
+
+def recursion_share(config: MoRConfig, policy: DepthPolicy) -> float:
+    """Expected tokens in those recursions for each token of text, by the configured capacities."""
+    expected = [1.0] * config.num_recursions if policy.mode == "uniform" else [float(c) for c in capacities(config)]
+    return sum(expected[r] for r in ragged_recursions(config, policy))
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and what became of it.
+
+    text: prompt and generated ids; done: how many of them passed all layers since the last (re)start; depths:
+    recursions that each of the `done` executed; tokens: the generated ids without a stop sequence; released: how many
+    of those were handed out; runs: pages of all tokens, then one run per recursion; places: positions of their tokens.
+    finished: `stop`, `length`, `cancelled` or "" while it lives.
+    """
+
+    order: int
+    prompt: list[int]
+    params: SamplingParams
+    generator: random.Random
+    text: list[int]
+    runs: list[Run]
+    places: list[list[int]]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    done: int = 0
+    released: int = 0
+    running: bool = False
+    finished: str = ""
+    preemptions: int = 0
+
+    def append(self, token: int, context: int) -> list[int]:
+        """Take in a generated token; returns the tokens that can be handed out, and sets `finished` at the end."""
+        self.text.append(token)
+        self.tokens.append(token)
+        held = 0
+        for stop in map(list, self.params.stop):
+            if self.tokens[-len(stop) :] == stop:
+                del self.tokens[-len(stop) :]
+                self.finished, held = "stop", 0
+                break
+            starts = range(1, min(len(stop), len(self.tokens) + 1))
+            held = max([held, *(n for n in starts if self.tokens[-n:] == stop[:n])])
+        if not self.finished and (len(self.tokens) >= self.params.max_tokens or len(self.text) >= context):
+            self.finished, held = "length", 0
+        ready = self.tokens[self.released : len(self.tokens) - held]
+        self.released += len(ready)
+        return ready
+
+
+@dataclass(frozen=True)
+class Event:
+    """Tokens of a request that can be handed out, and why it ended if it did."""
+
+    request: Request
+    tokens: list[int]
+    finished: str
+
+
+class Scheduler:
+    """First come, first served, within a number of running requests and the pool's pages.
+
+    A request that is sent back keeps its place by order of arrival and what it generated; its keys and values are
+    computed anew. The oldest request is never sent back while another runs, so that everyone gets done.
+    """
+
+    def __init__(
+        self,
+        config: MoRConfig,
+        everyone: PagePool,
+        recursed: PagePool,
+        policy: DepthPolicy,
+        max_batch: int,
+        max_waiting: int | None,
+    ):
+        self.config, self.everyone, self.recursed = config, everyone, recursed
+        self.share, self.ragged = recursion_share(config, policy), ragged_recursions(config, policy)
+        self.max_batch, self.max_waiting = max_batch, max_waiting
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._orders = itertools.count()
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def submit(self, prompt: Sequence[int], params: SamplingParams) -> Request:
+        """Check and queue a request. Raises ValueError naming what cannot be served, QueueFull when too many wait."""
+        prompt, vocabulary = list(prompt), self.config.vocab_size
+        context = self.config.max_position_embeddings
+        if not prompt:
+            raise ValueError("prompt: empty; give at least one token")
+        outside = [token for token in prompt if not (isinstance(token, int) and 0 <= token < vocabulary)]
+        if outside:
+            raise ValueError(f"prompt: token id {outside[0]!r} is outside the vocabulary of {vocabulary}")
+        if len(prompt) >= context:
+            raise ValueError(f"prompt: {len(prompt)} tokens leave no room in the context of {context}; shorten it")
+        total = min(len(prompt) + params.max_tokens, context)
+        pages, pages_each = self.everyone.pages_for(total), self.recursed.pages_for(total) * len(self.ragged)
+        if pages > self.everyone.pages or pages_each > self.recursed.pages:
+            raise ValueError(
+                f"max_tokens: prompt and answer of {total} tokens can need more keys and values than the engine holds; "
+                "ask for fewer, or give the engine more kv_tokens"
+            )
+        if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
+            raise QueueFull(f"{len(self.waiting)} requests wait already")
+        runs = [Run() for _ in range(1 + self.config.num_recursions)]
+        places: list[list[int]] = [[] for _ in runs]
+        generator = random.Random(params.seed)
+        request = Request(next(self._orders), prompt, params, generator, list(prompt), runs, places)
+        self.waiting.append(request)
+        return request
+
+    def admit(self) -> None:
+        """Start waiting requests while slots are free and pages suffice for their text beside that of the running."""
+        if not self.waiting:
+            return
+        everyone, recursed = self._unclaimed()
+        while self.waiting and len(self.running) < self.max_batch:
+            request = self.waiting[0]
+            need, need_recursed = self._needs(request)
+            # One page of growth for each run that lives, so that a newcomer is not sent back at once.
+            spare = len(self.running)
+            if self.running and (everyone - need < spare or recursed - need_recursed < spare * len(self.ragged)):
+                return
+            everyone, recursed = everyone - need, recursed - need_recursed
+            request.running = True
+            self.running.append(self.waiting.pop(0))
+
+    def _needs(self, request: Request) -> tuple[int, int]:
+        length = len(request.text) + 1
+        each = sum(self.recursed.pages_for(length * self.share / len(self.ragged)) for _ in self.ragged)
+        return self.everyone.pages_for(length), each
+
+    def _unclaimed(self) -> tuple[int, int]:
+        """Free pages, less what the running requests' texts still need."""
+        everyone, recursed = self.everyone.free_pages(), self.recursed.free_pages()
+        for request in self.running:
+            need, need_recursed = self._needs(request)
+            everyone -= max(0, need - request.runs[0].pages)
+            recursed -= max(0, need_recursed - sum(run.pages for run in request.runs[1:]))
+        return everyone, recursed
+
+    def preempt(self) -> Request:
+        """Send the youngest running request back to the queue."""
+        request = max(self.running, key=lambda request: request.order)
+        self._release(request)
+        request.done, request.preemptions = 0, request.preemptions + 1
+        place = next((i for i, other in enumerate(self.waiting) if other.order > request.order), len(self.waiting))
+        self.waiting.insert(place, request)
+        return request
+
+    def finish(self, request: Request, reason: str) -> None:
+        """Take a request out, whether it runs or waits."""
+        request.finished = reason
+        if request.running:
+            self._release(request)
+        else:
+            self.waiting.remove(request)
+
+    def _release(self, request: Request) -> None:
+        self.running.remove(request)
+        request.running = False
+        for i, run in enumerate(request.runs):
+            (self.recursed if i else self.everyone).release(run)
+            request.places[i].clear()
