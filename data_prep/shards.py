@@ -111,7 +111,8 @@ def write_split(blocks: Iterable[np.ndarray], folder: Path, split: str, shard_by
         nonlocal counts, width
         for array in blocks:
             width = array.shape[1]
-            counts += np.bincount(array[:, 1:].ravel(), minlength=vocab_size)
+            for start in range(0, len(array), 4096):  # bincount works on a copy in int64
+                counts += np.bincount(array[start : start + 4096, 1:].ravel(), minlength=vocab_size)
             yield array
 
     shards = [asdict(shard) for shard in write_shards(counted(), folder, split, shard_bytes)]

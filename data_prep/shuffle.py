@@ -13,18 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-BUCKET_BYTES = 128 << 20
-MAX_BUCKETS = 512  # open files; beyond 64 GiB of tokens the buckets grow instead
+BUCKET_BYTES = 64 << 20
+MAX_BUCKETS = 512  # open files; beyond 32 GiB of tokens the buckets grow instead
 
 
 def shuffled_blocks(
-    tokens: np.ndarray, width: int, seed: int, folder: Path, bucket_bytes: int = BUCKET_BYTES
+    tokens: np.ndarray, width: int, seed: int, folder: Path, bucket_bytes: int | None = None
 ) -> Iterator[np.ndarray]:
     """Yield arrays [blocks, W] that together hold every whole block of `tokens` once, in random order.
 
     tokens: [tokens], may be a map of a file; a rest shorter than W is left out. seed: any non-negative integer;
     the order depends on it, on N and on bucket_bytes. folder: where bucket files are spilled, and removed again.
     """
+    bucket_bytes = bucket_bytes or BUCKET_BYTES
     count = len(tokens) // width
     blocks = tokens[: count * width].reshape(count, width)
     buckets = min(MAX_BUCKETS, max(1, -(-blocks.nbytes // bucket_bytes)))
