@@ -199,6 +199,7 @@ class InitializeSettings(Settings):
     method: Literal["stepwise", "average", "lower", "upper", "random"] = Field(
         default="stepwise", description="which layers of the vanilla model become the shared ones"
     )
+    svd: bool = Field(default=False, description="start LoRA or DoRA deltas from what sharing takes away")
 
 
 class ExperimentSettings(Settings):

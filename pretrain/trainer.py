@@ -28,7 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.settings import UserError
+from model.config import MoRConfig
 from model.flops import StepFlops, training_flops
+from model.initialization import from_vanilla
 from model.modeling import MoRForCausalLM
 from pretrain import run_folder
 from pretrain.checkpoint import Checkpoints, export, folder_of
@@ -109,7 +111,7 @@ def make_plans(settings: ExperimentSettings, step_flops: int, tokens_per_step: i
             f"{given} is less than one step, which takes {step_flops:.6g} FLOPs ({budget.convention}) and "
             f"{tokens_per_step} tokens; raise it or lower batch.size"
         )
-    warmup = rule.warmup_steps if rule.warmup_steps is not None else round(rule.warmup_share * totals[0] / cost)
+    warmup = rule.warmup_steps if rule.warmup_steps is not None else round(rule.warmup_share * round(totals[0] / cost))
     plans = []
     for total in totals:
         schedule = Schedule(rule.kind, warmup, min(warmup * cost / total, 1.0), rule.decay_share, rule.final_share)
@@ -135,6 +137,19 @@ def branch_settings(settings: ExperimentSettings, flops: int, warmup_steps: int)
             "schedule": settings.schedule.model_copy(update={"warmup_steps": warmup_steps}),
         }
     )
+
+
+def make_model(settings: ExperimentSettings, config: MoRConfig) -> MoRForCausalLM:
+    """A new model in fp32, or one that starts from a trained vanilla model. UserError where that does not fit."""
+    start = settings.initialize_from
+    if start is None:
+        return MoRForCausalLM(config)
+    if not (start.folder / "config.json").exists():
+        raise UserError(f"initialize_from.folder: {start.folder} holds no model (no config.json)")
+    try:
+        return from_vanilla(str(start.folder), config, start.method, settings.seed, start.svd).float()
+    except ValueError as error:
+        raise UserError(f"initialize_from.folder: {start.folder} does not fit the model: {error}") from None
 
 
 def make_optimizer(model: nn.Module, settings: ExperimentSettings) -> torch.optim.AdamW:
@@ -191,7 +206,7 @@ class Trainer:
         )
         self.peak_flops = settings.metrics.peak_flops or peak_flops(parallel.device)
         torch.manual_seed(settings.seed)
-        self.model = MoRForCausalLM(self.config)
+        self.model = make_model(settings, self.config)
         self.model.set_recompute(settings.recompute)
         if settings.compile:
             self.model.compile()

@@ -291,6 +291,48 @@ def test_the_stop_file_ends_the_run(tmp_path: Path, data: Path) -> None:
     assert trainer.state.step == 2
 
 
+@pytest.mark.parametrize("recompute", ["block", "recursion", "selective"])
+def test_recomputation_changes_no_figure(tmp_path: Path, data: Path, recompute: str) -> None:
+    plain, saving = (
+        train(settings_for(tmp_path / policy, data, budget={"steps": 3}, recompute=policy))
+        for policy in ("none", recompute)
+    )
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-6)
+    assert losses(saving, "total_loss") == pytest.approx(losses(plain, "total_loss"), rel=1e-6)
+
+
+def test_bf16_keeps_fp32_weights_and_learns(tmp_path: Path, data: Path) -> None:
+    trainer = trainer_for(settings_for(tmp_path, data, precision="bf16"))
+    assert trainer.run() == 0
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    lines = losses(read_lines(tmp_path))
+    assert lines[-1] < lines[0]
+
+
+def test_a_run_starts_from_a_trained_vanilla_model(tmp_path: Path, data: Path) -> None:
+    train(settings_for(tmp_path / "vanilla", data, "vanilla"))
+    start = {"folder": tmp_path / "vanilla/final", "method": "stepwise"}
+    trainer = trainer_for(settings_for(tmp_path / "run", data, initialize_from=start))
+    source = MoRForCausalLM.from_pretrained(tmp_path / "vanilla/final")
+    assert torch.equal(trainer.model.model.embed_tokens.weight, source.model.embed_tokens.weight)
+    assert trainer.run() == 0
+
+
+@pytest.mark.parametrize(
+    ("folder", "model", "words"),
+    [("nowhere", {}, "holds no model"), ("final", {"hidden_size": 32}, "hidden_size: the source has 16")],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    tmp_path: Path, data: Path, folder: str, model: dict[str, Any], words: str
+) -> None:
+    MoRForCausalLM(trainer_for(settings_for(tmp_path / "x", data, "vanilla")).config).save_pretrained(
+        tmp_path / "final"
+    )
+    settings = settings_for(tmp_path / "run", data, initialize_from={"folder": tmp_path / folder}, model=model)
+    with pytest.raises(UserError, match=words):
+        trainer_for(settings)
+
+
 def test_plans_of_authors_run(data: Path) -> None:
     settings = settings_for(Path("unused"), data, budget={"steps": None, "flops": int(16.5e18)})
     (plan,) = make_plans(settings, step_flops=round(16.5e18 / 14160.01), tokens_per_step=2**21)
