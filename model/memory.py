@@ -144,14 +144,20 @@ def activation_bytes(
         }[recompute]
         if r > 0 and config.routing != "none":
             saved += round(passed.queries) * h * FP32  # the block's output, for the gradient of its gate
-    saved += (
-        2 * tokens * h * FP32 + tokens * h * size + config.vocab_size * h * size
-    )  # final norm, gradients of the head
+    shared_keys = 0
+    if config.kv_strategy != "recursion_wise" and recompute != "none":
+        shared_keys = (
+            recursion_layers(config) * tokens * 2 * kv * size
+        )  # they outlive their stretch, then their gradients
+    saved += shared_keys
+    if config.routing == "expert_choice":  # inputs of the deeper routers; the first one's is the first layer's
+        saved += round(work.offered - tokens) * h * FP32
+    saved += 2 * tokens * h * FP32 + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
     if precision == "bf16" and recompute == "none":
         saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
     rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
     head = (3 * rows + h) * config.vocab_size * FP32
-    return Activations(saved, max(head, 0 if recompute == "none" else max(stretches)))
+    return Activations(saved, max(head, 0 if recompute == "none" else max(stretches) + shared_keys))
 
 
 # --- one rank -----------------------------------------------------------------------------------------------------
