@@ -23,6 +23,7 @@ import random
 import re
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -44,6 +45,7 @@ from data_prep.settings import UserError, run_command
 from pretrain.parallel import Parallel, read_deepspeed
 
 MARKER = "COMMITTED.json"
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")  # one process
 Format = Literal["sharded", "deepspeed", "consolidated"]
 T = TypeVar("T")
 

@@ -84,7 +84,7 @@ def run_ranks(
     function: Callable[..., Any],
     world_size: int,
     *arguments: Any,
-    timeout: float = 120,
+    timeout: float = 400,
     environment: Mapping[str, str] | None = None,
 ) -> list[Any]:
     """Start, wait, and return what each rank returned. A rank that fails makes it fail, with that rank's output."""

@@ -181,7 +181,7 @@ def train_on_ranks(run_dir: Path, data: Path, architecture: str, changes: dict[s
 def changes_for(parallel: dict[str, Any]) -> dict[str, Any]:
     return {
         "budget": {"steps": STEPS},
-        "batch": {"size": 8, "micro_size": 1},
+        "batch": {"size": 4, "micro_size": 1},
         "checkpoint": {"every_steps": STEPS // 2, "keep": 9, "asynchronous": True},
         "parallel": parallel,
     }
@@ -190,7 +190,7 @@ def changes_for(parallel: dict[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    prepare_tiny(folder, samples=8 * STEPS)
+    prepare_tiny(folder, samples=4 * STEPS)
     return folder
 
 
