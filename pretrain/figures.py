@@ -83,7 +83,8 @@ def loss_curves(variants: Sequence[Variant], x: str, unigram_loss: float, note: 
         at = variant.flops if x == "flops" else variant.tokens
         axes.plot(at, np.mean(list(variant.losses().values())), ms=7, markeredgecolor="white", **style[variant.name])
     axes.axhline(unigram_loss, color="#777777", ls=":", lw=1.2, label=UNIGRAM)
-    axes.set_ylim(top=unigram_loss + 0.15)
+    worst = max(loss for variant in variants for loss in variant.losses().values())
+    axes.set_ylim(top=max(unigram_loss, worst) + 0.15)  # the first, steep part of the curves is cut
     axes.set(xlabel=f"{AXIS_LABEL[x]}{note}", ylabel=LOSS_LABEL, xscale="log")
     _finish(axes)
     _legend(axes, variants)

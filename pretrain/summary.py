@@ -10,6 +10,7 @@ from typing import Any
 from data_prep.settings import UserError
 from model import flops
 from model.config import ARCHITECTURES, MoRConfig
+from model.memory import kv_cache_bytes_per_token
 from pretrain import analysis
 from pretrain.runs import Run, Variant, variants
 
@@ -62,7 +63,7 @@ def run_row(variant: str, run: Run) -> Results:
     last, validation = run.last, run.validations[-1]
     config = MoRConfig.from_dict(run.facts["model"])
     length = int(run.facts["sequence_length"])
-    training = next((line for line in reversed(run.lines) if "loss" in line), {})
+    training: Results = next((line for line in reversed(run.lines) if "loss" in line), {})
     return {
         "name": run.name,
         "variant": variant,
@@ -132,18 +133,8 @@ def inference_costs(variant: Variant) -> dict[str, float]:
         work = flops.work_of(config, length, 1, counts, [n * (k + 1) / 2 for n, k in zip(counts, keys)])
     return {
         "inference_flops_per_token": float(sum(flops.forward_flops(config, work).values())) / length,
-        "kv_bytes_per_token": kv_bytes_per_token(config),
+        "kv_bytes_per_token": kv_cache_bytes_per_token(config),
     }
-
-
-def kv_bytes_per_token(config: MoRConfig) -> float:
-    """Bytes of bf16 keys and values that a cache keeps per token of context, on average (Table 6 of the paper).
-
-    Recursion-wise, recursion r keeps its own for the share c_r of the tokens; shared, the first recursion's serve all.
-    """
-    shares = flops.capacities(config) if config.kv_strategy == "recursion_wise" else [1]
-    layers = flops.unshared_layers(config) + flops.recursion_layers(config) * sum(shares)
-    return float(layers * 2 * 2 * (config.num_key_value_heads or config.num_attention_heads) * config.head_dim)
 
 
 def budget_classes(groups: Sequence[Variant]) -> list[list[Variant]]:
@@ -216,7 +207,7 @@ def isoflop_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
 
 def scaling_law_rows(groups: Sequence[Variant]) -> list[Results]:
     """The joint law for each looped architecture together with the vanilla runs; a note where they cannot tell it."""
-    rows = []
+    rows: list[Results] = []
     vanilla = [group for group in groups if group.architecture == "vanilla"]
     for architecture in dict.fromkeys(g.architecture for g in groups if g.architecture != "vanilla"):
         points = []
@@ -229,7 +220,8 @@ def scaling_law_rows(groups: Sequence[Variant]) -> list[Results]:
                 loss = run.validations[-1]["validation_loss"]
                 points.append((once, shared, group.mean_recursions(), run.last["tokens"], loss))
         try:
-            fit = analysis.fit_scaling_law(*zip(*points))
+            n_once, n_recurrent, recursions, tokens, losses = (list(column) for column in zip(*points))
+            fit = analysis.fit_scaling_law(n_once, n_recurrent, recursions, tokens, losses)
         except ValueError as error:
             rows.append({"architecture": architecture, "fit": None, "note": str(error)})
         else:
