@@ -88,7 +88,7 @@ def test_variants_at_360m():
 
 def test_every_configuration_says_what_it_is_and_loads():
     paths = sorted(CONFIGS.glob("*.yaml"))
-    assert len(paths) == 24
+    assert len(paths) >= 24
     for path in paths:
         assert path.read_text().startswith("# ")
         assert set(read_yaml(path)) <= set(MoRConfig().to_dict())
