@@ -27,13 +27,13 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
-from model import routing
-from model.cache import MoRCache
-from model.config import MoRConfig
-from model.layers import DecoderLayer, KeyValue, LMHead, Tokens, chunk_rows, cross_entropy_sum, gather_rows
-from model.relaxation import RelaxedLinear
-from model.routing import Router, RoutingRecord
-from model.sharing import Application, applications, num_unique_layers, segments
+from . import routing
+from .cache import MoRCache
+from .config import MoRConfig
+from .layers import DecoderLayer, KeyValue, LMHead, Tokens, chunk_rows, cross_entropy_sum, gather_rows
+from .relaxation import RelaxedLinear
+from .routing import Router, RoutingRecord
+from .sharing import Application, applications, num_unique_layers, segments
 
 RecomputePolicy = Literal["none", "block", "recursion", "selective"]
 # What selective recomputation keeps: the results of matrix products and of attention.
@@ -87,6 +87,7 @@ class Row:
     everyone: the `Tokens` of the layers that compute every position.
     real: [B, T] bool, False for padding; None: no padding. documents: [B, T] non-decreasing ids or None.
     positions: [B or 1, T]. allowed: [B, T, T] bool, who may look at whom; None: plain causal.
+    max_recursions: no token executes more; None: as many as are configured.
     """
 
     everyone: Tokens
@@ -99,6 +100,7 @@ class Row:
     cache: MoRCache | None = None
     past: int = 0
     routing_only: bool = False
+    max_recursions: int | None = None
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add_loss(self, name: str, value: Tensor) -> None:
@@ -191,9 +193,14 @@ class MoRModel(MoRPreTrainedModel):
         routing_mode: str | None = None,
         global_load: Tensor | None = None,
         routing_only: bool = False,
+        max_recursions: int | None = None,
         output_hidden_states: bool | None = None,
     ) -> MoRModelOutput:
         """Shapes and meanings as in `MoRForCausalLM.forward`."""
+        if max_recursions is not None and not 1 <= max_recursions <= self.config.num_recursions:
+            raise ValueError(
+                f"max_recursions: {max_recursions} does not fit 1 to {self.config.num_recursions} recursions"
+            )
         if routing_only and self.config.routing != "token_choice":
             raise ValueError("routing_only: needs routing 'token_choice', which decides before the first recursion")
         if (input_ids is None) == (inputs_embeds is None):
@@ -202,7 +209,7 @@ class MoRModel(MoRPreTrainedModel):
         mode = self._mode(routing_mode)
         cache = self._cache(past_key_values, use_cache, mode, document_ids)
         row = self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, cache)
-        row.routing_only = routing_only
+        row.routing_only, row.max_recursions = routing_only, max_recursions
         if output_hidden_states:
             row.hidden_states = [hidden]
         hidden, record = self._decode(hidden, row, mode, step, global_load)
@@ -288,15 +295,16 @@ class MoRModel(MoRPreTrainedModel):
     def _decode(self, hidden: Tensor, row: Row, mode: str, step: int | None, global_load: Tensor | None):
         """[B, T, D] -> [B, T, D] and the routing record: unshared layers, then recursions by their routing."""
         config, record = self.config, None
+        stretches = self.segments if row.max_recursions is None else self._within(row.max_recursions)
         if config.routing == "none":
             kv: dict[int, KeyValue] = {}
-            for segment in self.segments:
+            for segment in stretches:
                 hidden = self._run(segment, hidden, row.everyone, kv, row)
             return hidden, None
         middle = config.sharing == "middle_cycle"
-        recursions = self.segments[1:-1] if middle else self.segments
+        recursions = stretches[1:-1] if middle else stretches
         if middle:
-            hidden = self._run(self.segments[0], hidden, row.everyone, {}, row)
+            hidden = self._run(stretches[0], hidden, row.everyone, {}, row)
         if config.routing == "token_choice":
             hidden, record = self._token_choice(recursions, hidden, row, step, global_load)
             if row.routing_only:
@@ -306,8 +314,13 @@ class MoRModel(MoRPreTrainedModel):
         else:
             hidden, record = self._expert_choice_causal(recursions, hidden, row)
         if middle:
-            hidden = self._run(self.segments[-1], hidden, row.everyone, {}, row)
+            hidden = self._run(stretches[-1], hidden, row.everyone, {}, row)
         return hidden, record
+
+    def _within(self, max_recursions: int) -> list[list[Application]]:
+        """The segments without the uses of deeper recursions."""
+        kept = [[use for use in segment if (use.recursion or 0) < max_recursions] for segment in self.segments]
+        return [segment for segment in kept if segment]
 
     def _run(self, segment: list[Application], x: Tensor, tokens: Tokens, kv: dict[int, KeyValue], row: Row) -> Tensor:
         """Apply the layers of a segment to the given tokens, with recomputation as set. x: [B, K, D] or [N, D].
@@ -547,6 +560,8 @@ class MoRModel(MoRPreTrainedModel):
             logits = self.routers[0](hidden)
         scores = routing.depth_scores(logits, self.activation, self.alpha)
         choice = self._choose_depth(scores.detach(), step)
+        if row.max_recursions is not None:
+            choice = choice.clamp(max=row.max_recursions - 1)
         depth = choice + 1 if row.real is None else torch.where(row.real, choice + 1, 0)
         trace = _Trace(scores=[logits.detach()], means=list(logits.detach().flatten(0, 1).mean(0)))
         record = self._record(depth, row, trace)
@@ -674,6 +689,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         global_load: Tensor | None = None,
         routing_only: bool = False,
+        max_recursions: int | None = None,
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -691,6 +707,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             and ranks add up to the mean over the global batch.
         global_load: [Nr] share of tokens per depth in the global batch, for the balancing loss; None: this batch's own.
         routing_only: token-choice: run the layers before the recursions and the router alone, for `routing`; no loss.
+        max_recursions: no token executes more recursions than this, 1 to Nr (test-time depth, Fig. 5c); None: Nr.
         return_logits: None returns logits unless training with labels; False never makes them.
         """
         if labels is not None and targets is not None:
@@ -709,6 +726,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             routing_mode=routing_mode,
             global_load=global_load,
             routing_only=routing_only,
+            max_recursions=max_recursions,
             output_hidden_states=output_hidden_states,
         )
         if routing_only:
