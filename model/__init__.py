@@ -2,8 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from model.config import MoRConfig
-from model.modeling import MoRForCausalLM, MoRModel
+from .config import MoRConfig
+from .modeling import MoRForCausalLM, MoRModel
 
 AutoConfig.register("mor", MoRConfig, exist_ok=True)
 AutoModel.register(MoRConfig, MoRModel, exist_ok=True)

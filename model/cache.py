@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from model.config import MoRConfig
-from model.layers import Tokens, attend
-from model.sharing import Application, applications
+from .config import MoRConfig
+from .layers import Tokens, attend
+from .sharing import Application, applications
 
 
 def sees_everyone(use: Application, config: MoRConfig) -> bool:

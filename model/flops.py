@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal, get_args
 
-from model.config import MoRConfig
-from model.sharing import applications, num_unique_layers, segments
+from .config import MoRConfig
+from .sharing import applications, num_unique_layers, segments
 
 Convention = Literal["exact", "paper", "palm", "six_n"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)

@@ -27,9 +27,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model.config import MoRConfig
-from model.modeling import MoRForCausalLM
-from model.sharing import applications
+from .config import MoRConfig
+from .modeling import MoRForCausalLM
+from .sharing import applications
 
 _ROUTINGS = {"expert": "expert_choice", "token": "token_choice"}
 

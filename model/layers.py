@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
-from model.config import MoRConfig
-from model.relaxation import make_projection, project
+from .config import MoRConfig
+from .relaxation import make_projection, project
 
 KeyValue = tuple[Tensor, Tensor]
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Literal
 
-from model.config import MoRConfig
-from model.flops import (
+from .config import MoRConfig
+from .flops import (
     Pass,
     Recompute,
     attention_widths,
@@ -28,7 +28,7 @@ from model.flops import (
     unique_parameters,
     unshared_layers,
 )
-from model.sharing import num_unique_layers
+from .sharing import num_unique_layers
 
 Precision = Literal["fp32", "bf16"]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import MoRConfig
+from .config import MoRConfig
 
 
 class RelaxedLinear(nn.Linear):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.config import MoRConfig
+from .config import MoRConfig
 
 
 class Router(nn.Module):

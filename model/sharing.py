@@ -5,7 +5,7 @@ L is the effective depth (`num_hidden_layers`), Nr the number of recursions (`nu
 
 from dataclasses import dataclass
 
-from model.config import MoRConfig
+from .config import MoRConfig
 
 
 @dataclass(frozen=True)
