@@ -53,7 +53,8 @@ class Ranks:
 
     def output(self, rank: int) -> str:
         """What a rank has written to stdout and stderr."""
-        return (self.folder / f"output-{rank}").read_text(encoding="utf-8", errors="replace")
+        path = self.folder / f"output-{rank}"
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
     def results(self) -> list[Any]:
         """What the function returned, by rank."""

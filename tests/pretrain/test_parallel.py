@@ -3,23 +3,33 @@ the law. The same runs leave checkpoints at half way, from which every strategy 
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from torch import nn
+from torch.profiler import profile
 
 from data_prep.settings import UserError, read_yaml
+from model.config import MoRConfig
+from model.modeling import MoRForCausalLM
+from pretrain.checkpoint import Marker, committed
 from pretrain.parallel import Parallel, ParallelSettings, resolve_strategy
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
-from tests.helpers.experiments import read_lines, settings_for, trainer_for
+from tests.helpers.experiments import ROUTED, read_lines, settings_for, trainer_for
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "parallel"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs" / "parallel"
 RUNNING = {"RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1"}
 
 
@@ -264,3 +274,95 @@ def test_resumes_on_the_same_ranks_bit_for_bit(runs: Runs, name: str):
 )
 def test_resumes_under_another_strategy_or_world(runs: Runs, source: str, target: str):
     assert losses(runs.go_on(source, target)) == pytest.approx(losses(runs("mor_expert")), rel=1e-5)
+
+
+# --- what fsdp2 gathers
+
+
+def count_gathers(reshard: bool, num_recursions: int, micro_batches: int) -> tuple[int, int]:
+    """All-gathers and reduce-scatters of one optimizer step of a model with three unique layers, one of them shared."""
+    parallel = Parallel.start(ParallelSettings(strategy="fsdp2", reshard_after_forward=reshard), "fp32", 0)
+    fields = ROUTED["mor_expert"] | {"num_recursions": num_recursions, "num_hidden_layers": 2 + num_recursions}
+    model = MoRForCausalLM(MoRConfig(**fields, vocab_size=64))
+    parallel.prepare(model, lambda module: torch.optim.AdamW(module.parameters()))
+    tokens = torch.randint(0, 64, (1, 8))
+    with profile() as profiled:  # CommDebugMode cannot follow a module that is called several times
+        for number in range(micro_batches):
+            last = number == micro_batches - 1
+            parallel.micro_step(parallel.forward(last, input_ids=tokens, labels=tokens).loss, last)
+        parallel.optimizer_step(1e-3, 1.0)
+    parallel.finish()
+    counts = {event.key: event.count for event in profiled.key_averages()}
+    return counts["c10d::_allgather_base_"], counts["c10d::_reduce_scatter_base_"]
+
+
+@pytest.mark.slow
+def test_kept_units_are_gathered_once_a_step_whatever_the_recursions():
+    counts = {
+        key: run_ranks(count_gathers, 2, *key)[0]
+        for key in [(True, 2, 1), (True, 4, 1), (False, 2, 1), (False, 4, 1), (False, 4, 2)]
+    }
+    units = 4  # three layers and the root
+    assert counts[False, 2, 1] == counts[False, 4, 1] == counts[False, 4, 2] == (units, units)
+    # freed after each use: the root once, a layer at each application forward and again backward
+    assert counts[True, 2, 1][0] == 1 + 2 * (2 + 2) and counts[True, 4, 1][0] == 1 + 2 * (2 + 4)
+    assert counts[True, 4, 1][1] == units
+
+
+# --- the real launchers
+
+
+def launch(arguments: list[str], timeout: float = 400) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    programs = Path(sys.executable).parent
+    command = [str(programs / arguments[0]), *arguments[1:]]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
+    settings = settings_for(Path("unset"), data, "mor_expert", budget={"steps": 3})
+    path = tmp_path_factory.mktemp("experiment") / "experiment.yaml"
+    path.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude={"parallel"}, exclude_unset=True)))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "name", "strategy"),
+    [("accelerate", "fsdp2_keep", "fsdp2"), ("accelerate", "zero2", "zero2"), ("torchrun", "fsdp2", "fsdp2")],
+)
+def test_the_launchers_start_what_was_asked_for(
+    experiment: Path, tmp_path: Path, launcher: str, name: str, strategy: str
+):
+    config = str(CONFIGS / f"{name}.yaml")
+    run = ["pretrain/main.py", "--config", str(experiment), f"run_dir={tmp_path}"]
+    start = {
+        "accelerate": [
+            "accelerate",
+            "launch",
+            "--config_file",
+            config,
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+        ],
+        "torchrun": ["torchrun", "--standalone", "--nproc_per_node", "2"],
+    }[launcher]
+    done = launch([*start, *run, *([f"parallel={config}"] if launcher == "torchrun" else [])])
+    assert done.returncode == 0, done.stderr[-3000:]
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert "2 x cpu" in json.dumps(facts)
+    checkpoint = committed(tmp_path / "checkpoints")[-1][1]
+    marker = Marker.read(checkpoint)
+    assert (marker.strategy, marker.world_size, marker.step) == (strategy, 2, 3)
+
+
+@pytest.mark.slow
+def test_accelerate_starting_one_process_for_two_is_refused(experiment: Path, tmp_path: Path):
+    run = ["pretrain/main.py", "--config", str(experiment), f"run_dir={tmp_path}"]
+    done = launch(["accelerate", "launch", "--cpu", "--num_processes", "2", *run])
+    assert done.returncode != 0
+    assert "error: accelerate launch was asked for several processes and started one" in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
