@@ -478,9 +478,7 @@ class Engine:
         self.statistics.model_seconds += time.perf_counter() - began
         tokens = choose(logits, [r.params for r in requests], [r.generator for r in requests])
         events = []
-        for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
-            if request.params.logprobs:
-                request.logprobs.append(float(logits[i].float().log_softmax(-1)[token]))
+        for request, token in zip(requests, tokens, strict=True):
             ready = request.append(token, self.config.max_position_embeddings)
             if request.finished:
                 self.scheduler.finish(request, request.finished)

@@ -19,7 +19,7 @@ class SamplingParams:
 
     max_tokens: most tokens to generate. temperature: 0 is greedy. top_k: 0 keeps every token. top_p: the likeliest
     tokens that together reach this probability; 1 keeps every token. seed: of the request's own generator; None draws
-    one. stop: token sequences that end the text, and are no part of it. logprobs: note the chosen tokens' too.
+    one. stop: token sequences that end the text, and are no part of it.
     """
 
     max_tokens: int = 64
@@ -28,7 +28,6 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: Sequence[Sequence[int]] = field(default_factory=tuple)
-    logprobs: bool = False
 
     def __post_init__(self):
         if self.max_tokens < 1:

@@ -86,7 +86,6 @@ class Request:
     runs: list[Run]
     places: list[list[int]]
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     done: int = 0
     released: int = 0

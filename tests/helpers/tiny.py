@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
@@ -63,3 +66,22 @@ def tiny_model(variant: str, seed: int = 0, **fields) -> MoRForCausalLM:
             elif "lora_B" in name or "recursion_encoding" in name or ("norm" in name and parameter.dim() == 1):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """One token a character: 0 ends a text, then a to z, space, digits and three marks."""
+    characters = "abcdefghijklmnopqrstuvwxyz 0123456789.,?"
+    vocabulary = {"<eos>": 0} | {character: i for i, character in enumerate(characters, 1)}
+    assert len(vocabulary) == VOCABULARY
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<eos>"])
+    return tokenizer
+
+
+def save_tiny(folder: Path, variant: str, seed: int = 1) -> Path:
+    """A checkpoint folder as a finished run leaves it."""
+    tiny_model(variant, seed).float().save_pretrained(folder)
+    tiny_tokenizer().save(str(folder / "tokenizer.json"))
+    return folder
