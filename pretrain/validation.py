@@ -27,16 +27,17 @@ class Validation:
     document_masking: bool
 
     @torch.no_grad()
-    def __call__(self, parallel: Parallel) -> dict[str, Any]:
+    def __call__(self, parallel: Parallel, max_recursions: int | None = None) -> dict[str, Any]:
         """Mean loss in nats per token. Every rank takes part and gets the same figures.
 
         `validation_loss`: causal routing, nothing looks ahead; None where `selection: none` leaves the model without a
         causal decision. `validation_loss_topk`: expert-choice picks the top-k of the whole sequence, as the paper
         evaluates; equal to the former for every other model. `validation_tokens`; for routed models
         `validation_depth_shares` [Nr+1] and the routing statistics, of the causal pass where there is one.
+        max_recursions: no token executes more (test-time depth, Fig. 5c); None: as many as the model has.
         """
         parallel.model.eval()
-        lines = {mode: self._evaluate(parallel, mode) for mode in self._modes()}
+        lines = {mode: self._evaluate(parallel, mode, max_recursions) for mode in self._modes()}
         parallel.model.train()
         topk = lines.get("topk", lines.get("causal"))
         line = lines.get("causal", topk)
@@ -51,7 +52,7 @@ class Validation:
             return ["causal"]
         return ["topk"] if self.config.selection == "none" else ["causal", "topk"]
 
-    def _evaluate(self, parallel: Parallel, routing_mode: RoutingMode) -> dict[str, Any]:
+    def _evaluate(self, parallel: Parallel, routing_mode: RoutingMode, max_recursions: int | None) -> dict[str, Any]:
         sums = Sums()
         batches = fixed_batches(
             self.manifest,
@@ -70,6 +71,7 @@ class Validation:
                 targets=batch.targets,
                 document_ids=batch.document_ids,
                 routing_mode=routing_mode,
+                max_recursions=max_recursions,
                 num_items_in_batch=places,  # rows that only fill up the last batch then have loss 0, not 0 / 0
                 return_logits=False,
             )

@@ -1,0 +1,379 @@
+"""What a trained model is worth: `python -m pretrain.evaluate --checkpoint RUN [--preset paper] [--depths]`.
+
+Validation loss, causal and top-k; the same with the depth of every token capped at 1 .. Nr (paper Fig. 5c); and tasks
+of lm-evaluation-harness, which sees the model as any transformers model. Results go to `evaluation.json` in the run's
+folder, and, for the final model of a finished run, to its metrics.jsonl and its tracker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+import rich.table
+import torch
+from pydantic import Field
+from rich.console import Console
+from transformers import PreTrainedTokenizerFast
+
+from data_prep.settings import Settings, UserError, load, run_command
+from model.config import MoRConfig
+from model.inference.text import load_checkpoint
+from model.modeling import MoRForCausalLM
+from pretrain.checkpoint import MARKER, committed, export
+from pretrain.config import ExperimentSettings, read_settings
+from pretrain.data import Manifest
+from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
+from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.run_folder import versions
+from pretrain.validation import Validation
+
+PRESETS = Path(__file__).resolve().parents[1] / "configs" / "evaluation"
+BOOTSTRAP_ITERATIONS = 1000  # for the standard errors of figures that are no means, such as perplexity
+Precision = Literal["bf16", "fp32"]
+Scores = dict[str, dict[str, float]]
+
+
+class TaskSettings(Settings):
+    """One task of the harness."""
+
+    name: str = Field(description="the task's or group's name in lm-evaluation-harness")
+    shots: int | None = Field(
+        default=None, ge=0, description="examples before each question; null takes the task's own"
+    )
+    metric: str | None = Field(default=None, description="the task's figure in the average; null leaves it out")
+    benchmark: str | None = Field(default=None, description="tasks of one benchmark count once in the average")
+
+
+class Preset(Settings):
+    """A list of tasks, `configs/evaluation/*.yaml`."""
+
+    tasks: list[TaskSettings] = Field(min_length=1, description="what to evaluate on")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model ready to be evaluated. run: the run directory that it belongs to, with its settings, or None."""
+
+    model: MoRForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    folder: Path
+    run: Path | None
+    settings: ExperimentSettings | None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether this is the last model of a finished run."""
+        return self.run is not None and self.folder == self.run / "final"
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Load a run directory's model (its final one, else its newest checkpoint), a checkpoint, or an exported folder.
+
+    Raises UserError that names what is missing.
+    """
+    run = next((path for path in (folder, folder.parent, folder.parent.parent) if (path / "run.json").is_file()), None)
+    settings = read_settings(run / "config.yaml") if run is not None else None
+    if folder == run:
+        steps = committed(folder / "checkpoints")
+        if not (folder / "final" / "config.json").is_file() and not steps:
+            raise UserError(f"{folder}: this run has no checkpoint yet")
+        folder = folder / "final" if (folder / "final" / "config.json").is_file() else steps[-1][1]
+    with _exported(folder, settings) as exported:
+        try:
+            model, tokenizer = load_checkpoint(exported)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    eos = model.config.eos_token_id
+    token = tokenizer.id_to_token(eos) if isinstance(eos, int) else None
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
+    return Checkpoint(model.eval(), wrapped, folder, run, settings)
+
+
+@contextlib.contextmanager
+def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Path]:
+    """The folder itself, or a training checkpoint in the form that `from_pretrained` reads, for as long as it takes."""
+    if not (folder / MARKER).is_file():
+        yield folder
+        return
+    if settings is None:
+        raise UserError(f"{folder}: a training checkpoint outside its run directory; export it first")
+    with tempfile.TemporaryDirectory() as temporary:
+        export(folder, Path(temporary), settings.data.folder / "tokenizer.json")
+        yield Path(temporary)
+
+
+# --- loss ---------------------------------------------------------------------------------------------------------
+
+
+def make_validation(checkpoint: Checkpoint, data: Path | None, batch_size: int, limit: int | None) -> Validation | None:
+    """Validation on a prepared folder, or on the run's; None where neither is given.
+
+    Raises UserError where the data does not fit the model or its tokenizer.
+    """
+    settings, config = checkpoint.settings, checkpoint.model.config
+    folder = data or (settings.data.folder if settings is not None else None)
+    if folder is None:
+        return None
+    manifest = Manifest.read(folder)
+    manifest.check_model(config.vocab_size, min(manifest.sequence_length, config.max_position_embeddings))
+    if checkpoint.run is not None:
+        facts = json.loads((checkpoint.run / "run.json").read_text(encoding="utf-8"))
+        manifest.check_tokenizer(facts["tokenizer_fingerprint"], str(checkpoint.run))
+    masking = settings.data.document_masking if settings is not None else True
+    return Validation(config, manifest, batch_size, limit, masking)
+
+
+def losses(validation: Validation, model: MoRForCausalLM, precision: Precision, depths: bool) -> dict[str, Any]:
+    """`validation`: the loss at the model's own depth; with `depths`, the losses with depth capped at 1 .. Nr too."""
+    parallel = Parallel.start(ParallelSettings.model_validate({"strategy": "single"}), precision)
+    module: torch.nn.Module = model
+    parallel.module = parallel.model = module.to(parallel.device)
+    result: dict[str, Any] = {"validation": validation(parallel)}
+    if depths:
+        caps = range(1, model.config.num_recursions + 1)
+        result["depths"] = [{"max_recursions": cap} | validation(parallel, cap) for cap in caps]
+    model.eval()
+    return result
+
+
+# --- tasks --------------------------------------------------------------------------------------------------------
+
+
+def run_tasks(
+    model: MoRForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    tasks: Sequence[TaskSettings],
+    *,
+    folder: Path | None = None,
+    batch_size: int = 8,
+    limit: int | None = None,
+    precision: Precision = "fp32",
+) -> Scores:
+    """Evaluate on tasks of lm-evaluation-harness: task or group -> figure -> value, standard errors included.
+
+    folder: of task files beside the harness's own; limit: questions per task. Raises UserError for an unknown task, and
+    where the harness or a task's data is missing.
+    """
+    try:
+        from lm_eval.evaluator import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise UserError("tasks need lm-evaluation-harness: pip install 'lm-eval' (the extra `evaluate`)") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if not has_causal_decision(model.config):
+        if batch_size != 1:
+            raise UserError("--batch-size: routing of selection 'none' sees a row's padding too; give --batch-size 1")
+        model.config.routing_mode = "topk"
+    manager = _task_manager([task.name for task in tasks], folder)
+    mixed = "bfloat16" if precision == "bf16" else None
+    wrapped = HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
+    scores: Scores = {}
+    for shots in dict.fromkeys(task.shots for task in tasks):
+        names = [task.name for task in tasks if task.shots == shots]
+        try:
+            results = simple_evaluate(
+                wrapped,
+                tasks=list(names),
+                num_fewshot=shots,
+                limit=limit,
+                task_manager=manager,
+                log_samples=False,
+                bootstrap_iters=BOOTSTRAP_ITERATIONS,
+            )
+        except OSError as error:  # no network, no such data set
+            raise UserError(f"tasks {', '.join(names)}: their data cannot be read: {error}") from None
+        assert results is not None
+        scores |= {name: _figures(values) for name, values in results["results"].items()}
+    return scores
+
+
+def has_causal_decision(config: MoRConfig) -> bool:
+    """Whether the model can route a token without looking at later ones."""
+    return config.routing != "expert_choice" or config.selection != "none" or config.router == "random"
+
+
+def _task_manager(names: Sequence[str], folder: Path | None) -> Any:
+    """The harness's index of tasks; its own ones, which take long to read, only where `folder` lacks a name."""
+    from lm_eval.tasks import TaskManager
+
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--task-folder: {folder} is no folder")
+    include = None if folder is None else str(folder)
+    manager = TaskManager(include_path=include, include_defaults=False) if include else None
+    if manager is None or any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=include)
+    unknown = [name for name in names if name not in manager.all_tasks]
+    if unknown:
+        raise UserError(f"unknown tasks: {', '.join(unknown)}; see `lm_eval ls tasks`, or give --task-folder")
+    return manager
+
+
+def _figures(values: dict[str, Any]) -> dict[str, float]:
+    """`acc,none` -> `acc`; a figure behind a filter keeps the filter's name."""
+    numbers = {key: value for key, value in values.items() if "," in key and isinstance(value, int | float)}
+    return {key.removesuffix(",none").replace(",", "/"): float(value) for key, value in numbers.items()}
+
+
+def average(tasks: Sequence[TaskSettings], scores: Scores) -> float | None:
+    """Mean over benchmarks of the mean of their tasks' metrics; None where no task names a metric."""
+    groups: dict[str, list[float]] = {}
+    for task in tasks:
+        if task.metric is None:
+            continue
+        if task.metric not in scores[task.name]:
+            raise UserError(f"task {task.name} has no figure {task.metric!r}; it has {', '.join(scores[task.name])}")
+        groups.setdefault(task.benchmark or task.name, []).append(scores[task.name][task.metric])
+    return fmean(fmean(group) for group in groups.values()) if groups else None
+
+
+# --- results ------------------------------------------------------------------------------------------------------
+
+
+def metrics_line(results: dict[str, Any]) -> dict[str, Any]:
+    """The results as fields of a line of metrics: `tasks/NAME/FIGURE`, `tasks/average`, losses by depth as lists."""
+    line = {
+        f"tasks/{name}/{figure}": value for name, values in results["tasks"].items() for figure, value in values.items()
+    }
+    if results["average"] is not None:
+        line["tasks/average"] = results["average"]
+    if "depths" in results:
+        for key in ("validation_loss", "validation_loss_topk"):
+            line[f"{key}_by_depth"] = [depth[key] for depth in results["depths"]]
+    return line
+
+
+def record(checkpoint: Checkpoint, results: dict[str, Any]) -> bool:
+    """Append the results to a finished run's metrics.jsonl and tracker; False where the run is not finished.
+
+    The line repeats the run's last one, `event: finished` included, so that it stays the last word on the run.
+    """
+    if checkpoint.run is None or checkpoint.settings is None or not checkpoint.is_final:
+        return False
+    last = last_line(checkpoint.run / METRICS)
+    if last is None or last.get("event") != "finished":
+        return False
+    line = last | metrics_line(results)
+    metrics = MetricsFile(checkpoint.run / METRICS, last["step"])
+    metrics.write(line)
+    metrics.close()
+    folder = checkpoint.run / "tracker"
+    tracker = Tracker(checkpoint.settings, folder, tracker_id(folder, None))
+    tracker.log(line)
+    tracker.finish()
+    return True
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """The results as tables."""
+    rows = [("as trained", results.get("validation"))]
+    rows += [(f"at most {depth['max_recursions']}", depth) for depth in results.get("depths", [])]
+    table = rich.table.Table("recursions", "loss, causal", "top-k", title="Validation loss", title_justify="left")
+    for name, line in rows:
+        if line is not None:
+            figures = (line["validation_loss"], line["validation_loss_topk"])
+            table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in figures))
+    if table.row_count:
+        console.print(table)
+    table = rich.table.Table("task", "shots", "figure", "value", "± error", title="Tasks", title_justify="left")
+    for name, values in results["tasks"].items():
+        shots = results["shots"].get(name)
+        for figure, value in values.items():
+            if "_stderr" not in figure:
+                filter_name = figure.partition("/")
+                error = values.get(f"{filter_name[0]}_stderr{''.join(filter_name[1:])}")
+                cells = ["own" if shots is None else str(shots), figure, f"{value:.4f}"]
+                table.add_row(name, *cells, "" if error is None else f"{error:.4f}")
+    if results["average"] is not None:
+        table.add_row("average over benchmarks", "", "", f"{results['average']:.4f}", "")
+    if table.row_count:
+        console.print(table)
+
+
+# --- command line -------------------------------------------------------------------------------------------------
+
+
+def evaluate(given: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the command line asks for; what `evaluation.json` holds."""
+    tasks = chosen_tasks(given.tasks, given.preset)
+    checkpoint = open_checkpoint(given.checkpoint.resolve())
+    validation = make_validation(checkpoint, given.data, given.batch_size, given.limit)
+    if validation is None and (not tasks or given.depths):
+        raise UserError(f"{given.checkpoint}: belongs to no run; give --data FOLDER, or tasks alone")
+    precision = given.precision or (checkpoint.settings.precision if checkpoint.settings else "fp32")
+    config = checkpoint.model.config
+    results: dict[str, Any] = {
+        "checkpoint": str(given.checkpoint),
+        "model": checkpoint.folder.name,
+        "architecture": config.architecture,
+        "precision": precision,
+        "limit": given.limit,
+        "versions": versions(),
+    }
+    if validation is not None:
+        manifest = validation.manifest
+        results |= {"corpus": manifest.corpus, "data_fingerprint": manifest.fingerprint}
+        results["document_masking"] = validation.document_masking
+        results |= losses(validation, checkpoint.model, precision, given.depths)
+    options = {"folder": given.task_folder, "batch_size": given.batch_size, "limit": given.limit}
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    results["tasks"] = run_tasks(model, tokenizer, tasks, precision=precision, **options) if tasks else {}
+    results["shots"] = {task.name: task.shots for task in tasks}
+    results["average"] = average(tasks, results["tasks"])
+    output = given.output or (checkpoint.run or checkpoint.folder) / "evaluation.json"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    recorded = given.limit is None and record(checkpoint, results)
+    console = Console()
+    show(results, console)
+    where = f"{output}, {checkpoint.run / METRICS}" if recorded and checkpoint.run else str(output)
+    console.print(f"results: {where}", soft_wrap=True, highlight=False)
+    return results
+
+
+def chosen_tasks(names: str | None, preset: str | None) -> list[TaskSettings]:
+    """Tasks by name, with their own number of shots, or those of a preset (its name or its YAML file)."""
+    if preset is not None:
+        path = Path(preset) if preset.endswith(".yaml") else PRESETS / f"{preset}.yaml"
+        return load(Preset, path).tasks
+    return [TaskSettings(name=name.strip()) for name in (names or "").split(",") if name.strip()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description="Evaluate a trained model.")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, required=True, help="run directory, one of its checkpoints, or an exported model")
+    tasks = parser.add_mutually_exclusive_group()
+    tasks.add_argument("--tasks", help="tasks of lm-evaluation-harness, separated by commas")
+    tasks.add_argument("--preset", help="tasks and shots of configs/evaluation/NAME.yaml, or of a YAML file")
+    add("--task-folder", type=Path, metavar="DIR", help="task files of one's own, beside the harness's")
+    add("--data", type=Path, metavar="DIR", help="prepared folder to validate on (default: the run's)")
+    add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr too")
+    add("--limit", type=_positive, metavar="N", help="only the first N questions of a task and N validation sequences")
+    add("--batch-size", type=_positive, default=8, metavar="N", help="sequences in a forward pass (%(default)s)")
+    add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: the run's, else fp32)")
+    add("--output", type=Path, metavar="FILE", help="where the results go (default: evaluation.json in the run)")
+    evaluate(parser.parse_args(arguments))
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_command(main)
