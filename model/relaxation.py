@@ -49,6 +49,17 @@ class RelaxedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
+    def effective_weight(self, recursion: int) -> Tensor:
+        """[O, I]: the weight of a plain projection that gives, without dropout, what this one gives at a recursion."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        A, B = self.lora_A[recursion].to(dtype), self.lora_B[recursion].to(dtype)
+        weight = self.weight.to(dtype) + self.scaling * (B @ A)
+        if self.lora_magnitude is not None:
+            norm = torch.linalg.vector_norm(weight, dim=1)
+            weight = weight * (self.lora_magnitude[recursion].to(dtype) / norm)[:, None]
+        return weight.to(self.weight.dtype)
+
+    @torch.no_grad()
     def reset_delta(self) -> None:
         """Start from the shared weight alone: A random, B zero, magnitude the norm of the weight's rows."""
         nn.init.kaiming_uniform_(self.lora_A.view(-1, self.in_features), a=5**0.5)

@@ -1,0 +1,178 @@
+"""Turn a checkpoint into a folder for others.
+
+    python -m model.export --checkpoint DIR --output DIR --to llama|unrolled|hub
+
+llama: a vanilla model under the names of transformers' Llama; the same weights, bit for bit.
+unrolled: a recursive model as a plain Llama of its effective depth: each use of a shared layer becomes a layer of its
+    own, per-depth norms go to their depth, LoRA and DoRA deltas are merged into the weights. What Llama has no place
+    for (routing, keys and values shared among recursions, recursion encodings) is refused.
+hub: any model with the code that runs it, so that `from_pretrained(folder, trust_remote_code=True)` needs transformers
+    and torch, and not this repository.
+
+A tokenizer beside the weights (`tokenizer.json`) goes along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.dynamic_module_utils import custom_object_save
+
+from .config import MoRConfig
+from .modeling import MoRForCausalLM
+from .relaxation import RelaxedLinear
+from .sharing import Application, applications
+
+_LLAMA_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "mlp_bias",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+_AUTO_MAP = {
+    "AutoConfig": "config.MoRConfig",
+    "AutoModel": "modeling.MoRModel",
+    "AutoModelForCausalLM": "modeling.MoRForCausalLM",
+}
+
+
+def to_llama(model: MoRForCausalLM) -> LlamaForCausalLM:
+    """A vanilla model as transformers' Llama. Raises ValueError for another architecture."""
+    if model.config.architecture != "vanilla":
+        raise ValueError(
+            f"num_recursions: a {model.config.architecture} model is no Llama as it stands; a recursive one can be "
+            "exported with --to unrolled, every one with --to hub"
+        )
+    return unroll(model)
+
+
+def unroll(model: MoRForCausalLM) -> LlamaForCausalLM:
+    """A vanilla or recursive model as a plain Llama of its effective depth.
+
+    Raises ValueError naming the field that Llama cannot express.
+    """
+    config = model.config
+    for field, allowed in (("routing", ("none",)), ("kv_strategy", ("recursion_wise",))):
+        if getattr(config, field) not in allowed:
+            raise ValueError(f"{field}: Llama cannot express {getattr(config, field)!r}; export with --to hub")
+    if config.relaxation == "recursion_encoding":
+        raise ValueError(
+            "relaxation: Llama cannot express 'recursion_encoding', which scales the residual stream; export with "
+            "--to hub"
+        )
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("model.layers.")}
+    for use in applications(config):
+        state |= {f"model.layers.{use.depth}.{name}": value for name, value in _layer_state(model, use).items()}
+    llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in _LLAMA_FIELDS})).to(model.dtype)
+    llama.load_state_dict(state)
+    return llama.train(model.training)
+
+
+def _layer_state(model: MoRForCausalLM, use: Application) -> dict[str, Tensor]:
+    """Parameters of one use of a layer, by Llama's names within the layer."""
+    recursion = use.recursion or 0
+    state = {}
+    for name, module in model.model.layers[use.layer].named_modules():
+        if isinstance(module, RelaxedLinear):
+            state[f"{name}.weight"] = module.effective_weight(recursion)
+            if module.bias is not None:
+                state[f"{name}.bias"] = module.bias
+        elif not name.split(".")[-1].isdigit():
+            state |= {f"{name}.{key}": value for key, value in module.named_parameters(recurse=False)}
+        elif int(name.split(".")[-1]) == recursion:
+            state[f"{name.rsplit('.', 1)[0]}.weight"] = module.weight
+    return state
+
+
+def save_for_hub(model: MoRForCausalLM, output: Path) -> None:
+    """Write weights, configuration and the files of this package that the model needs, flat, into `output`."""
+    model.config.auto_map = dict(_AUTO_MAP)
+    try:
+        model.save_pretrained(output)
+    finally:
+        del model.config.auto_map
+    custom_object_save(model, output)
+
+
+def save_tokenizer(source: Path, output: Path, config: MoRConfig | LlamaConfig) -> None:
+    """Carry over `tokenizer.json`, where there is one, in the form that `AutoTokenizer` reads."""
+    file = source / "tokenizer.json"
+    if not file.exists():
+        return
+    described = source / "tokenizer_config.json"
+    if described.exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    else:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        if isinstance(config.eos_token_id, int):
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.save_pretrained(output)
+
+
+def export(checkpoint: Path, output: Path, to: str) -> MoRForCausalLM | LlamaForCausalLM:
+    """Read `checkpoint`, write `output`. Raises ValueError that names what is wrong with either."""
+    kind = _model_type(checkpoint)
+    if kind != MoRConfig.model_type:
+        raise ValueError(f"checkpoint: {checkpoint} holds a model of type {kind!r}, not one of this project")
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"output: {output} is not empty; name a new folder")
+    model = MoRForCausalLM.from_pretrained(checkpoint)
+    if to == "hub":
+        save_for_hub(model, output)
+    else:
+        model = to_llama(model) if to == "llama" else unroll(model)
+        model.save_pretrained(output)
+    save_tokenizer(checkpoint, output, model.config)
+    return model
+
+
+def _model_type(checkpoint: Path) -> str:
+    file = checkpoint / "config.json"
+    if not file.exists():
+        raise ValueError(f"checkpoint: {checkpoint} holds no config.json; name a folder that save_pretrained wrote")
+    try:
+        return json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"checkpoint: {file} is no model configuration: {error}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 after one message about what is wrong with the input."""
+    parser = argparse.ArgumentParser(prog="python -m model.export", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, required=True, help="folder that save_pretrained wrote")
+    parser.add_argument("--output", type=Path, required=True, help="new folder to write")
+    parser.add_argument("--to", choices=("llama", "unrolled", "hub"), required=True, help="what the folder will hold")
+    given = parser.parse_args(arguments)
+    try:
+        with torch.no_grad():
+            model = export(given.checkpoint, given.output, given.to)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{given.output}: {model.config.model_type}, {model.num_parameters():,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
