@@ -52,7 +52,14 @@ class Picture:
     figure: Figure
 
 
-Block = Heading | Text | Table | Picture
+@dataclass(frozen=True)
+class Markup:
+    """HTML set as it is, which the Markdown leaves out."""
+
+    html: str
+
+
+Block = Heading | Text | Table | Picture | Markup
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -109,6 +116,8 @@ def to_markdown(blocks: Sequence[Block], title: str) -> str:
     """The document as Markdown; pictures are files beside it."""
     parts = [f"# {title}"]
     for block in blocks:
+        if isinstance(block, Markup):
+            continue
         if isinstance(block, Heading):
             parts.append(f"{'#' * (block.level + 1)} {block.text}")
         elif isinstance(block, Text):
@@ -126,7 +135,9 @@ def to_html(blocks: Sequence[Block], title: str, pictures: dict[str, bytes]) -> 
     """The document as one HTML file that holds its pictures (PNG bytes by name)."""
     parts = [f"<h1>{html.escape(title)}</h1>"]
     for block in blocks:
-        if isinstance(block, Heading):
+        if isinstance(block, Markup):
+            parts.append(block.html)
+        elif isinstance(block, Heading):
             parts.append(f"<h{block.level + 1}>{_inline(block.text)}</h{block.level + 1}>")
         elif isinstance(block, Text):
             parts.append(f"<p>{_inline(block.text)}</p>")
