@@ -40,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from data_prep.settings import UserError, run_command
 from pretrain.parallel import Parallel, read_deepspeed
@@ -147,6 +148,7 @@ class Checkpoints:
         self.failures = 0
         self._thread: threading.Thread | None = None
         self._message: str | None = None
+        self._stager: DefaultStager | None = None
 
     # saving ---------------------------------------------------------------------------------------------------------
 
@@ -192,7 +194,9 @@ class Checkpoints:
             "no_dist": parallel.background_group is None,
         }
         if self.asynchronous:
-            return dcp.async_save(named_tensors(parallel), **arguments)  # type: ignore[return-value]
+            if self._stager is None:  # keeps its host buffers from one save to the next
+                self._stager = DefaultStager(StagingOptions(parallel.device.type == "cuda", False, False, False))
+            return dcp.async_save(named_tensors(parallel), async_stager=self._stager, **arguments)  # type: ignore[return-value]
         _together(parallel, lambda: dcp.save(named_tensors(parallel), **arguments))
         return None
 

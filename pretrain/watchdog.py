@@ -7,6 +7,7 @@ rank whose thread no longer publishes is stopped, or its machine is gone.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -77,7 +78,7 @@ class Watchdog:
                 beats = self.store.multi_get([f"beat/{rank}" for rank in range(self.world_size)])
             except (dist.DistError, RuntimeError):
                 if not self._over.is_set() and self.rank != 0:
-                    self._end("rank 0 does not respond: it was stopped, or its machine is gone", [0])
+                    self._end("rank 0 does not respond: it was stopped, or its machine is gone", [0], True)
                 return
             now = time.monotonic()
             for rank, text in enumerate(beats):
@@ -91,38 +92,31 @@ class Watchdog:
             if now - min(self.moved.values()) > self.limit_seconds:
                 self._end(*self.diagnose(now))
 
-    def diagnose(self, now: float) -> tuple[str, list[int]]:
-        """Which ranks hold the others up, in words and by number."""
+    def diagnose(self, now: float) -> tuple[str, list[int], bool]:
+        """Which ranks hold the others up, in words and by number, and whether they are silent."""
         silent = [rank for rank, heard in self.heard.items() if now - heard > 3 * self.interval]
         if silent:
-            return f"{_ranks(silent)} not responding: stopped, or the machine is gone", silent
+            return f"{_ranks(silent)} not responding: stopped, or the machine is gone", silent, True
         lowest = min(beat.count for beat in self.seen.values())
         late = [rank for rank, beat in self.seen.items() if beat.count == lowest]
         places = ", ".join(sorted({self.seen[rank].place for rank in late}))
         if len(late) == self.world_size:
-            return f"all ranks stand in {places}: a collective hangs", late
-        return f"{_ranks(late)} holding the others up, last seen in {places}", late
+            return f"all ranks stand in {places}: a collective hangs", late, False
+        return f"{_ranks(late)} holding the others up, last seen in {places}", late, False
 
-    def _end(self, reason: str, culprits: list[int]) -> None:
+    def _end(self, reason: str, culprits: list[int], silent: bool) -> None:
         who = ", ".join(f"rank {r} is pid {b.pid} on {b.host}" for r, b in self.seen.items() if r in culprits)
         print(f"watchdog: no progress for {self.limit_seconds:g} s; {reason} ({who}). Stopping.", file=sys.stderr)
         if self.rank in culprits:
             faulthandler.dump_traceback(sys.stderr)
-        for rank in culprits:  # a process that was stopped does not end by itself
-            beat = self.seen.get(rank)
-            if beat and rank != self.rank and beat.host == socket.gethostname():
-                time.sleep(self.interval)  # long enough for one that can to say where it stands
-                _kill(beat.pid)
+            if len(culprits) < self.world_size:
+                time.sleep(2 * self.interval)  # its end breaks the others' connections; let them report first
+        for beat in (self.seen[rank] for rank in culprits if silent and rank in self.seen):
+            if beat.host == socket.gethostname():  # a process that was stopped does not end by itself
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(beat.pid, signal.SIGKILL)
         sys.stderr.flush()
         os._exit(STALLED)
-
-
-def _kill(pid: int) -> None:
-    """End a process of this run if it is still there."""
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from pretrain import checkpoint
-from pretrain.parallel import Parallel
 from pretrain.trainer import Trainer
 from pretrain.watchdog import STALLED, Beat, Watchdog
 from tests.helpers.corpus import prepare_tiny
@@ -165,11 +164,11 @@ def test_the_watchdog_tells_late_from_silent_from_all_waiting():
     watchdog.heard = {0: 100.0, 1: 100.0, 2: 100.0}
     beat = {rank: Beat(9, "forward", 1, "host", 1) for rank in range(3)}
     watchdog.seen = dict(beat)
-    assert watchdog.diagnose(101.0) == ("all ranks stand in forward: a collective hangs", [0, 1, 2])
+    assert watchdog.diagnose(101.0) == ("all ranks stand in forward: a collective hangs", [0, 1, 2], False)
     watchdog.seen[2] = Beat(8, "the update", 1, "host", 1)
-    assert watchdog.diagnose(101.0) == ("rank 2 is holding the others up, last seen in the update", [2])
+    assert watchdog.diagnose(101.0) == ("rank 2 is holding the others up, last seen in the update", [2], False)
     watchdog.heard[1] = 90.0
-    assert watchdog.diagnose(101.0)[1] == [1]
+    assert watchdog.diagnose(101.0)[1:] == ([1], True)
 
 
 # --- a full disk on one rank ------------------------------------------------------------
@@ -211,6 +210,7 @@ def test_a_full_disk_on_one_rank_costs_that_checkpoint_alone(data: Path, tmp_pat
 
 
 def train_with_a_bad_gradient(run_dir: Path, data: Path, strategy: str) -> tuple[list[Any], float]:
+    """Its lines, and a number that every weight enters which this rank holds."""
     trainer = make_trainer(
         run_dir, data, {"strategy": strategy}, budget={"steps": 5}, optimizer={"max_skipped_steps": 1}
     )
@@ -221,12 +221,9 @@ def train_with_a_bad_gradient(run_dir: Path, data: Path, strategy: str) -> tuple
         micro_step(loss * float("nan") if bad else loss, last)
 
     trainer.parallel.micro_step = spoil  # type: ignore[method-assign]
-    return finish(trainer), checksum(trainer.parallel)
-
-
-def checksum(parallel: Parallel) -> float:
-    """A number that every weight of this rank's model enters; whole weights, so of replicating strategies alone."""
-    return float(sum(t.double().abs().sum() for t in parallel.model_tensors().values()))
+    lines = finish(trainer)
+    held = (getattr(tensor, "_local_tensor", tensor) for tensor in trainer.parallel.model_tensors().values())
+    return lines, float(sum(tensor.double().abs().sum() for tensor in held))
 
 
 @pytest.mark.slow

@@ -303,10 +303,12 @@ def test_kept_units_are_gathered_once_a_step_whatever_the_recursions():
         for key in [(True, 2, 1), (True, 4, 1), (False, 2, 1), (False, 4, 1), (False, 4, 2)]
     }
     units = 4  # three layers and the root
-    assert counts[False, 2, 1] == counts[False, 4, 1] == counts[False, 4, 2] == (units, units)
+    assert counts[False, 2, 1] == counts[False, 4, 1] == (units, units)
+    # with accumulation the shared layer's gradients travel in two parts: earlier micro-batches, and the last
+    assert counts[False, 4, 2] == (units, units + 1)
     # freed after each use: the root once, a layer at each application forward and again backward
-    assert counts[True, 2, 1][0] == 1 + 2 * (2 + 2) and counts[True, 4, 1][0] == 1 + 2 * (2 + 4)
-    assert counts[True, 4, 1][1] == units
+    assert counts[True, 2, 1] == (1 + 2 * (2 + 2), units)
+    assert counts[True, 4, 1] == (1 + 2 * (2 + 4), units)
 
 
 # --- the real launchers
