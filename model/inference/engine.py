@@ -133,6 +133,11 @@ class Engine:
         self.model, self.inner, self.config = model.eval(), model.model, config
         self.inner._mode("causal")  # refuses a model that cannot decide without looking ahead
         self.policy = (depth or DepthPolicy()).checked(config)
+        # Plain attributes: those of a transformers configuration are slow to read.
+        self.kv_strategy, self.context = config.kv_strategy, config.max_position_embeddings
+        self.token_choice, self.expert_choice = config.routing == "token_choice", config.routing == "expert_choice"
+        self.first_sees_everyone = self.token_choice or self.kv_strategy != "recursion_wise"
+        self.limit = self.policy.limit(config)
         self._lay_out()
         share, pages = recursion_share(config, self.policy), -(-kv_tokens // page_size)
         layers = len(self.block[0]) if share else 0
@@ -150,8 +155,7 @@ class Engine:
         self.block: list[list[Application]] = []
         self.after: list[Application] = []
         if config.routing == "none":
-            limit = self.policy.limit(config)
-            self.before = [use for segment in segments for use in segment if (use.recursion or 0) < limit]
+            self.before = [use for segment in segments for use in segment if (use.recursion or 0) < self.limit]
         elif config.sharing == "middle_cycle":
             self.before, self.block, self.after = segments[0], segments[1:-1], segments[-1]
         else:
@@ -289,11 +293,11 @@ class Engine:
         ones, zeros = np.ones(count, dtype=bool), np.zeros(count, dtype=np.int64)
         logits = torch.zeros(count, device=state.device)
         fresh = InFlight(ids, positions, state, logits, None, None, ones & bool(self.block), ones, zeros, zeros.copy())
-        if self.config.routing == "token_choice":
+        if self.token_choice:
             self._choose_depths(fresh)
         self.air = fresh if self.air is None else self.air.join(fresh)
         self.flights += entering
-        if self.config.routing == "expert_choice":
+        if self.expert_choice:
             self._decide(entering)
 
     def _plan_everyone(self, flights: list[Flight]) -> CallPlan:
@@ -307,7 +311,7 @@ class Engine:
             readers.append(Reader(start, flight.count, self.everyone, 0, run, seen))
             start += flight.count
         writer = Writer(0, start, self.everyone, 0, self._indices(slots))
-        return CallPlan(self.config, [writer], readers, self.reads, self.silent)
+        return CallPlan([writer], readers, self.reads, self.silent)
 
     # Routing ---------------------------------------------------------------------------------------------------------
 
@@ -323,9 +327,9 @@ class Engine:
         else:
             logits = self.inner.routers[0](air.state)
         scores = routing.depth_scores(logits, self.inner.activation, self.inner.alpha)
-        choice = self.inner._choose_depth(scores[None], None)[0].clamp(max=self.policy.limit(config) - 1)
+        choice = self.inner._choose_depth(scores[None], None)[0].clamp(max=self.limit - 1)
         if self.policy.mode == "uniform":
-            choice = torch.full_like(choice, self.policy.limit(config) - 1)
+            choice = torch.full_like(choice, self.limit - 1)
         air.base, air.gate = air.state.clone(), scores.gather(1, choice[:, None])[:, 0].to(air.state.dtype)
         air.chosen = choice.cpu().numpy() + 1
         self.statistics.model_seconds += time.perf_counter() - began
@@ -339,7 +343,7 @@ class Engine:
             places = np.concatenate([np.arange(flight.offset, flight.offset + flight.count) for flight in here])
             offered = places[air.kept[places]]
             air.active[places] = air.kept[places] = False
-            if r >= self.policy.limit(self.config) or not len(offered):
+            if r >= self.limit or not len(offered):
                 continue
             index = torch.from_numpy(offered).to(self.model.device)
             row, states, flat = (
@@ -356,14 +360,11 @@ class Engine:
                     logits = self.inner._logits("aux_routers", r, states, row, flat)
                 air.kept[offered] = (logits >= 0).cpu().numpy()
             air.active[places] = air.kept[places]
-            if r == 0 and self.config.kv_strategy != "recursion_wise":
+            if r == 0 and self.kv_strategy != "recursion_wise":
                 air.active[places] = True  # deeper tokens look at the first recursion's keys of every token
         self.statistics.model_seconds += time.perf_counter() - began
 
     # The block -------------------------------------------------------------------------------------------------------
-
-    def _first_sees_everyone(self) -> bool:
-        return self.config.routing == "token_choice" or self.config.kv_strategy != "recursion_wise"
 
     def _run_block(self) -> None:
         """One call of the shared block on every active token, whatever its recursion, and the decisions that follow."""
@@ -383,12 +384,12 @@ class Engine:
         for group in groups:
             if group:
                 self._run_group(group)
-        if self.config.routing == "expert_choice":
+        if self.expert_choice:
             self._decide(flights)
 
     def _reads_shared(self, recursion: int) -> bool:
         """Whether tokens of a recursion write nothing into its own run."""
-        return self.config.kv_strategy == "shared" or (recursion == 0 and self._first_sees_everyone())
+        return self.kv_strategy == "shared" or (recursion == 0 and self.first_sees_everyone)
 
     def _run_group(self, flights: list[Flight]) -> None:
         """The block on flights in order of recursion, and its result put in place."""
@@ -402,7 +403,7 @@ class Engine:
         state = air.state[index]
         fresh = self._call(uses, state, air.positions[index], plan)
         self.statistics.block_tokens += len(places)
-        if self.config.routing == "expert_choice":
+        if self.expert_choice:
             fresh = self.inner._mix(state, fresh, air.logits[index])
         kept = air.kept[places]
         if not kept.all():
@@ -412,7 +413,7 @@ class Engine:
         air.depth[places] += 1
         for flight in flights:
             flight.at += 1
-            if self.config.routing == "token_choice":
+            if self.token_choice:
                 air.active[flight.place] = air.chosen[flight.place] > flight.at
                 air.kept[flight.place] = True
 
@@ -425,15 +426,15 @@ class Engine:
             r, whole, count = flight.at, flight.request.runs[0], len(own)
             positions, run = flight.start + own, flight.request.runs[1 + r]
             reader = Reader(start, count, self.everyone, base, whole, (positions + 1).tolist())
-            if r == 0 and self._first_sees_everyone():
+            if r == 0 and self.first_sees_everyone:
                 everyone.append(whole.first * self.everyone.page_size + positions)
-            elif self.config.kv_strategy != "shared":
+            elif self.kv_strategy != "shared":
                 recursed.append(run.first * self.recursed.page_size + run.length + np.arange(count))
                 held = flight.request.places[1 + r]
                 held += positions.tolist()
                 seen = list(range(run.length + 1, run.length + count + 1))
                 run.length += count
-                if self.config.kv_strategy == "recursion_wise":
+                if self.kv_strategy == "recursion_wise":
                     reader = Reader(start, count, self.recursed, 0, run, seen)
                 else:
                     reader.over = (self.recursed, run, torch.tensor(held, device=self.model.device))
@@ -445,7 +446,7 @@ class Engine:
                 index = self._indices(slots)
                 writers.append(Writer(begin, len(index), pool, layer, index))
                 begin += len(index)
-        return CallPlan(self.config, writers, readers, layers)
+        return CallPlan(writers, readers, layers)
 
     # Out -------------------------------------------------------------------------------------------------------------
 
@@ -479,7 +480,7 @@ class Engine:
         tokens = choose(logits, [r.params for r in requests], [r.generator for r in requests])
         events = []
         for request, token in zip(requests, tokens, strict=True):
-            ready = request.append(token, self.config.max_position_embeddings)
+            ready = request.append(token, self.context)
             if request.finished:
                 self.scheduler.finish(request, request.finished)
             if ready or request.finished:

@@ -159,13 +159,12 @@ class CallPlan:
 
     def __init__(
         self,
-        config: MoRConfig,
         writers: list[Writer],
         readers: list[Reader],
         layers: dict[int, int],
         silent: frozenset[int] = frozenset(),
     ):
-        self.config, self.layers, self.silent = config, layers, silent
+        self.layers, self.silent = layers, silent
         self.writing, self.readers = writers, readers
         self.written = max((writer.start + writer.count for writer in writers), default=0)
 
@@ -182,7 +181,8 @@ class CallPlan:
                 layer, pool = writer.layer + offset, writer.pool
                 pool.layer_keys[layer][0].index_copy_(1, writer.slots, key[own].transpose(0, 1))
                 pool.layer_values[layer][0].index_copy_(1, writer.slots, value[own].transpose(0, 1))
-        single = query.unflatten(1, (self.config.num_key_value_heads, -1))  # [N, G, H / G, Dh]
+        groups = self.readers[0].pool.layer_keys[0].shape[1]
+        single = query.unflatten(1, (groups, -1))  # [N, G, H / G, Dh]
         return torch.cat([self._read(reader, query, single, offset) for reader in self.readers])
 
     def _read(self, reader: Reader, query: Tensor, single: Tensor, offset: int) -> Tensor:
@@ -199,7 +199,7 @@ class CallPlan:
         places = torch.arange(seen, device=query.device)
         mask = places < torch.tensor(reader.seen, device=query.device)[:, None]
         own = query[reader.start : reader.start + reader.count].transpose(0, 1)[None]
-        grouped = self.config.num_attention_heads != self.config.num_key_value_heads
+        grouped = single.shape[2] > 1
         mixed = F.scaled_dot_product_attention(own, keys, values, attn_mask=mask, enable_gqa=grouped)
         return mixed[0].transpose(0, 1)
 

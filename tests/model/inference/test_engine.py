@@ -225,27 +225,30 @@ def test_the_pool_is_as_large_as_computed_and_never_grows():
 
 
 @pytest.mark.slow
-def test_a_thousand_mixed_requests_with_cancellations_and_preemptions():
+def test_a_thousand_mixed_requests_with_cancellations_and_preemptions(monkeypatch):
     """Greedy and sampled, of all lengths, arriving while others run, some cancelled: each as if it were alone."""
     model = tiny_model("expert-recursion_wise", 5, hidden_size=16, num_hidden_layers=5, intermediate_size=16)
     engine = Engine(model, max_batch=24, kv_tokens=300, page_size=4, prefill_tokens=48)
-    single = Engine(model, max_batch=1, kv_tokens=500, page_size=4)
-    rng, prompts = random.Random(11), random_prompts(1000, 13, 40)
+    single = Engine(model, max_batch=1, kv_tokens=500, page_size=16)
+    rng, prompts = random.Random(11), random_prompts(1000, 13, 20)
+    reserve, faults = engine.everyone.reserve, random.Random(12)
+    # On top of a pool that is small, one request for pages in two hundred finds none.
+    monkeypatch.setattr(engine.everyone, "reserve", lambda *wanted: faults.random() > 0.005 and reserve(*wanted))
     requests: list[Request] = []
     while len(requests) < len(prompts) or not engine.idle:
         for prompt in prompts[len(requests) : len(requests) + rng.randrange(8)]:
             temperature = rng.choice([0.0, 0.0, 0.8])
-            params = SamplingParams(rng.randrange(1, 24), temperature, rng.choice([0, 10]), rng.choice([1.0, 0.9]), 7)
+            params = SamplingParams(rng.randrange(1, 16), temperature, rng.choice([0, 10]), rng.choice([1.0, 0.9]), 7)
             requests.append(engine.submit(prompt, params))
         engine.step()
         if requests and rng.random() < 0.05:
             engine.cancel(rng.choice(requests[-60:]))
     assert_empty(engine)
     cancelled = [request for request in requests if request.finished == "cancelled"]
-    assert len(cancelled) > 20 and engine.statistics.preemptions > 50
+    assert len(cancelled) > 20 and engine.statistics.preemptions > 20
     began = time.perf_counter()
     for compared, request in enumerate(rng.sample(requests, len(requests))):
-        if time.perf_counter() - began > 45 and compared >= 200:
+        if time.perf_counter() - began > 30 and compared >= 150:
             break
         expected = single.generate([request.prompt], request.params)[0].tokens
         assert request.tokens == (expected[: len(request.tokens)] if request in cancelled else expected)
