@@ -18,6 +18,7 @@ from .config import MoRConfig
 from .relaxation import make_projection, project
 
 KeyValue = tuple[Tensor, Tensor]
+QUERY_BLOCK = 192  # queries that masked attention on a CPU takes at once; its kernel is slower below this many
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Tokens:
         None: hidden states are [B, K, D].
     cos, sin: [B or 1, K, Dh], or [N, Dh] when packed; rotary tables at the tokens' original positions.
     mask: [B, 1, K, S] bool, True where a query may look; None: causal among the slots.
+    spans: for each block of `QUERY_BLOCK` queries, first and last + 1 of the keys that any of them sees; None: all.
     """
 
     cos: Tensor
@@ -38,6 +40,18 @@ class Tokens:
     used: Tensor | None = None
     packed: Tensor | None = None
     mask: Tensor | None = None
+    spans: list[tuple[int, int]] | None = None
+
+    def look_through(self, mask: Tensor | None) -> Tokens:
+        """Set the mask, and on a CPU the spans: its kernel computes every key that it is given, masked or not."""
+        self.mask, self.spans = mask, None
+        if mask is None or mask.device.type != "cpu" or mask.shape[2] <= QUERY_BLOCK or torch.compiler.is_compiling():
+            return self
+        self.spans = []
+        for block in mask.split(QUERY_BLOCK, 2):
+            seen = block.flatten(0, 2).any(0).nonzero()
+            self.spans.append((int(seen[0]), int(seen[-1]) + 1))
+        return self
 
     def to_slots(self, x: Tensor) -> Tensor:
         """[N, ...] or [B, K, ...] -> [B, K, ...]; unused slots of a packed batch are zero."""
@@ -93,7 +107,10 @@ class Attention(nn.Module):
             key, value = (tokens.to_slots(y).transpose(1, 2) for y in self._key_value(x, tokens, recursion))
             if shared_kv is not None:
                 key, value = _replace(shared_kv[0], key, tokens), _replace(shared_kv[1], value, tokens)
-        mixed = attend(query, key, value, tokens.mask, self.config, self.training)
+        if tokens.spans is None:
+            mixed = attend(query, key, value, tokens.mask, self.config, self.training)
+        else:
+            mixed = _attend_by_block(query, key, value, tokens, self.config, self.training)
         mixed = tokens.from_slots(mixed.transpose(1, 2).flatten(2))
         return project(self.o_proj, mixed, recursion), (key, value)
 
@@ -130,6 +147,20 @@ def _replace(shared: Tensor, own: Tensor, tokens: Tokens) -> Tensor:
         index = torch.where(tokens.used[:, None, :, None], index, length)
         return F.pad(shared, (0, 0, 0, 1)).scatter(2, index, own)[:, :, :length]
     return shared.scatter(2, index, own)
+
+
+@torch.compiler.disable
+def _attend_by_block(
+    query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, config: MoRConfig, training: bool
+) -> Tensor:
+    """`attend` block by block, each with the keys of its span."""
+    assert tokens.mask is not None and tokens.spans is not None
+    blocks = zip(query.split(QUERY_BLOCK, 2), tokens.mask.split(QUERY_BLOCK, 2), tokens.spans, strict=True)
+    mixed = [
+        attend(part, key[:, :, start:end], value[:, :, start:end], mask[..., start:end], config, training)
+        for part, mask, (start, end) in blocks
+    ]
+    return torch.cat(mixed, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, config: MoRConfig, training: bool) -> Tensor:

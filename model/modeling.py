@@ -286,7 +286,7 @@ class MoRModel(MoRPreTrainedModel):
                 allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
             allowed = allowed.expand(hidden.shape[0], -1, -1)
         mask = None if allowed is None else allowed[:, None]
-        everyone = Tokens(cos, sin, mask=mask)
+        everyone = Tokens(cos, sin).look_through(mask)
         real = None if real is None else real[:, past:]
         return Row(everyone, position_ids, real, document_ids, allowed, input_ids, cache=cache, past=past)
 
@@ -363,7 +363,7 @@ class MoRModel(MoRPreTrainedModel):
         """Tokens of fixed shape: slots [B, K] at positions `index`."""
         everyone, batch = row.everyone, index.shape[0]
         tables = [gather_rows(table.expand(batch, -1, -1), index) for table in (everyone.cos, everyone.sin)]
-        return Tokens(tables[0], tables[1], index, used, None, self._mask(row, index, used))
+        return Tokens(tables[0], tables[1], index, used).look_through(self._mask(row, index, used))
 
     def _pack(self, row: Row, flat: Tensor, batch: int, length: int, recursion: int) -> Tokens:
         """Tokens packed over the batch, which enter a recursion. flat: [N] ascending b * T + t."""
@@ -379,8 +379,7 @@ class MoRModel(MoRPreTrainedModel):
         )
         tokens = Tokens(cos, sin, index, used, packed)
         entered = None if row.cache is None else row.cache.enter(recursion, flat, tokens, length)
-        tokens.mask = self._mask(row, index, used) if entered is None else entered
-        return tokens
+        return tokens.look_through(self._mask(row, index, used) if entered is None else entered)
 
     def _mask(self, row: Row, index: Tensor, used: Tensor | None) -> Tensor | None:
         """Attention mask of selected queries: gathered from the rows of the forward pass. [B, 1, K, S] or None."""
@@ -797,6 +796,15 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     def units(self) -> list[nn.Module]:
         """Modules that form a unit of sharding and of checkpointing: each unique layer once."""
         return list(self.model.layers)
+
+    def compile_layers(self) -> None:
+        """Compile each layer by itself, in place, when it first runs; names of parameters stay as they are.
+
+        The layers share their code, so one compilation serves all of them at each kind of selection, however deep the
+        recursion is unrolled, where compiling the model as a whole takes time in proportion to the effective depth.
+        """
+        for layer in self.units():
+            layer.compile()
 
     def set_recompute(self, policy: RecomputePolicy) -> None:
         """Recompute activations in the backward pass: `none`, each `block`, each `recursion` as a whole, or `selective`

@@ -209,7 +209,7 @@ class Trainer:
         self.model = make_model(settings, self.config)
         self.model.set_recompute(settings.recompute)
         if settings.compile:
-            self.model.compile()
+            self.model.compile_layers()
         parallel.prepare(self.model, lambda module: make_optimizer(module, settings))
         self.state = RunState()
         self.output: Output | None = None  # on rank 0, while a run directory is open

@@ -325,3 +325,33 @@ def test_token_choice_compiles_once_for_all_lengths(kv_strategy):
             output.loss.backward()
             counts.add(tuple(output.routing.counts.sum(0).tolist()))
     assert len(counts) > 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["vanilla", "expert", "expert-update", "token", "token-shared"])
+def test_masked_attention_by_block_changes_nothing(name, packed, monkeypatch):
+    """Keys that no query of a block sees are left out: same loss and gradients as with one block for all."""
+    documents = (torch.arange(24) // 10)[None].expand(2, -1) if packed else None
+    results = []
+    for size in (5, 1000):
+        monkeypatch.setattr("model.layers.QUERY_BLOCK", size)
+        model = build(name)
+        model(batch(), labels=batch(), document_ids=documents).loss.backward()
+        results.append(gradients(model))
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vanilla", "expert", "token-shared"])
+def test_layers_compile_once_for_all_depths(name):
+    """Compiled layer by layer the losses stay, and after the first steps nothing is compiled again."""
+    torch._dynamo.reset()
+    model = build(name)
+    expected = [model(batch(i), targets=batch(i)).loss.item() for i in range(6)]
+    model.compile_layers()
+    losses = [model(batch(i), targets=batch(i)).loss for i in range(3)]
+    torch.stack(losses).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses += [model(batch(i), targets=batch(i)).loss for i in range(3, 6)]
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,273 @@
+"""Does a model save the time that it saves in FLOPs? Steps (forward and backward) of every architecture and vanilla.
+
+    python tests/benchmarks/bench_model.py [--dtype bf16] [--compile] [--documents] [--only NAME ...] [--json FILE]
+
+Rounds are interleaved: each runs one step of every model, so that what else the machine does hits all alike, and a
+model's time ratio is the median over rounds of its step divided by the vanilla step of the same round. `excess` is that
+ratio minus the ratio of exact FLOPs of the routing that happened; the bars are +0.03 for expert-choice and +0.05 for
+token-choice. `peak` is all that a step holds (weights, gradients, activations; no optimizer) against vanilla; its bar
+is the ratio of saved activations that `model.memory` estimates.
+
+On a CPU the base is hidden 512, 14 layers, sequence 1024; on CUDA the 360M configurations at sequence 2048, bf16,
+compiled, with the share of a measured matrix product's peak that exact FLOPs reach (MFU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from model.config import MoRConfig
+from model.flops import training_flops
+from model.memory import activation_bytes
+from model.modeling import MoRForCausalLM
+
+CPU_BASE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
+CUDA_BASE = {"max_position_embeddings": 2048}  # the defaults of MoRConfig are the 360M base
+BARS = {"expert_choice": 0.03, "token_choice": 0.05}
+
+
+@dataclass
+class Result:
+    """One model. flops, bytes and seconds are of one step; ratios are to the vanilla model of the same run."""
+
+    name: str
+    flops: int
+    peak_bytes: int
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    mfu: float = 0.0
+    time_ratio: float = 1.0
+    flops_ratio: float = 1.0
+    excess: float = 0.0
+    excess_bar: float | None = None
+    peak_ratio: float = 1.0
+    peak_bar: float | None = None
+    rounds: list[float] = field(default_factory=list)
+
+
+def variants(base: dict[str, Any], cuda: bool) -> dict[str, MoRConfig]:
+    """The compared architectures by name, vanilla first."""
+    depths = (2, 3, 4) if cuda else (3,)
+    chosen: dict[str, dict[str, Any]] = {"vanilla": {}, "recursive nr3": {"num_recursions": 3}}
+    for nr in depths:
+        chosen[f"mor_expert nr{nr}"] = {"num_recursions": nr, "routing": "expert_choice"}
+    chosen["mor_expert nr3 shared KV"] = chosen["mor_expert nr3"] | {"kv_strategy": "shared"}
+    chosen["mor_token nr3"] = {"num_recursions": 3, "routing": "token_choice"}
+    chosen["mor_token nr3 shared KV"] = chosen["mor_token nr3"] | {"kv_strategy": "shared"}
+    return {name: MoRConfig(**base | _fitting_depth(base, fields)) for name, fields in chosen.items()}
+
+
+def _fitting_depth(base: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Layers that the recursions divide: the next number above, as the paper adjusts them."""
+    layers, nr = base.get("num_hidden_layers", 32), fields.get("num_recursions", 1)
+    return fields | {"num_hidden_layers": layers if nr == 1 else 2 + -(-(layers - 2) // nr) * nr}
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager:
+    return torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16")
+
+
+def make_step(model: Any, batch: Tensor, documents: Tensor | None, dtype: str) -> Callable[[], Any]:
+    """A function that runs forward and backward and returns the model's output."""
+
+    def step() -> Any:
+        model.zero_grad(set_to_none=True)
+        with autocast(batch.device.type, dtype):
+            output = model(input_ids=batch, labels=batch, document_ids=documents)
+        output.loss.backward()
+        return output
+
+    return step
+
+
+def timed(step: Callable[[], object], device: str) -> float:
+    """Seconds of one step."""
+    _wait(device)
+    started = time.perf_counter()
+    step()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_bytes(step: Callable[[], object], model: torch.nn.Module, device: str) -> int:
+    """Weights, and the most that one step allocates on top of them: gradients and activations."""
+    model.zero_grad(set_to_none=True)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if device == "cuda":
+        _wait(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return weights + torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return weights + peak
+
+
+def matmul_peak(device: str, dtype: str) -> float:
+    """FLOPs per second of a large matrix product, the best of several."""
+    size = 8192 if device == "cuda" else 1536
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    for _ in range(3):
+        a @ a
+    return 2 * size**3 / min(timed(lambda: a @ a, device) for _ in range(10))
+
+
+def measure(steps: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every model's step in every round."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            seconds[name].append(timed(step, device))
+    return seconds
+
+
+def routed_flops(config: MoRConfig, output: Any, rows: int, length: int) -> int:
+    """Exact FLOPs of a step, of the routing that its output records."""
+    if output.routing is None:
+        return training_flops(config, length, rows)
+    counts, pairs = output.routing.counts.sum(0).tolist(), output.routing.pairs.sum(0).tolist()
+    return training_flops(config, length, rows, counts, pairs)
+
+
+def run(options: argparse.Namespace) -> list[Result]:
+    """Build, warm up and time every model."""
+    device = options.device
+    base = CUDA_BASE if device == "cuda" else CPU_BASE
+    torch.manual_seed(0)
+    vocabulary = base.get("vocab_size", 49152)
+    batch = torch.randint(1, vocabulary, (options.rows, options.length), device=device)
+    lines = torch.randint(0, 500, batch.shape, device=device) == 0  # documents of 500 tokens on average
+    documents = lines.long().cumsum(1) if options.documents else None
+    steps: dict[str, Callable[[], Any]] = {}
+    results: dict[str, Result] = {}
+    configs = variants(base, device == "cuda")
+    estimates = {
+        name: activation_bytes(config, options.length, options.rows, precision=options.dtype).saved
+        for name, config in configs.items()
+    }
+    for name, config in configs.items():
+        if options.only and not any(part in name for part in ["vanilla", *options.only]):
+            continue
+        torch.manual_seed(0)
+        model = MoRForCausalLM(config).to(device).train()
+        if options.compile:
+            model.compile_layers()
+        steps[name] = make_step(model, batch, documents, options.dtype)
+        steps[name]()
+        flops = routed_flops(config, steps[name](), options.rows, options.length)
+        results[name] = Result(name, flops, peak_bytes(steps[name], model, device))
+        results[name].excess_bar = BARS.get(config.routing)
+        if config.routing != "none":
+            results[name].peak_bar = estimates[name] / estimates["vanilla"]
+    peak = matmul_peak(device, options.dtype)
+    return summarize(results, measure(steps, options.rounds, device), batch.numel(), peak)
+
+
+def summarize(results: dict[str, Result], seconds: dict[str, list[float]], tokens: int, peak: float) -> list[Result]:
+    """Fill in medians and ratios."""
+    vanilla = results["vanilla"]
+    for name, result in results.items():
+        result.rounds = seconds[name]
+        result.seconds = statistics.median(seconds[name])
+        result.tokens_per_second = tokens / result.seconds
+        result.mfu = result.flops / result.seconds / peak
+        result.time_ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds["vanilla"], strict=True))
+        result.flops_ratio = result.flops / vanilla.flops
+        result.excess = result.time_ratio - result.flops_ratio
+        result.peak_ratio = result.peak_bytes / vanilla.peak_bytes
+    return list(results.values())
+
+
+def show(results: list[Result], title: str) -> None:
+    """The table, bars shown with pass or miss."""
+    table = Table(title=title)
+    for column in ("model", "ms", "tokens/s", "MFU", "time", "FLOPs", "excess", "bar", "peak MiB", "peak", "bar"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for r in results:
+        table.add_row(
+            r.name,
+            f"{r.seconds * 1e3:.1f}",
+            f"{r.tokens_per_second:,.0f}",
+            f"{r.mfu:.1%}",
+            f"{r.time_ratio:.3f}",
+            f"{r.flops_ratio:.3f}",
+            f"{r.excess:+.3f}",
+            _judged(r.excess, r.excess_bar, "+.2f"),
+            f"{r.peak_bytes / 2**20:,.0f}",
+            f"{r.peak_ratio:.3f}",
+            _judged(r.peak_ratio, r.peak_bar, ".3f"),
+        )
+    Console(width=140).print(table)
+
+
+def _judged(value: float, bar: float | None, style: str) -> str:
+    if bar is None:
+        return ""
+    return f"{bar:{style}} " + ("[green]pass[/]" if value <= bar else "[red]miss[/]")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="precision of autocast")
+    parser.add_argument("--rows", type=int, default=8 if cuda else 2, help="sequences of a batch")
+    parser.add_argument("--length", type=int, default=2048 if cuda else 1024, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=int, default=20 if cuda else 7)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compile each layer")
+    parser.add_argument("--documents", action="store_true", help="mask documents of 500 tokens on average")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="parts of the names to run beside vanilla")
+    parser.add_argument("--json", type=Path, help="write the results to this file too")
+    options = parser.parse_args(arguments)
+    options.device = "cuda" if cuda else "cpu"
+    return options
+
+
+def main() -> int:
+    options = parse()
+    results = run(options)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    settings |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    if options.device == "cuda":
+        settings["gpu"] = torch.cuda.get_device_name()
+    shape = f"{options.rows} x {options.length} tokens, {options.dtype}"
+    extras = "".join(f", {name}" for name in ("compile", "documents") if settings[name])
+    show(results, f"forward and backward, {shape}{extras}, {options.device}, {options.rounds} rounds")
+    if options.json is not None:
+        options.json.write_text(json.dumps({"settings": settings, "results": [asdict(r) for r in results]}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
