@@ -292,5 +292,7 @@ def kv_cache_bytes_per_token(config: MoRConfig, bytes_per_value: int = BF16) -> 
     recursions = sum(capacities(config)) if config.num_recursions > 1 else Fraction(0)
     if config.kv_strategy == "shared":
         recursions = Fraction(1)
+    elif config.kv_strategy == "shared_update":  # the first recursion computes every token, whatever its capacity
+        recursions += 1 - capacities(config)[0]
     layers = unshared_layers(config) + recursion_layers(config) * recursions
     return float(layers * 2 * attention_widths(config)[1] * bytes_per_value)

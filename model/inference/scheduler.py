@@ -45,8 +45,6 @@ class DepthPolicy:
             raise ValueError(
                 f"depth: {self.mode}:{self.recursions} does not fit 1 to {config.num_recursions} recursions"
             )
-        if config.num_recursions > 1 and not config.sharing.endswith("cycle"):
-            raise ValueError(f"depth: recursions of sharing {config.sharing!r} cannot be left out; use adaptive")
         return self
 
     def limit(self, config: MoRConfig) -> int:

@@ -33,11 +33,12 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from model.cache import kv_bytes_per_token
 from model.config import MoRConfig
+from model.export import to_llama
 from model.flops import flops_per_token
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams
@@ -90,16 +91,8 @@ def make_config(size: str, layers: int, vocabulary: int, recursions: int, contex
     )
 
 
-def as_llama(model: MoRForCausalLM) -> LlamaForCausalLM:
-    """The same vanilla weights in transformers' own class."""
-    fields = {name: value for name, value in model.config.to_dict().items() if name in LlamaConfig().to_dict()}
-    llama = LlamaForCausalLM(LlamaConfig(**(fields | {"model_type": "llama", "architectures": None})))
-    llama.load_state_dict(model.state_dict())
-    return llama.to(model.dtype).eval()
-
-
 def run_static(llama: LlamaForCausalLM, load: Load, batch: int) -> dict[str, float]:
-    """transformers' generate on batches in order of arrival; prompts padded on the left; each until its longest ends."""
+    """generate of transformers on batches by arrival; prompts padded on the left; each until its longest ends."""
     began, busy = time.perf_counter(), time.process_time()
     for start in range(0, len(load.lengths), batch):
         prompts, lengths = load.prompts[start : start + batch], load.lengths[start : start + batch]
@@ -204,7 +197,7 @@ def bench(
     base, vanilla = next(iter(models.items()))
     context = max(len(p) + n for p, n in zip(load.prompts, load.lengths))
     span = round(statistics.mean(len(p) + n for p, n in zip(load.prompts, load.lengths)))
-    batch, llama = options.batch, as_llama(vanilla)
+    batch, llama = options.batch, to_llama(vanilla).to(vanilla.dtype).eval()
     runs: dict[str, Callable[[], dict[str, float]]] = {"static": lambda: run_static(llama, load, batch)}
     rows: list[dict] = [
         {"name": "static", "base": None, "bar": None, "batch": batch, "flop_ratio": None},

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model.cache import MoRCache, kv_bytes, owned_uses, sees_everyone
-from tests.helpers.tiny import VARIANTS, VOCABULARY, tiny_model
+from model.flops import capacities
+from model.memory import kv_cache_bytes_per_token
+from tests.helpers.tiny import VARIANTS, VOCABULARY, tiny_config, tiny_model
 
 LOGITS = {"rtol": 1e-5, "atol": 1e-6}  # router scores are fp32 in a model that is fp64 elsewhere
 LAW = settings(deadline=None, max_examples=2, derandomize=True)
@@ -101,6 +103,15 @@ def test_memory_is_what_was_entered(variant):
     assert cache.memory_bytes() == by_hand
     if config.routing != "none" and config.kv_strategy == "recursion_wise":
         assert by_hand < 23 * config.num_hidden_layers * 2 * 2 * 8 * 8
+
+
+@variants
+def test_expected_memory_is_the_accountants(variant):
+    config = tiny_config(variant)
+    tokens = 60  # divides by every capacity of the variants
+    entered = [int(tokens * share) for share in capacities(config)]
+    held = kv_bytes(config, entered, tokens, bytes_per_value=2)
+    assert held == pytest.approx(tokens * kv_cache_bytes_per_token(config, bytes_per_value=2), rel=1e-9)
 
 
 @variants

@@ -138,12 +138,18 @@ def test_depth_policies():
     full = Engine(tiny_model("recursive", 1)).generate([prompt], SamplingParams(max_tokens=6))[0]
     same = Engine(tiny_model("recursive", 1), depth=DepthPolicy("uniform", 3)).generate([prompt], full.params)[0]
     assert full.tokens == same.tokens
-    vanilla = tiny_model("vanilla")
-    vanilla.load_state_dict(tiny_model("recursive", 1).state_dict())
-    less = Engine(tiny_model("recursive", 1), depth=DepthPolicy("cap", 1)).generate([prompt], full.params)[0]
-    assert less.tokens == alone(vanilla, prompt, 6)
     token = Engine(tiny_model("token-shared", 1), depth=DepthPolicy("uniform", 2))
     assert set(token.generate([prompt], SamplingParams(max_tokens=1))[0].depths) == {2}
+
+
+@pytest.mark.parametrize("variant", ["recursive-shared", "expert-aux-shared_update", "token-recursion_wise"])
+def test_a_cap_is_a_pass_with_at_most_as_many_recursions(variant):
+    model, prompt = tiny_model(variant, 1), random_prompts(1, 4)[0]
+    request = Engine(model, depth=DepthPolicy("cap", 2)).generate([prompt], SamplingParams(max_tokens=5))[0]
+    with torch.no_grad():
+        out = model(torch.tensor([request.text[:-1]]), max_recursions=2)
+    assert out.logits[0, len(prompt) - 1 :].argmax(-1).tolist() == request.tokens
+    assert out.routing is None or out.routing.depth[0].tolist() == request.depths
 
 
 @pytest.mark.parametrize(
@@ -153,7 +159,6 @@ def test_depth_policies():
         ("uniform:", "recursive", "expected adaptive"),
         ("cap:4", "recursive", "does not fit 1 to 3"),
         ("uniform:0", "expert-shared", "does not fit"),
-        ("cap:2", "recursive-shared", "cannot be left out"),
     ],
 )
 def test_impossible_depths_are_refused(text, variant, message):
