@@ -711,7 +711,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         """
         if labels is not None and targets is not None:
             raise ValueError(
-                "targets: exclusive with labels; give labels for the model to shift, or targets already shifted"
+                "targets: exclusive with labels; give labels, which the model shifts, or targets, already shifted"
             )
         output = self.model(
             input_ids,
@@ -752,7 +752,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             routing=output.routing,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> Any:
         """`generate` of transformers builds a `MoRCache` in place of its own."""
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
@@ -797,14 +797,14 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         """Modules that form a unit of sharding and of checkpointing: each unique layer once."""
         return list(self.model.layers)
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, backend: str = "inductor") -> None:
         """Compile each layer by itself, in place, when it first runs; names of parameters stay as they are.
 
         The layers share their code, so one compilation serves all of them at each kind of selection, however deep the
         recursion is unrolled, where compiling the model as a whole takes time in proportion to the effective depth.
         """
         for layer in self.units():
-            layer.compile()
+            layer.compile(backend=backend)
 
     def set_recompute(self, policy: RecomputePolicy) -> None:
         """Recompute activations in the backward pass: `none`, each `block`, each `recursion` as a whole, or `selective`

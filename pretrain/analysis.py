@@ -74,7 +74,7 @@ class Isoflop:
 
     def loss(self, parameters: Array) -> Array:
         """The fitted loss at `parameters` [n]."""
-        return np.polynomial.polynomial.polyval(np.log(parameters), self.coefficients)
+        return np.asarray(np.polynomial.polynomial.polyval(np.log(parameters), self.coefficients), dtype=np.float64)
 
 
 def fit_isoflop(

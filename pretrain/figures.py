@@ -54,7 +54,9 @@ def _legend(axes: Axes, variants: Sequence[Variant]) -> None:
     """Name the variants, or, where they are too many to tell apart, their architectures."""
     style = styles(variants)
     if len(variants) > MANY:
-        names = {v.architecture: {"color": COLOURS[v.architecture], "marker": "o"} for v in variants}
+        names: dict[str, dict[str, Any]] = {
+            v.architecture: {"color": COLOURS[v.architecture], "marker": "o"} for v in variants
+        }
     else:
         names = {v.name: style[v.name] for v in variants}
     handles = [axes.plot([], [], ls="-", label=name, **look)[0] for name, look in names.items()]
