@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,8 @@ def unroll(model: MoRForCausalLM) -> LlamaForCausalLM:
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("model.layers.")}
     for use in applications(config):
         state |= {f"model.layers.{use.depth}.{name}": value for name, value in _layer_state(model, use).items()}
-    llama = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in _LLAMA_FIELDS})).to(model.dtype)
+    llama: Any = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in _LLAMA_FIELDS}))
+    llama = llama.to(model.dtype)
     llama.load_state_dict(state)
     return llama.train(model.training)
 
