@@ -161,6 +161,11 @@ class EvaluationSettings(Settings):
     micro_size: int | None = Field(
         default=None, gt=0, description="sequences in one forward pass; null takes the batch's"
     )
+    tasks: list[str] | None = Field(
+        default=None, description="tasks of lm-evaluation-harness, at each validation; not with fsdp2 and zero3"
+    )
+    task_folder: Path | None = Field(default=None, description="task files of one's own, beside the harness's")
+    task_limit: int | None = Field(default=None, gt=0, description="first so many questions of each task; null: all")
 
 
 class CheckpointSettings(Settings):

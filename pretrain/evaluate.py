@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import tempfile
@@ -22,13 +23,14 @@ import rich.table
 import torch
 from pydantic import Field
 from rich.console import Console
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.settings import Settings, UserError, load, run_command
 from model.config import MoRConfig
 from model.inference.text import load_checkpoint
 from model.modeling import MoRForCausalLM
-from pretrain.checkpoint import MARKER, committed, export
+from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state
 from pretrain.config import ExperimentSettings, read_settings
 from pretrain.data import Manifest
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
@@ -95,10 +97,14 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             model, tokenizer = load_checkpoint(exported)
         except ValueError as error:
             raise UserError(str(error)) from None
-    eos = model.config.eos_token_id
+    return Checkpoint(model.eval(), wrap_tokenizer(tokenizer, model.config), folder, run, settings)
+
+
+def wrap_tokenizer(tokenizer: Tokenizer, config: MoRConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers knows it, with the model's end-of-text token."""
+    eos = config.eos_token_id
     token = tokenizer.id_to_token(eos) if isinstance(eos, int) else None
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
-    return Checkpoint(model.eval(), wrapped, folder, run, settings)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
 
 
 @contextlib.contextmanager
@@ -164,7 +170,7 @@ def run_tasks(
     """Evaluate on tasks of lm-evaluation-harness: task or group -> figure -> value, standard errors included.
 
     folder: of task files beside the harness's own; limit: questions per task. Raises UserError for an unknown task, and
-    where the harness or a task's data is missing.
+    where the harness or a task's data is missing. Leaves the generators of random numbers as they were.
     """
     try:
         from lm_eval.evaluator import simple_evaluate
@@ -176,7 +182,8 @@ def run_tasks(
         if batch_size != 1:
             raise UserError("--batch-size: routing of selection 'none' sees a row's padding too; give --batch-size 1")
         model.config.routing_mode = "topk"
-    manager = _task_manager([task.name for task in tasks], folder)
+    manager = _task_manager(tuple(task.name for task in tasks), folder)
+    random_numbers = random_state()
     mixed = "bfloat16" if precision == "bf16" else None
     wrapped = HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
     scores: Scores = {}
@@ -196,6 +203,7 @@ def run_tasks(
             raise UserError(f"tasks {', '.join(names)}: their data cannot be read: {error}") from None
         assert results is not None
         scores |= {name: _figures(values) for name, values in results["results"].items()}
+    set_random_state(random_numbers)
     return scores
 
 
@@ -204,7 +212,8 @@ def has_causal_decision(config: MoRConfig) -> bool:
     return config.routing != "expert_choice" or config.selection != "none" or config.router == "random"
 
 
-def _task_manager(names: Sequence[str], folder: Path | None) -> Any:
+@functools.cache
+def _task_manager(names: tuple[str, ...], folder: Path | None) -> Any:
     """The harness's index of tasks; its own ones, which take long to read, only where `folder` lacks a name."""
     from lm_eval.tasks import TaskManager
 
@@ -241,11 +250,14 @@ def average(tasks: Sequence[TaskSettings], scores: Scores) -> float | None:
 # --- results ------------------------------------------------------------------------------------------------------
 
 
+def task_line(scores: Scores) -> dict[str, Any]:
+    """Scores as fields of a line of metrics, `tasks/NAME/FIGURE`."""
+    return {f"tasks/{name}/{figure}": value for name, values in scores.items() for figure, value in values.items()}
+
+
 def metrics_line(results: dict[str, Any]) -> dict[str, Any]:
     """The results as fields of a line of metrics: `tasks/NAME/FIGURE`, `tasks/average`, losses by depth as lists."""
-    line = {
-        f"tasks/{name}/{figure}": value for name, values in results["tasks"].items() for figure, value in values.items()
-    }
+    line = task_line(results["tasks"])
     if results["average"] is not None:
         line["tasks/average"] = results["average"]
     if "depths" in results:

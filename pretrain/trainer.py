@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from data_prep.settings import UserError
@@ -36,6 +37,7 @@ from pretrain import run_folder
 from pretrain.checkpoint import Checkpoints, export, folder_of
 from pretrain.config import ExperimentSettings, micro_size_of, resolve_model
 from pretrain.data import BlockLoader, Manifest, MicroBatch
+from pretrain.evaluate import TaskSettings, run_tasks, task_line, wrap_tokenizer
 from pretrain.metrics import METRICS, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
 from pretrain.parallel import Parallel
 from pretrain.schedule import Schedule
@@ -179,6 +181,11 @@ class Trainer:
     def __init__(self, settings: ExperimentSettings, manifest: Manifest, parallel: Parallel) -> None:
         """Build model, optimizer and loader. Raises UserError where settings, data and ranks contradict each other."""
         self.settings, self.manifest, self.parallel = settings, manifest, parallel
+        if settings.evaluation.tasks and parallel.settings.strategy in ("fsdp2", "zero3"):
+            raise UserError(
+                f"evaluation.tasks: {parallel.settings.strategy} leaves no rank a whole model; leave it out, and run "
+                "`python -m pretrain.evaluate --checkpoint RUN` on the checkpoints"
+            )
         self.config = resolve_model(settings, manifest)
         self.micro_size = micro_size_of(settings.batch, parallel.world_size)
         self.loader = BlockLoader(
@@ -386,7 +393,28 @@ class Trainer:
 
     def validate(self, **extra: Any) -> None:
         """Validate and write the line, with what `extra` adds to it."""
-        self.write(asdict(self.state) | self.validation(self.parallel) | extra)
+        self.write(asdict(self.state) | self.validation(self.parallel) | self.task_figures() | extra)
+
+    def task_figures(self) -> dict[str, Any]:
+        """Figures of `evaluation.tasks`; every rank answers every question, so that none runs ahead."""
+        rule = self.settings.evaluation
+        if not rule.tasks:
+            return {}
+        tokenizer = Tokenizer.from_file(str(self.manifest.folder / "tokenizer.json"))
+        watchdog = self.parallel.watchdog
+        hook = self.model.register_forward_pre_hook(lambda *_: watchdog.reached("a task") if watchdog else None)
+        scores = run_tasks(
+            self.model,
+            wrap_tokenizer(tokenizer, self.config),
+            [TaskSettings(name=name) for name in rule.tasks],
+            folder=rule.task_folder,
+            batch_size=self.validation.micro_size,
+            limit=rule.task_limit,
+            precision=self.settings.precision,
+        )
+        hook.remove()
+        self.parallel.model.train()
+        return task_line(scores)
 
     def write(self, line: dict[str, Any]) -> None:
         if self.output:
@@ -494,7 +522,7 @@ class Trainer:
         if self.plan.trunk:
             self.write(asdict(self.state) | {"event": "branched"})
             return
-        last = self.validation(self.parallel)
+        last = self.validation(self.parallel) | self.task_figures()
         if self.parallel.is_main:
             source = folder_of(self.checkpoints.folder, self.state.step)
             export(source, self.plan.folder / "final", self.manifest.folder / "tokenizer.json")

@@ -224,3 +224,17 @@ def test_without_the_harness_tasks_say_what_to_install(expert, monkeypatch) -> N
     monkeypatch.setitem(sys.modules, "lm_eval.evaluator", None)
     with pytest.raises(UserError, match="pip install"):
         results_of(expert, "--limit", "1", "--tasks", "piqa")
+
+
+@pytest.mark.slow
+def test_tasks_during_training_change_nothing_else(data, tmp_path, task_folder) -> None:
+    """The run with tasks at its validations has the losses of the run without, to the bit, and the tasks' figures."""
+    changes = {"relaxation": "lora", "lora_dropout": 0.3, "lora_rank": 2}  # dropout draws random numbers
+    rule = {"times": 2, "tasks": ["tiny_choice"], "task_folder": task_folder, "task_limit": 4}
+    plain = train(settings_for(tmp_path / "plain", data, model=changes, evaluation={"times": 2}))
+    tasks = train(settings_for(tmp_path / "tasks", data, model=changes, evaluation=rule))
+    figure = "tasks/tiny_choice/acc"
+    assert [figure in line for line in tasks] == ["validation_loss" in line for line in plain]
+    assert sum(figure in line for line in tasks) == 2
+    keys = ("loss", "validation_loss", "gradient_norm")
+    assert [[line.get(key) for key in keys] for line in plain] == [[line.get(key) for key in keys] for line in tasks]
