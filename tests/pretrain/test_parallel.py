@@ -175,7 +175,7 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fsdp2_keep": ("mor_expert", 2, {"strategy": "fsdp2", "reshard_after_forward": False}),
     "fsdp2_hybrid": ("mor_expert", 4, {"strategy": "fsdp2", "shard_size": 2}),
     "token_ddp_4": ("mor_token", 4, {"strategy": "ddp"}),
-    "token_zero3": ("mor_token", 2, {"strategy": "zero3"}),
+    "token_zero2": ("mor_token", 2, {"strategy": "zero2"}),
     "token_fsdp2_4": ("mor_token", 4, {"strategy": "fsdp2", "reshard_after_forward": False}),
 }
 
@@ -323,7 +323,7 @@ def launch(arguments: list[str], timeout: float = 400) -> subprocess.CompletedPr
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
-    settings = settings_for(Path("unset"), data, "mor_expert", budget={"steps": 3})
+    settings = settings_for(Path("unset"), data, "mor_expert", budget={"steps": 3}, batch={"micro_size": 2})
     path = tmp_path_factory.mktemp("experiment") / "experiment.yaml"
     path.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude={"parallel"}, exclude_unset=True)))
     return path
