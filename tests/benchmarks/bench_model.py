@@ -1,6 +1,6 @@
 """Does a model save the time that it saves in FLOPs? Steps (forward and backward) of every architecture and vanilla.
 
-    python tests/benchmarks/bench_model.py [--dtype bf16] [--compile] [--documents] [--only NAME ...] [--json FILE]
+    python tests/benchmarks/bench_model.py [--dtype fp32] [--compile] [--documents] [--only NAME ...] [--json FILE]
 
 Rounds are interleaved: each runs one step of every model, so that what else the machine does hits all alike, and a
 model's time ratio is the median over rounds of its step divided by the vanilla step of the same round. `excess` is that
@@ -101,13 +101,13 @@ def make_step(model: Any, batch: Tensor, documents: Tensor | None, dtype: str) -
     return step
 
 
-def timed(step: Callable[[], object], device: str) -> float:
+def timed(step: Callable[[], object], device: str, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one step."""
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     step()
     _wait(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _wait(device: str) -> None:
@@ -144,12 +144,14 @@ def matmul_peak(device: str, dtype: str) -> float:
     return 2 * size**3 / min(timed(lambda: a @ a, device) for _ in range(10))
 
 
-def measure(steps: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+def measure(
+    steps: dict[str, Callable[[], object]], rounds: int, device: str, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Seconds of every model's step in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            seconds[name].append(timed(step, device))
+            seconds[name].append(timed(step, device, clock))
     return seconds
 
 
@@ -185,14 +187,14 @@ def run(options: argparse.Namespace) -> list[Result]:
         if options.compile:
             model.compile_layers()
         steps[name] = make_step(model, batch, documents, options.dtype)
-        steps[name]()
         flops = routed_flops(config, steps[name](), options.rows, options.length)
         results[name] = Result(name, flops, peak_bytes(steps[name], model, device))
         results[name].excess_bar = BARS.get(config.routing)
         if config.routing != "none":
             results[name].peak_bar = estimates[name] / estimates["vanilla"]
     peak = matmul_peak(device, options.dtype)
-    return summarize(results, measure(steps, options.rounds, device), batch.numel(), peak)
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    return summarize(results, measure(steps, options.rounds, device, clock), batch.numel(), peak)
 
 
 def summarize(results: dict[str, Result], seconds: dict[str, list[float]], tokens: int, peak: float) -> list[Result]:
@@ -248,6 +250,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compile each layer")
     parser.add_argument("--documents", action="store_true", help="mask documents of 500 tokens on average")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="parts of the names to run beside vanilla")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="what a step's time is; `cpu`, with one thread, is steadier on a CPU that others use too",
+    )
     parser.add_argument("--json", type=Path, help="write the results to this file too")
     options = parser.parse_args(arguments)
     options.device = "cuda" if cuda else "cpu"

@@ -349,7 +349,7 @@ def test_layers_compile_once_for_all_depths(name):
     torch._dynamo.reset()
     model = build(name)
     expected = [model(batch(i), targets=batch(i)).loss.item() for i in range(6)]
-    model.compile_layers()
+    model.compile_layers(backend="aot_eager")
     losses = [model(batch(i), targets=batch(i)).loss for i in range(3)]
     torch.stack(losses).sum().backward()
     with torch._dynamo.config.patch(error_on_recompile=True):
