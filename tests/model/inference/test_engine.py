@@ -39,7 +39,7 @@ def assert_empty(engine: Engine) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_crowded_engine_yields_what_decoding_alone_yields(variant):
     """Prompts in chunks, decoding beside them, more requests than slots, a pool that runs out."""
-    model, prompts = tiny_model(variant, 1), random_prompts(6, 3)
+    model, prompts = tiny_model(variant, 1), random_prompts(5, 3)
     engine = Engine(model, **CROWDED)
     requests = engine.generate(prompts, SamplingParams(max_tokens=6))
     for prompt, request in zip(prompts, requests):
