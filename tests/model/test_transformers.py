@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from model.config import MoRConfig
 from model.modeling import MoRForCausalLM, MoRModel
 
 FOLDER = os.environ.get("MOR_TRANSFORMERS_TESTS")
@@ -49,12 +50,12 @@ def suite() -> Any:
 
 def make_test(architecture: str, fields: dict[str, Any], generic: Any) -> type:
     class Tester(generic.CausalLMModelTester):
+        config_class = MoRConfig
         base_model_class = MoRModel
         causal_lm_class = MoRForCausalLM
 
-        def get_config(self):
-            config = super().get_config().to_dict() | fields
-            return MoRModel.config_class(**config)
+        def __init__(self, parent: Any, **kwargs: Any) -> None:
+            super().__init__(parent, **(fields | kwargs))
 
     body = {"model_tester_class": Tester}
     return type(f"Test_{architecture}", (generic.CausalLMModelTest, unittest.TestCase), body)
