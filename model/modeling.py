@@ -710,9 +710,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         return_logits: None returns logits unless training with labels; False never makes them.
         """
         if labels is not None and targets is not None:
-            raise ValueError(
-                "targets: exclusive with labels; give labels, which the model shifts, or targets, already shifted"
-            )
+            raise ValueError("targets: exclusive with labels; the model shifts labels, targets are shifted already")
         output = self.model(
             input_ids,
             attention_mask,
