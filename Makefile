@@ -21,10 +21,10 @@ compare: setup
 	$(BIN)/python launchers/compare.py --config configs/compare/cpu.yaml
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not slow and not slurm'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm'
 
 lint: setup
 	$(BIN)/ruff check .
