@@ -12,9 +12,11 @@ others are ended. Real launchers are tested beside this, in tests/pretrain/test_
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
+import shutil
 import socket
 import sys
 import tempfile
@@ -69,6 +71,7 @@ def start_ranks(
     context.set_forkserver_preload(PRELOAD)
     os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     module = sys.modules[function.__module__]
     name = (str(module.__file__), function.__qualname__)
     port = _free_port()
