@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 )
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from . import routing
 from .cache import MoRCache
@@ -54,11 +54,15 @@ def _keep(context, operator, *args, **kwargs) -> CheckpointPolicy:
 
 @dataclass
 class MoRModelOutput(ModelOutput):
-    """last_hidden_state: [B, T, D]; losses: unweighted fp32 scalars of the routers (training only)."""
+    """last_hidden_state: [B, T, D]; losses: unweighted fp32 scalars of the routers (training only).
+
+    attentions: None; transformers' generation looks for the field.
+    """
 
     last_hidden_state: Tensor | None = None
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
     losses: dict[str, Tensor] | None = None
     routing: RoutingRecord | None = None
 
@@ -76,6 +80,7 @@ class MoRCausalLMOutput(ModelOutput):
     logits: Tensor | None = None
     past_key_values: Any = None
     hidden_states: tuple[Tensor, ...] | None = None
+    attentions: None = None
     losses: dict[str, Tensor] | None = None
     routing: RoutingRecord | None = None
 
@@ -179,6 +184,7 @@ class MoRModel(MoRPreTrainedModel):
         bias = torch.zeros(config.num_recursions) if token and config.balancing == "loss_free" else None
         self.register_buffer("router_bias", bias)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -210,7 +216,7 @@ class MoRModel(MoRPreTrainedModel):
         cache = self._cache(past_key_values, use_cache, mode, document_ids)
         row = self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, cache)
         row.routing_only, row.max_recursions = routing_only, max_recursions
-        if output_hidden_states:
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
             row.hidden_states = [hidden]
         hidden, record = self._decode(hidden, row, mode, step, global_load)
         if cache is not None:
@@ -670,6 +676,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
                 )
         return model
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -725,6 +732,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             routing_only=routing_only,
             max_recursions=max_recursions,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         if routing_only:
             return MoRCausalLMOutput(routing=output.routing)

@@ -41,6 +41,10 @@ def suite() -> Any:
     # Some of their files say `from tests.x import`, most say `from .x import`.
     sys.modules["tests"] = sys.modules["transformers_tests"] = package
     try:
+        common = importlib.import_module("transformers_tests.test_modeling_common")
+        # They look up by these names which classes take labels; the base model does not.
+        common.MODEL_MAPPING_NAMES["mor"] = "MoRModel"
+        common.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mor"] = "MoRForCausalLM"
         return importlib.import_module("transformers_tests.causal_lm_tester")
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
@@ -57,7 +61,8 @@ def make_test(architecture: str, fields: dict[str, Any], generic: Any) -> type:
         def __init__(self, parent: Any, **kwargs: Any) -> None:
             super().__init__(parent, **(fields | kwargs))
 
-    body = {"model_tester_class": Tester}
+    # Attention weights are not returned, as in every model of transformers under SDPA.
+    body = {"model_tester_class": Tester, "has_attentions": False}
     return type(f"Test_{architecture}", (generic.CausalLMModelTest, unittest.TestCase), body)
 
 
