@@ -26,6 +26,7 @@ _SAME_FIELDS = (
     "num_attention_heads",
     "num_key_value_heads",
     "head_dim",
+    "rope_parameters",
     "attention_bias",
     "mlp_bias",
     "hidden_act",

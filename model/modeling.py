@@ -52,6 +52,16 @@ def _keep(context, operator, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _cast_every_time(function: Callable, x: Tensor):
+    """Call `function` without autocast's weight cache: selective recomputation matches operations by their number, and
+    the cache would leave out the casts of a weight that an earlier recursion has cast."""
+    kind = x.device.type
+    with torch.autocast(
+        kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+    ):
+        return function(x)
+
+
 @dataclass
 class MoRModelOutput(ModelOutput):
     """last_hidden_state: [B, T, D]; losses: unweighted fp32 scalars of the routers (training only).
@@ -342,7 +352,8 @@ class MoRModel(MoRPreTrainedModel):
                 x, fresh = function(x)
             elif policy == "selective":
                 contexts = functools.partial(create_selective_checkpoint_contexts, _keep)
-                x, fresh = checkpoint(function, x, use_reentrant=False, context_fn=contexts)
+                counted = functools.partial(_cast_every_time, function)
+                x, fresh = checkpoint(counted, x, use_reentrant=False, context_fn=contexts)
             else:
                 x, fresh = checkpoint(function, x, use_reentrant=False)
             kv.update(fresh)

@@ -130,6 +130,22 @@ def test_recomputation_changes_nothing(name, policy):
         assert torch.equal(value, expected[key]), key
 
 
+@pytest.mark.parametrize("policy", ["block", "recursion", "selective"])
+@pytest.mark.parametrize("name", ["recursive", "expert", "token"])
+def test_recomputation_under_autocast_changes_no_gradient(name, policy):
+    """A weight that several recursions apply is cast once by autocast's cache, and again where it is recomputed."""
+    expected, ids = None, batch()
+    for chosen in ("none", policy):
+        model = build(name)
+        model.set_recompute(chosen)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids).loss
+        loss.backward()
+        expected = expected or gradients(model)
+    for key, value in gradients(model).items():
+        torch.testing.assert_close(value, expected[key], rtol=0.02, atol=0.02 * float(expected[key].abs().max()))
+
+
 def test_unknown_recomputation_is_refused():
     with pytest.raises(ValueError, match="recompute: expected one of none, block, recursion, selective"):
         build("vanilla").set_recompute("all")
