@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from pretrain.analysis import Isoflop, PairedDifference
 from pretrain.runs import Run, Variant
@@ -135,6 +135,8 @@ def depth_shares(variants: Sequence[Variant]) -> Figure | None:
         colours = matplotlib.colormaps[DEPTH_COLOURS](np.linspace(0.1, 0.95, len(shares)))
         axes.stackplot(tokens, shares, colors=colours, labels=[f"{depth}" for depth in range(len(shares))])
         axes.set(ylim=(0, 1), xlim=(tokens[0], max(tokens[-1], tokens[0] + 1)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_title(f"{variant.name}, seed {run.seed}", fontsize=9)
     figure.supxlabel("training tokens", fontsize=9)
     grid.flat[0].set_ylabel("share of tokens")
