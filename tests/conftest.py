@@ -1,0 +1,6 @@
+"""Settings of every test: properties are drawn the same way each time, and a busy machine is no failure."""
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("project", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("project")
