@@ -6,6 +6,7 @@ processes changes nothing. Every process runs the tokenizer on one thread: the p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -81,6 +82,16 @@ def _start_worker(files: EncoderFiles) -> None:
     threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Hold Ctrl-C back, for this process and for workers that start meanwhile, so that none is left half started."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _encode_in_worker(spans: np.ndarray) -> np.ndarray:
     assert _encoder is not None
     return _encoder(spans)
@@ -108,7 +119,8 @@ def encoded(spans: np.ndarray, files: EncoderFiles, workers: int) -> Iterator[tu
     pending: deque[tuple[np.ndarray, Future[np.ndarray]]] = deque()
     try:
         for batch in batches(spans):
-            pending.append((batch, pool.submit(_encode_in_worker, batch)))
+            with _interrupts_wait():  # a submission may start a worker
+                pending.append((batch, pool.submit(_encode_in_worker, batch)))
             if len(pending) >= 3 * workers:
                 done, future = pending.popleft()
                 yield done, future.result()

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,8 @@ def run_tasks(
     except ImportError:
         raise UserError("tasks need lm-evaluation-harness: pip install 'lm-eval' (the extra `evaluate`)") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # Its bootstrap forks otherwise, and a forked child of a process with threads may hang for ever.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     if not has_causal_decision(model.config):
         if batch_size != 1:
             raise UserError("--batch-size: routing of selection 'none' sees a row's padding too; give --batch-size 1")
