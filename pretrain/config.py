@@ -187,6 +187,9 @@ class MetricsSettings(Settings):
     peak_flops: float | None = Field(
         default=None, gt=0, description="peak FLOP/s of one device, for MFU; null looks it up by the device's name"
     )
+    profile_steps: list[int] = Field(
+        default=[], description="steps whose torch profiler trace every rank writes to profile/ in the run's directory"
+    )
 
 
 class TrackerSettings(Settings):

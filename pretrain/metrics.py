@@ -10,8 +10,9 @@ import resource
 import sys
 import time
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -78,6 +79,36 @@ class Sums:
             name: part.tolist() if value.dim() else part.item()
             for name, value, part in zip(self._values, values, parts, strict=True)
         }
+
+
+@dataclass
+class LossSpikes:
+    """Marks a loss that stands out: not finite, or DEVIATIONS standard deviations above the mean of the last steps.
+
+    Both are weighted exponentially over about HORIZON steps, of which the first are never marked. The deviation is that
+    of differences between successive losses, over sqrt(2), so that the fall of the loss does not enter it.
+    """
+
+    HORIZON: ClassVar[int] = 50
+    DEVIATIONS: ClassVar[float] = 5.0
+
+    count: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+    last: float = 0.0
+
+    def __call__(self, loss: float) -> bool:
+        """Whether `loss`, of the next step, is a spike; takes it into the mean if it is finite."""
+        if not math.isfinite(loss):
+            return True
+        spike = self.count >= self.HORIZON and loss > self.mean + self.DEVIATIONS * math.sqrt(self.variance)
+        share = 1 / min(self.count + 1, self.HORIZON)
+        self.mean += share * (loss - self.mean)
+        if self.count:
+            self.variance += share * ((loss - self.last) ** 2 / 2 - self.variance)
+        self.last = loss
+        self.count += 1
+        return spike
 
 
 class MetricsFile:

@@ -35,6 +35,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from data_prep.settings import Settings, UserError
+from pretrain.timing import StepClock
 from pretrain.watchdog import Watchdog
 
 Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
@@ -171,7 +172,8 @@ class Parallel:
     """One process alone; the subclasses are the strategies over several ranks. Made by `Parallel.start`.
 
     rank, world_size: of this process; is_main: rank 0, which writes and prints.
-    device: where this rank computes. module: the model as it was given to `prepare`; model: as the strategy calls it.
+    device: where this rank computes. clock: the seconds of a step by part.
+    module: the model as it was given to `prepare`; model: as the strategy calls it.
     """
 
     module: nn.Module
@@ -191,6 +193,7 @@ class Parallel:
             self.device = torch.device("cpu")
         self.background_group: dist.ProcessGroup | None = None
         self.watchdog: Watchdog | None = None
+        self.clock = StepClock(self.device)
 
     @staticmethod
     def start(settings: ParallelSettings, precision: Precision = "fp32", seed: int = 0) -> Parallel:
@@ -230,7 +233,9 @@ class Parallel:
             store = store or Watchdog.open_store(self.rank, self.world_size, limit, port)
             self.watchdog = Watchdog(self.rank, self.world_size, limit, store)
 
-    def _reached(self, place: str) -> None:
+    def _reached(self, place: str, part: str) -> None:
+        """This rank comes to `place`, where ranks meet; a `part` of the step begins."""
+        self.clock.begin(part)
         if self.watchdog:
             self.watchdog.reached(place)
 
@@ -242,7 +247,7 @@ class Parallel:
 
         last: in training, whether this is the last micro-batch of the step, as `micro_step` will be told.
         """
-        self._reached("forward")
+        self._reached("forward", "forward")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return self.model(**inputs)
 
@@ -251,7 +256,7 @@ class Parallel:
 
         loss: scalar, this rank's and micro-batch's share of the global mean (see the module's opening).
         """
-        self._reached("backward")
+        self._reached("backward", "backward")
         (loss * self.world_size).backward()
 
     def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
@@ -260,10 +265,15 @@ class Parallel:
         learning_rate: of every parameter group, times the group's `learning_rate_scale` where it has one.
         max_norm: of the gradient; 0 does not clip. A non-finite gradient, on any rank, updates nothing on any rank.
         """
-        self._reached("the update")
+        self._reached("the update", "optimizer")
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         norm = get_total_norm(gradients)
-        norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if isinstance(norm, DTensor):
+            self.clock.begin("communication")
+            norm_value = float(norm.full_tensor())
+            self.clock.begin("optimizer")
+        else:
+            norm_value = float(norm)
         finite = norm_value < float("inf")  # False for nan too; the norm is global, so all ranks agree
         if finite:
             if max_norm > 0:
@@ -279,7 +289,7 @@ class Parallel:
 
     def all_reduce(self, tensor: Tensor, op: Literal["sum", "mean", "max", "min"] = "sum") -> Tensor:
         """`tensor` reduced over all ranks, as a new tensor."""
-        self._reached("a reduction")
+        self._reached("a reduction", "communication")
         result = tensor.detach().clone()
         if self.world_size > 1:
             dist.all_reduce(result, getattr(dist.ReduceOp, "SUM" if op == "mean" else op.upper()))
@@ -295,7 +305,7 @@ class Parallel:
         background: over the group of the checkpoint thread, which may run beside training.
         """
         if not background:
-            self._reached("a gathering")
+            self._reached("a gathering", "communication")
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.background_group if background else None)
@@ -469,16 +479,16 @@ class _DeepSpeed(Parallel):
         }
 
     def forward(self, last: bool = True, **inputs: Any) -> Any:
-        self._reached("forward")
+        self._reached("forward", "forward")
         return self.engine(**inputs)
 
     def micro_step(self, loss: Tensor, last: bool) -> None:
-        self._reached("backward")
+        self._reached("backward", "backward")
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size)
 
     def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
-        self._reached("the update")
+        self._reached("the update", "optimizer")
         self.optimizer.clip_grad = max_norm  # type: ignore[attr-defined]
         self._set_learning_rate(learning_rate)
         self.engine.step()

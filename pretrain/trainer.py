@@ -38,10 +38,11 @@ from pretrain.checkpoint import Checkpoints, export, folder_of
 from pretrain.config import ExperimentSettings, micro_size_of, resolve_model
 from pretrain.data import BlockLoader, Manifest, MicroBatch
 from pretrain.evaluate import TaskSettings, run_tasks, task_line, wrap_tokenizer
-from pretrain.metrics import METRICS, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
+from pretrain.metrics import METRICS, LossSpikes, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
 from pretrain.parallel import Parallel
 from pretrain.schedule import Schedule
 from pretrain.stop import REQUEUE, REQUEUE_FILE, StopRequest
+from pretrain.timing import rank_spread, traced
 from pretrain.validation import Validation
 
 
@@ -218,9 +219,10 @@ class Trainer:
         if settings.compile:
             self.model.compile_layers()
         parallel.prepare(self.model, lambda module: make_optimizer(module, settings))
-        self.state = RunState()
+        self.state, self.spikes = RunState(), LossSpikes()
         self.output: Output | None = None  # on rank 0, while a run directory is open
         self.saved_step, self.saved_at = -1, time.monotonic()
+        self.checkpoint_seconds = 0.0  # that training has stood still for checkpoints since a line told
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -246,7 +248,8 @@ class Trainer:
         try:
             while plan.goes_on(self.state) and not self.stopping:
                 before = replace(self.state)
-                line = self.training_step()
+                with traced(self.trace_path()):
+                    line = self.training_step()
                 self.after_step(before, line)
             self.checkpoint()
             self.checkpoints.wait()
@@ -268,8 +271,9 @@ class Trainer:
         """One optimizer step over the global batch [B, T]; returns its line of metrics."""
         parallel, rule = self.parallel, self.settings.optimizer
         started = time.perf_counter()
+        parallel.clock.restart()
+        parallel.clock.begin("data")
         batch = [micro.to(parallel.device) for micro in next(self.loader)]
-        waited = time.perf_counter() - started
         share = 1 / (len(batch) * parallel.world_size)
         global_load = self.global_load(batch, share)
         sums = Sums()
@@ -284,8 +288,8 @@ class Trainer:
                 num_items_in_batch=self.tokens_per_step,
                 global_load=global_load,
             )
-            parallel.micro_step(output.loss, last)
             self.collect(sums, output, share)
+            parallel.micro_step(output.loss, last)
         sums.add("stop", float(self.stop.requested))
         sums.add("save", float(self.minutes_have_passed()))
         totals = sums.reduce(parallel)  # whatever is decided from here on, every rank decides from the same figures
@@ -294,9 +298,11 @@ class Trainer:
         norm, finite = parallel.optimizer_step(rate, rule.clip_norm)
         if finite and self.config.routing == "token_choice" and self.config.balancing == "loss_free":
             self.model.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
+        parallel.clock.stop()
+        parts = self.parts() if (self.state.step + 1) % self.settings.metrics.every_steps == 0 else {}
         seconds = time.perf_counter() - started
-        rates = self.advance(totals, seconds, finite) | {"data_seconds": waited}
-        return self.line(totals, rate, norm) | rates
+        rates = self.advance(totals, seconds, finite)
+        return self.line(totals, rate, norm) | rates | parts
 
     def global_load(self, batch: list[MicroBatch], share: float) -> Tensor | None:
         """Share of the global batch's tokens at each depth [Nr], for the balancing loss; None where it is not needed.
@@ -337,6 +343,20 @@ class Trainer:
         for name, value in routing.statistics.items():
             sums.add(name, value * share)
 
+    def parts(self) -> dict[str, float]:
+        """Seconds of this step by part and by rank, and of the checkpoints since a line last told them. Collective."""
+        seconds = self.parallel.clock.read()
+        spread = rank_spread(self.parallel, seconds["data"] + seconds["forward"])
+        seconds["checkpoint"], self.checkpoint_seconds = self.checkpoint_seconds, 0.0
+        return {f"{part}_seconds": value for part, value in seconds.items()} | spread
+
+    def trace_path(self) -> Path | None:
+        """Where the trace of the next step goes; None where none is asked for."""
+        step = self.state.step + 1
+        if step not in self.settings.metrics.profile_steps:
+            return None
+        return self.plan.folder / "profile" / f"step-{step:08d}-rank-{self.parallel.rank}.json"
+
     def advance(self, totals: dict[str, Any], seconds: float, finite: bool) -> dict[str, float]:
         """Count the step; returns its rates. Takes from `totals` what is not a figure of the step's own."""
         counts, pairs = ([round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs"))
@@ -347,7 +367,7 @@ class Trainer:
         self.state.flops += self.step_flops(size, counts, pairs)
         self.state.seconds += seconds
         self.state.skipped_steps += not (finite and math.isfinite(totals["total_loss"]))
-        rates = {"tokens_per_second": self.tokens_per_step / seconds}
+        rates = {"tokens_per_second": self.tokens_per_step / seconds, "loss_spike": self.spikes(totals["loss"])}
         if self.peak_flops is not None:
             executed = self.exact_flops(size, counts, pairs)
             rates["mfu"] = executed / seconds / self.peak_flops / self.parallel.world_size
@@ -369,8 +389,12 @@ class Trainer:
         state, plan = self.state, self.plan
         ends = not plan.goes_on(state) or self.stopping
         failed = state.skipped_steps > before.skipped_steps
-        if state.step % self.settings.metrics.every_steps == 0 or ends or failed:
+        if state.step % self.settings.metrics.every_steps == 0 or ends or failed or line["loss_spike"]:
             self.write(line)
+        if line["loss_spike"] and self.output:
+            self.output.say(
+                f"step {state.step}: loss {line['loss']:.4f} stands out from a mean of {self.spikes.mean:.4f}"
+            )
         if failed:
             self.skipped(line)
         for branch in self.plans[1:] if plan.trunk else []:
@@ -431,13 +455,16 @@ class Trainer:
             return
         if self.output:
             self.output.sync()
+        started = time.perf_counter()
         self.checkpoints.save(self.parallel, self.snapshot(), self.state.step)
+        self.checkpoint_seconds += time.perf_counter() - started
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
 
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors and random numbers: JSON, the same on every rank."""
         return {
             "run": asdict(self.state),
+            "loss_spikes": asdict(self.spikes),
             "loader": self.loader.state(),
             "tracker_id": self.tracker_id,
             "settings": self.plan.settings.model_dump(mode="json"),
@@ -474,7 +501,7 @@ class Trainer:
         snapshot: dict[str, Any] = {}
         if found is not None:
             snapshot = self.checkpoints.load(parallel, found)
-            self.state = RunState(**snapshot["run"])
+            self.state, self.spikes = RunState(**snapshot["run"]), LossSpikes(**snapshot.get("loss_spikes", {}))
             self.loader.load_state(snapshot["loader"])
         elif plan is not self.plans[0]:
             raise UserError(

@@ -63,5 +63,5 @@ def read_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def figures(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines without what the clock and the machine decide."""
-    clock = {"seconds", "tokens_per_second", "data_seconds", "memory_bytes", "mfu"}
-    return [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    clock = {"seconds", "tokens_per_second", "memory_bytes", "mfu", "slowest_rank"}
+    return [{k: v for k, v in line.items() if k not in clock and not k.endswith("_seconds")} for line in lines]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import wandb
 
-from pretrain.metrics import MetricsFile, Sums, Tracker, last_line, tracker_id
+from pretrain.metrics import LossSpikes, MetricsFile, Sums, Tracker, last_line, tracker_id
 from tests.helpers.experiments import settings_for
 
 
@@ -56,6 +56,25 @@ def test_sums_keep_large_counts_exact_and_scalars_apart_from_vectors() -> None:
         sums.add("pairs", torch.tensor([2**40 + 1, 3]))
         sums.add("loss", torch.tensor(0.5))
     assert sums.reduce(parallel) == {"pairs": [4.0 * (2**40 + 1), 12.0], "loss": 2.0}
+
+
+def test_a_loss_that_stands_out_is_marked_and_the_usual_ones_are_not() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = (0.02 * torch.randn(400, generator=generator)).tolist()
+    losses = [4 * 0.98**step + 3 + noise[step] for step in range(400)]  # falls, then hovers around 3
+    losses[200] += 0.5
+    losses[300] = float("nan")
+    losses[310] -= 0.5
+    spikes = LossSpikes()
+    assert [step for step, loss in enumerate(losses) if spikes(loss)] == [200, 300]
+
+
+def test_a_new_level_of_the_loss_becomes_the_rule() -> None:
+    spikes = LossSpikes()
+    for step in range(100):
+        spikes(2.0 + 0.01 * (step % 3))
+    marks = [spikes(3.0 + 0.01 * (step % 3)) for step in range(200)]
+    assert all(marks[:5]) and not any(marks[100:])
 
 
 def test_tracker_id_survives_a_resume_and_a_lost_folder(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Where a training step's seconds go, which rank takes longest, and a trace of chosen steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+if TYPE_CHECKING:
+    from pretrain.parallel import Parallel
+
+PARTS = ("data", "forward", "backward", "communication", "optimizer")
+
+
+class StepClock:
+    """Seconds of one training step by part; the parts add up to the step.
+
+    Each stretch belongs to the part that `begin` last named. `communication` is what ranks exchange outside the passes:
+    the sums of losses and routing, the balancing load, FSDP2's gradient norm; it contains the wait for a later rank.
+    What is overlapped with computation stays in the part that hides it: gradient reduction in `backward` (DDP, ZeRO,
+    FSDP2), gathers in `forward` and `backward` (FSDP2, ZeRO-3), ZeRO's norm and gathered weights in `optimizer`.
+
+    CPU: the host's clock. GPU: an event in the current stream for each beginning, a few microseconds; `read` waits for
+    the last, which costs the overlap of the optimizer's kernels with the next step's data and is done for lines of
+    metrics alone.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+        self._running = False
+
+    def restart(self) -> None:
+        """A step begins; what was measured before is forgotten."""
+        self._marks.clear()
+        self._running = True
+
+    def begin(self, part: str) -> None:
+        """`part` begins, and what went before ends. Does nothing outside a step, as in validation."""
+        if not self._running:
+            return
+        if self._on_gpu:
+            mark: Any = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.perf_counter()
+        self._marks.append((part, mark))
+
+    def stop(self) -> None:
+        """The step ends."""
+        self.begin("end")
+        self._running = False
+
+    def read(self) -> dict[str, float]:
+        """Seconds by part of the step that `stop` ended."""
+        if self._on_gpu:
+            self._marks[-1][1].synchronize()
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for (part, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
+            seconds[part] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
+        return seconds
+
+
+def rank_spread(parallel: Parallel, seconds: float) -> dict[str, float]:
+    """Fastest and slowest rank by `seconds`, each rank's own; nothing on one rank. Collective.
+
+    Ranks wait for each other in every step, so that whole steps take equally long; the trainer gives data and forward,
+    which come before the first wait (FSDP2 and ZeRO-3 already wait in the forward pass for each other's gathers).
+    """
+    if parallel.world_size == 1:
+        return {}
+    own = torch.zeros(parallel.world_size, dtype=torch.float64, device=parallel.device)
+    own[parallel.rank] = seconds
+    every = parallel.all_reduce(own).tolist()
+    return {
+        "fastest_rank_seconds": min(every),
+        "slowest_rank_seconds": max(every),
+        "slowest_rank": every.index(max(every)),
+    }
+
+
+@contextmanager
+def traced(path: Path | None) -> Iterator[None]:
+    """Write a torch profiler trace of what runs inside to `path`, to be opened in Perfetto; None: run it as it is."""
+    if path is None:
+        yield
+        return
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as profiler:
+        yield
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
