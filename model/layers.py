@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
 from .config import MoRConfig
@@ -205,10 +206,11 @@ class SwiGLU(nn.Module):
         return project(self.down_proj, gate * project(self.up_proj, x, recursion), recursion)
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(GradientCheckpointingLayer):
     """One unique layer: pre-norm attention and feed-forward, registered once and applied at each depth that shares it.
 
-    With `share_norms=False` a shared layer owns one pair of norms per recursion.
+    With `share_norms=False` a shared layer owns one pair of norms per recursion. What carries gradients goes in by
+    position and comes out flat, as transformers' checkpointing of layers asks.
     """
 
     def __init__(self, config: MoRConfig, shared: bool):
@@ -220,14 +222,27 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = _make_norm(config, repeats)
 
     def forward(
-        self, x: Tensor, tokens: Tokens, recursion: int, shared_kv: KeyValue | None = None, cache=None, depth: int = 0
-    ) -> tuple[Tensor, KeyValue | None]:
-        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values that were attended to (without a cache)."""
+        self,
+        x: Tensor,
+        shared_key: Tensor | None = None,
+        shared_value: Tensor | None = None,
+        *,
+        tokens: Tokens,
+        recursion: int = 0,
+        cache=None,
+        depth: int = 0,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values that were attended to (None with a cache).
+
+        The other arguments are those of `Attention.forward`.
+        """
+        shared_kv = None if shared_key is None or shared_value is None else (shared_key, shared_value)
         mixed, kv = self.self_attn(
             _norm(self.input_layernorm, x, recursion), tokens, recursion, shared_kv, cache, depth
         )
         x = x + mixed
-        return x + self.mlp(_norm(self.post_attention_layernorm, x, recursion), recursion), kv
+        key, value = (None, None) if kv is None else kv
+        return x + self.mlp(_norm(self.post_attention_layernorm, x, recursion), recursion), key, value
 
 
 def _make_norm(config: MoRConfig, repeats: int) -> nn.Module:
@@ -254,14 +269,17 @@ class LMHead(nn.Linear):
             x, weight = x.to(dtype), weight.to(dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _SummedCrossEntropy.apply(x, weight, targets)
-        rows = chunk_rows(weight.shape[0])
+        rows = chunk_rows(weight.shape[0], x.device)
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.stack([cross_entropy_sum(F.linear(part, weight), target) for part, target in chunks]).sum()
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Tokens whose fp32 logits take about 64 MiB."""
-    return max(64, 2**24 // vocabulary)
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose fp32 logits take about 64 MiB, or 16 on the CPU.
+
+    glibc hands blocks beyond 32 MiB back to the system each time, and fresh pages cost more than the arithmetic.
+    """
+    return max(64, (2**22 if device.type == "cpu" else 2**24) // vocabulary)
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -274,19 +292,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = chunk_rows(weight.shape[0])
+        rows = chunk_rows(weight.shape[0], x.device)
         total = x.new_zeros((), dtype=torch.float32)
         grads_x, grad_weight = [], torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part, target in zip(x.split(rows), targets.split(rows), strict=True):
             logits = F.linear(part, weight).float()
-            log_sum = logits.logsumexp(-1, keepdim=True)
             counted = (target != -100).unsqueeze(-1)
             label = target.clamp(min=0).unsqueeze(-1)
-            total = total + ((log_sum - logits.gather(-1, label)) * counted).sum()
-            # Gradient of the sum: softmax minus one-hot.
-            grad = (logits - log_sum).exp_()
-            grad = grad.scatter_add_(-1, label, grad.new_full((1, 1), -1.0).expand_as(label)).mul_(counted)
-            grad = grad.to(weight.dtype)
+            # In place from here: the logits become exp(logits - max), then the gradient, softmax minus one-hot.
+            logits -= logits.amax(-1, keepdim=True)
+            label_logit = logits.gather(-1, label)
+            norm = logits.exp_().sum(-1, keepdim=True)
+            total = total + ((norm.log() - label_logit) * counted).sum()
+            logits.mul_(counted / norm)
+            logits.scatter_add_(-1, label, -counted.to(logits.dtype))
+            grad = logits.to(weight.dtype)
             grads_x.append(grad @ weight)
             grad_weight += grad.T @ part
         ctx.save_for_backward(torch.cat(grads_x), grad_weight.to(weight.dtype))

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import (
 )
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from . import routing
 from .cache import MoRCache
@@ -35,6 +35,7 @@ from .relaxation import RelaxedLinear
 from .routing import Router, RoutingRecord
 from .sharing import Application, applications, num_unique_layers, segments
 
+logger = logging.get_logger(__name__)
 RecomputePolicy = Literal["none", "block", "recursion", "selective"]
 # What selective recomputation keeps: the results of matrix products and of attention.
 _KEPT = {
@@ -148,16 +149,10 @@ class MoRPreTrainedModel(PreTrainedModel):
             if module.router_bias is not None:
                 nn.init.zeros_(module.router_bias)
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        """The standard switch of transformers: recompute each block, non-reentrant."""
-        if every_n_layers != 1:
-            raise ValueError(
-                f"every_n_layers: layers that are shared are recomputed alike; use 1, got {every_n_layers}"
-            )
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        """The standard switch of transformers: each layer recomputes itself, which is the policy `block`."""
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
         decoder = self if isinstance(self, MoRModel) else self.model
-        decoder.gradient_checkpointing = enable
         decoder.recompute = "block" if enable else "none"
 
 
@@ -180,7 +175,6 @@ class MoRModel(MoRPreTrainedModel):
         self.recursion_encoding = nn.Parameter(torch.empty(encodings, config.hidden_size)) if encodings else None
         self._make_routers(config)
         self.recompute: RecomputePolicy = "none"
-        self.gradient_checkpointing = False
         self.post_init()
 
     def _make_routers(self, config: MoRConfig) -> None:
@@ -264,6 +258,11 @@ class MoRModel(MoRPreTrainedModel):
 
     def _cache(self, cache, use_cache: bool | None, mode: str, document_ids: Tensor | None) -> MoRCache | None:
         """The cache of this pass. A new one only if `use_cache` asks for it: training and validation keep none."""
+        if self.training and self.recompute != "none" and (cache is not None or use_cache):
+            if cache is not None:
+                raise ValueError("past_key_values: recomputation would enter its tokens twice; use set_recompute('none')")
+            logger.warning_once("use_cache: no cache is kept, since recomputation would enter each token twice")
+            return None
         if cache is None and not use_cache:
             return None
         if cache is not None and not isinstance(cache, MoRCache):
@@ -343,19 +342,20 @@ class MoRModel(MoRPreTrainedModel):
 
         kv: keys and values of the first recursion by unique layer, filled and read where `kv_strategy` shares them.
         """
+        # The policy `block` is the layers' own: each checkpoints itself.
         policy = self.recompute if self.training and torch.is_grad_enabled() else "none"
         groups = [segment] if policy == "recursion" else [[use] for use in segment]
         whole = self.config.routing == "none" or segment[0].recursion is None
         for group in groups:
             function = functools.partial(self._apply_layers, group, tokens=tokens, kv=dict(kv), cache=row.cache)
-            if policy == "none":
-                x, fresh = function(x)
+            if policy == "recursion":
+                x, fresh = checkpoint(function, x, use_reentrant=False)
             elif policy == "selective":
                 contexts = functools.partial(create_selective_checkpoint_contexts, _keep)
                 counted = functools.partial(_cast_every_time, function)
                 x, fresh = checkpoint(counted, x, use_reentrant=False, context_fn=contexts)
             else:
-                x, fresh = checkpoint(function, x, use_reentrant=False)
+                x, fresh = function(x)
             kv.update(fresh)
             if whole and row.hidden_states is not None:
                 row.hidden_states.append(x)
@@ -367,9 +367,11 @@ class MoRModel(MoRPreTrainedModel):
         fresh: dict[int, KeyValue] = {}
         for use in group:
             shared_kv = (kv.get(use.layer) or fresh.get(use.layer)) if sharing and use.recursion else None
-            x, own = self.layers[use.layer](x, tokens, use.recursion or 0, shared_kv, cache, use.depth)
+            x, key, value = self.layers[use.layer](
+                x, *(shared_kv or ()), tokens=tokens, recursion=use.recursion or 0, cache=cache, depth=use.depth
+            )
             if sharing and use.recursion == 0 and cache is None:
-                fresh[use.layer] = own
+                fresh[use.layer] = (key, value)
             if self.recursion_encoding is not None and use.encoding is not None:
                 x = x * self.recursion_encoding[use.encoding]
         return x, fresh
@@ -700,6 +702,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         *,
         targets: Tensor | None = None,
+        shift_labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         step: int | None = None,
         routing_mode: str | None = None,
@@ -716,6 +719,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         attention_mask: [B, T], 0 for padding, which is never selected and changes nothing for the other tokens.
         labels: [B, T], -100 ignored; the model shifts them (position t predicts labels t+1).
         targets: [B, T], labels already shifted; exclusive with `labels`.
+        shift_labels: what transformers calls targets; as there, it replaces `labels` where both are given.
         document_ids: [B, T] non-decreasing; tokens attend, and compete for slots, within their document only.
         step: optimizer steps done before this one, needed while a warm-up runs; None: warm-ups are over.
         routing_mode: overrides `config.routing_mode` at evaluation; training always selects by top-k.
@@ -727,8 +731,12 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         max_recursions: no token executes more recursions than this, 1 to Nr (test-time depth, Fig. 5c); None: Nr.
         return_logits: None returns logits unless training with labels; False never makes them.
         """
-        if labels is not None and targets is not None:
-            raise ValueError("targets: exclusive with labels; the model shifts labels, targets are shifted already")
+        if targets is not None and (labels is not None or shift_labels is not None):
+            raise ValueError(
+                "targets: exclusive with labels, which the model shifts, and with shift_labels, their alias"
+            )
+        if shift_labels is not None:
+            labels, targets = None, shift_labels
         output = self.model(
             input_ids,
             attention_mask,
@@ -782,7 +790,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         if logits is None:
             total = self.lm_head(hidden, shifted)
         else:
-            rows = chunk_rows(logits.shape[-1])
+            rows = chunk_rows(logits.shape[-1], logits.device)
             parts = zip(logits.flatten(0, 1).split(rows), shifted.flatten().split(rows), strict=True)
             total = torch.stack([cross_entropy_sum(part, target) for part, target in parts]).sum()
         if num_items is None:
@@ -828,4 +836,5 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         (keep matrix products and attention, recompute the rest)."""
         if policy not in get_args(RecomputePolicy):
             raise ValueError(f"recompute: expected one of {', '.join(get_args(RecomputePolicy))}, got {policy!r}")
+        self._set_gradient_checkpointing(policy == "block", functools.partial(checkpoint, use_reentrant=False))
         self.model.recompute = policy

@@ -173,6 +173,7 @@ def make_optimizer(model: nn.Module, settings: ExperimentSettings) -> torch.opti
         lr=rule.learning_rate,
         betas=rule.betas,
         eps=rule.epsilon,
+        fused=True,
     )
 
 

@@ -154,7 +154,7 @@ def test_unknown_recomputation_is_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_head_equals_cross_entropy(dtype, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("model.layers.chunk_rows", lambda vocabulary: 64)
+    monkeypatch.setattr("model.layers.chunk_rows", lambda vocabulary, device: 64)
     head = LMHead(16, 200, bias=False).to(dtype)
     x = torch.randn(3, 100, 16, dtype=dtype, requires_grad=True)
     targets = torch.randint(0, 200, (3, 100))
