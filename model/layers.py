@@ -171,7 +171,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, confi
     """
     dropout = float(config.attention_dropout or 0.0) if training else 0.0
     grouped = config.num_attention_heads != config.num_key_value_heads
-    causal = mask is None and query.shape[2] > 1
+    causal = False
+    if mask is None and query.shape[2] > 1:  # a branch: compiled for all lengths, the comparison itself is no bool
+        causal = True
     if config._attn_implementation != "eager":
         if grouped and mask is not None and query.is_cuda:
             # The memory-efficient kernel takes a mask but no groups; without this the product would be materialised.
