@@ -260,8 +260,8 @@ def recompute_flops(config: MoRConfig, work: Work, forward: dict[str, Number], p
     """What the backward pass computes again under a policy of gradient checkpointing.
 
     `selective` keeps every product. `block` and `recursion` run the layers again, but for the product that ends each
-    recomputed stretch (a layer, or a recursion), whose result no gradient needs unless a recursion encoding or DoRA
-    scales it. What fused attention kernels recompute inside, and DoRA's norm, are not counted.
+    recomputed stretch (a layer, or a recursion), whose result no gradient needs unless DoRA, or within a recursion an
+    encoding, scales it. What fused attention kernels recompute inside, and DoRA's norm, are not counted.
     """
     flops: dict[str, Number] = dict.fromkeys(forward, 0)
     if policy not in ("block", "recursion"):
@@ -273,7 +273,7 @@ def recompute_flops(config: MoRConfig, work: Work, forward: dict[str, Number], p
         last = stretch[-1]
         queries = work.passes[0 if last.recursion is None else last.recursion + 1].queries
         if last.recursion is None or not targeted:
-            scaled = config.relaxation == "recursion_encoding" and last.encoding is not None
+            scaled = policy == "recursion" and config.relaxation == "recursion_encoding" and last.encoding is not None
             flops["down_proj"] -= 0 if scaled else linear_flops(queries, f, h)
         elif config.relaxation == "lora":
             flops["relaxation"] -= linear_flops(queries, delta_rank(config, (f, h)), h)

@@ -260,7 +260,9 @@ class MoRModel(MoRPreTrainedModel):
         """The cache of this pass. A new one only if `use_cache` asks for it: training and validation keep none."""
         if self.training and self.recompute != "none" and (cache is not None or use_cache):
             if cache is not None:
-                raise ValueError("past_key_values: recomputation would enter its tokens twice; use set_recompute('none')")
+                raise ValueError(
+                    "past_key_values: recomputation would enter its tokens twice; use set_recompute('none')"
+                )
             logger.warning_once("use_cache: no cache is kept, since recomputation would enter each token twice")
             return None
         if cache is None and not use_cache:
@@ -658,6 +660,15 @@ def _places(active: Tensor) -> Tensor:
     return places if len(places) else places.new_zeros(1)
 
 
+def _shift(labels: Tensor | None, targets: Tensor | None, shift_labels: Tensor | None) -> tuple[Any, Any]:
+    """Labels as they were given, and [B, T] what each position predicts; None, None without any."""
+    if targets is not None and (labels is not None or shift_labels is not None):
+        raise ValueError("targets: exclusive with labels, which the model shifts, and with shift_labels, their alias")
+    if targets is not None or shift_labels is not None:
+        return (targets if shift_labels is None else shift_labels,) * 2
+    return labels, None if labels is None else F.pad(labels[:, 1:], (0, 1), value=-100)
+
+
 class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     """The language model: decoder, head, losses."""
 
@@ -731,12 +742,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         max_recursions: no token executes more recursions than this, 1 to Nr (test-time depth, Fig. 5c); None: Nr.
         return_logits: None returns logits unless training with labels; False never makes them.
         """
-        if targets is not None and (labels is not None or shift_labels is not None):
-            raise ValueError(
-                "targets: exclusive with labels, which the model shifts, and with shift_labels, their alias"
-            )
-        if shift_labels is not None:
-            labels, targets = None, shift_labels
+        given, shifted = _shift(labels, targets, shift_labels)
         output = self.model(
             input_ids,
             attention_mask,
@@ -755,7 +761,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         )
         if routing_only:
             return MoRCausalLMOutput(routing=output.routing)
-        given = labels if labels is not None else targets
         if return_logits is None:
             return_logits = given is None or not self.training
         hidden = output.last_hidden_state
@@ -765,7 +770,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden[:, keep])
         loss, losses = None, output.losses
         if given is not None:
-            shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if labels is not None else targets
             whole = logits if logits is not None and logits.shape[1] == hidden.shape[1] else None
             loss, losses = self._loss(hidden, whole, given, shifted, output.losses, num_items_in_batch)
         return MoRCausalLMOutput(
