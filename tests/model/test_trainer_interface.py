@@ -1,4 +1,4 @@
-"""What the trainer of transformers asks of a model: labels that are shifted already, checkpointing, its loss in parts."""
+"""What the trainer of transformers asks of a model: labels shifted already, checkpointing, its loss in parts."""
 
 from __future__ import annotations
 
