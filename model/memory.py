@@ -20,6 +20,7 @@ from .flops import (
     Recompute,
     attention_widths,
     capacities,
+    effective_parameters,
     expected_work,
     layer_parameters,
     recursion_layers,
@@ -33,6 +34,7 @@ from .sharing import num_unique_layers
 Precision = Literal["fp32", "bf16"]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 FP32, BF16 = 4, 2
+ZERO3_LIVE = 10**9  # parameters that DeepSpeed may keep gathered, and over which it looks ahead for their next use
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ def training_memory(
     layer, root = unit_parameters(config)
     gathered = 0
     if strategy == "zero3":
-        gathered = (2 * layer + root) * FP32
+        gathered = min(unique_parameters(config), ZERO3_LIVE) * (BF16 if precision == "bf16" else FP32)
     elif strategy == "fsdp2":
         size = BF16 if precision == "bf16" else FP32
         weights = 2 * layer + root if reshard_after_forward else unique_parameters(config)
@@ -236,14 +238,20 @@ def communication(
 ) -> Communication:
     """Bytes that one rank sends in an optimizer step.
 
-    ddp reduces whole gradients once. zero1 reduces to the owners and gathers the weights once; zero2 reduces in every
-    micro-batch. zero3, and fsdp2 with resharding, gather a layer for each of its applications, forward and backward;
-    fsdp2 without it gathers each unit once a step, whatever Nr. shard_size: hybrid, copies sum their gradients.
+    ddp reduces whole gradients once. So do zero1 and zero2, to every rank (DeepSpeed's default on any device), zero2
+    in every micro-batch; both then gather the fp32 weights once. zero3, and fsdp2 with resharding, gather a layer for
+    each of its applications, forward and backward; this is a bound for zero3, which keeps what it needs again within
+    `ZERO3_LIVE` parameters, and so gathers a small model once a micro-batch. fsdp2 without resharding gathers each unit
+    once a step, whatever Nr. Accumulated gradients of shared layers travel twice under fsdp2: those of the last
+    micro-batch, and those before. With bf16, fsdp2 gathers in bf16 and reduces in fp32; ZeRO reduces in bf16 (zero3
+    gathers too) but for the embeddings. shard_size: hybrid, copies sum their gradients.
     """
     _check(strategy, world_size, shard_size)
     states = unique_parameters(config) * FP32
     layer, root = unit_parameters(config)
-    size = BF16 if precision == "bf16" and strategy == "fsdp2" else FP32
+    count, size = unique_parameters(config), BF16 if precision == "bf16" else FP32
+    mixed = unique_parameters(config, embeddings=False)  # what ZeRO exchanges in the forward precision
+    mixed = mixed * size + (count - mixed) * FP32
     shards = (shard_size or world_size) if strategy == "fsdp2" else world_size
     share, copies = Fraction(shards - 1, shards), world_size // shards
     uses, units = config.num_hidden_layers, num_unique_layers(config)
@@ -252,23 +260,29 @@ def communication(
         reduce = round(2 * share * states)
     elif strategy in ("zero1", "zero2"):
         gather, gathers = round(share * states), 1
-        scatter = round(share * states) * (micro_batches if strategy == "zero2" else 1)
-    elif strategy in ("zero3", "fsdp2"):
-        again = 2 if strategy == "zero3" else 1  # fsdp2 keeps its root between the passes
-        gathers, weights = units + 1, unique_parameters(config)
-        if strategy == "zero3" or reshard_after_forward:
-            gathers = micro_batches * (2 * uses + again)
-            weights = micro_batches * (2 * _applied_parameters(config, layer) + again * root)
+        reduce = round(2 * share * mixed) * (micro_batches if strategy == "zero2" else 1)
+    elif strategy == "zero3":
+        kept = 2 * effective_parameters(config) <= ZERO3_LIVE
+        uses_of_all = 1 if kept else Fraction(2 * _applied_parameters(config), count)
+        gather = round(share * mixed * uses_of_all) * micro_batches
+        gathers = micro_batches * (units + 1 if kept else 2 * uses + 2)
+        scatter = round(share * mixed) * micro_batches
+    elif strategy == "fsdp2":
+        gathers, weights = units + 1, count
+        if reshard_after_forward:
+            gathers = micro_batches * (2 * uses + 1)  # it keeps its root between the passes
+            weights = micro_batches * (2 * (_applied_parameters(config) - root) + root)
         gather = round(share * weights * size)
-        scatter = round(share * states) * (micro_batches if strategy == "zero3" else 1)
-        reduce = round(2 * Fraction(copies - 1, copies) * Fraction(states, shards))
+        shared = layer * (units - unshared_layers(config)) if config.num_recursions > 1 and micro_batches > 1 else 0
+        scatter = round(share * (count + shared) * FP32)
+        reduce = round(2 * Fraction(copies - 1, copies) * Fraction((count + shared) * FP32, shards))
     return Communication(gather, scatter, reduce, gathers)
 
 
-def _applied_parameters(config: MoRConfig, shared_layer: int) -> int:
-    """Parameters of all layers, each as often as it is applied."""
-    outside = unshared_layers(config)
-    return outside * layer_parameters(config) + (config.num_hidden_layers - outside) * shared_layer
+def _applied_parameters(config: MoRConfig) -> int:
+    """Parameters of the root and of all layers, each as often as it is applied."""
+    (shared_layer, root), outside = unit_parameters(config), unshared_layers(config)
+    return root + outside * layer_parameters(config) + (config.num_hidden_layers - outside) * shared_layer
 
 
 def _check(strategy: str, world_size: int, shard_size: int | None) -> None:

@@ -104,7 +104,8 @@ def test_keeping_gathered_weights_costs_their_bytes_and_gathers_once_whatever_th
         assert kept.all_gather == round(7 / 8 * 4 * unique_parameters(config))
         freed = communication(config, micro_batches=4, **options)
         assert freed.gathers == 4 * (2 * config.num_hidden_layers + 1)
-        assert freed.reduce_scatter == kept.reduce_scatter == kept.all_gather
+        shared = 2 * unit_parameters(config)[0] if recursions > 1 else 0  # their gradients travel in two parts
+        assert freed.reduce_scatter == kept.reduce_scatter == round(7 / 8 * 4 * (unique_parameters(config) + shared))
         whole = training_memory(config, 64, 1, reshard_after_forward=False, **options)
         assert whole.gathered > training_memory(config, 64, 1, **options).gathered
 
@@ -113,10 +114,10 @@ def test_communication_of_replicas_and_hybrid_shards():
     config, states = small(), 4 * unique_parameters(small())
     assert communication(config, strategy="single", world_size=1).total == 0
     assert communication(config, strategy="ddp", world_size=4).total == round(2 * 3 / 4 * states)
-    assert communication(config, strategy="zero1", world_size=4, micro_batches=3).total == 2 * round(3 / 4 * states)
-    assert communication(config, strategy="zero2", world_size=4, micro_batches=3).reduce_scatter == 3 * round(
-        3 / 4 * states
-    )
+    options = {"world_size": 4, "micro_batches": 3, "precision": "fp32"}
+    assert communication(config, strategy="zero1", **options).total == 3 * round(3 / 4 * states)
+    assert communication(config, strategy="zero2", **options).all_reduce == 3 * round(2 * 3 / 4 * states)
+    assert communication(config, strategy="zero3", **options).total == 2 * 3 * round(3 / 4 * states)
     hybrid = communication(config, strategy="fsdp2", world_size=8, shard_size=4)
     assert hybrid.all_reduce == round(2 * 1 / 2 * states / 4)
     assert communication(config, strategy="fsdp2", world_size=8).all_reduce == 0
