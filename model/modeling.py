@@ -67,6 +67,9 @@ def _cast_every_time(function: Callable, x: Tensor):
 class MoRModelOutput(ModelOutput):
     """last_hidden_state: [B, T, D]; losses: unweighted fp32 scalars of the routers (training only).
 
+    hidden_states: [B, T, D] each: the embedding, the states after every layer, the last one normed, as in Llama. With
+        routing: the embedding, the state after each layer that is not shared and after each recursion (token-choice:
+        after all of them), the normed state.
     attentions: None; transformers' generation looks for the field.
     """
 
@@ -555,6 +558,8 @@ class MoRModel(MoRPreTrainedModel):
             if row.cache is not None and not keep.any():
                 if r == 0 and config.kv_strategy != "recursion_wise":
                     self._run(segment, hidden, row.everyone, kv, row)  # later tokens look at these keys and values
+                if row.hidden_states is not None:
+                    row.hidden_states += [hidden] * (len(recursions) - r)
                 break
             local = _places(keep)
             alive = keep.index_select(0, local)

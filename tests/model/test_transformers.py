@@ -3,10 +3,15 @@
 They are no part of this repository. `MOR_TRANSFORMERS_TESTS` names a folder that holds transformers' `tests/` package
 (of the installed version, with `generation/`, `exporters/` and `causal_lm_tester.py`); without it these are skipped.
 Their marks are not ours: add `-o addopts=--import-mode=importlib`.
+
+What does not apply to a model of this kind is listed in `NOT_APPLICABLE`, with the reason. Everything else that is
+skipped, transformers skips itself: what needs a GPU or a package, what it runs at night, what the model does not claim
+(tensor and pipeline parallelism, flash attention, static caches).
 """
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.util
 import os
 import sys
@@ -16,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from model.cache import MoRCache, RaggedLayer, owned_uses
 from model.config import MoRConfig
 from model.modeling import MoRForCausalLM, MoRModel
 
@@ -26,6 +32,25 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mor_expert": {"num_hidden_layers": 4, "num_recursions": 2, "routing": "expert_choice"},
     "mor_token": {"num_hidden_layers": 4, "num_recursions": 2, "routing": "token_choice"},
 }
+ROUTED = ("mor_expert", "mor_token")
+# pattern of the tests' names, architectures, why they do not apply
+NOT_APPLICABLE: list[tuple[str, tuple[str, ...], str]] = [
+    (
+        "test_num_layers_is_small",
+        ("recursive", *ROUTED),
+        "two recursions of one shared layer between a first and a last layer of their own make four effective layers",
+    ),
+    (
+        "test_*fsdp2_*",
+        tuple(ARCHITECTURES),
+        "transformers runs these for its most used models alone; tests/pretrain/test_parallel.py shards this one",
+    ),
+    (
+        "test_hsdp_*",
+        tuple(ARCHITECTURES),
+        "transformers runs these for its most used models alone; tests/pretrain/test_parallel.py shards this one",
+    ),
+]
 
 
 def suite() -> Any:
@@ -52,6 +77,33 @@ def suite() -> Any:
         sys.modules.update(ours)
 
 
+def skipped(architecture: str, names: list[str]) -> dict[str, Any]:
+    """Skips in place of the tests that do not apply. An entry of the table that names no test is out of date."""
+    found: dict[str, Any] = {}
+    for pattern, architectures, reason in NOT_APPLICABLE:
+        matching = fnmatch.filter(names, pattern)
+        assert matching, f"NOT_APPLICABLE: no test is named {pattern}"
+        if architecture in architectures:
+            found |= {name: unittest.skip(reason)(lambda self: None) for name in matching}
+    return found
+
+
+def check_cache(test: Any, batch_size: int, past_key_values: Any, seq_length: int, config: MoRConfig) -> None:
+    """In place of theirs: layers that see every token look like transformers', those of a recursion hold its tokens."""
+    assert isinstance(past_key_values, MoRCache)
+    assert (past_key_values.batch_size, past_key_values.get_seq_length()) == (batch_size, seq_length)
+    assert len(past_key_values.layers) == len(owned_uses(config))
+    heads = (config.num_key_value_heads, config.head_dim)
+    for layer in past_key_values.layers:
+        if not isinstance(layer, RaggedLayer):
+            assert layer.keys.shape == layer.values.shape == (batch_size, heads[0], seq_length, heads[1])
+        elif layer.is_initialized:  # otherwise no token has entered this recursion yet
+            index = layer.index
+            assert layer.keys.shape == layer.values.shape == (len(index.rows), *heads)
+            assert ((index.rows < batch_size) & (index.places < seq_length)).all()
+            assert len({*zip(index.rows.tolist(), index.places.tolist(), strict=True)}) == len(index.rows)
+
+
 def make_test(architecture: str, fields: dict[str, Any], generic: Any) -> type:
     class Tester(generic.CausalLMModelTester):
         config_class = MoRConfig
@@ -60,10 +112,19 @@ def make_test(architecture: str, fields: dict[str, Any], generic: Any) -> type:
 
         def __init__(self, parent: Any, **kwargs: Any) -> None:
             super().__init__(parent, **(fields | kwargs))
+            if architecture == "mor_expert":  # the embedding, the first layer, each recursion, the last layer, the norm
+                self.expected_num_hidden_layers = 4 + self.num_recursions
 
+    names = [name for name in dir(generic.CausalLMModelTest) if name.startswith("test_")]
     # Attention weights are not returned, as in every model of transformers under SDPA.
-    body = {"model_tester_class": Tester, "has_attentions": False}
-    return type(f"Test_{architecture}", (generic.CausalLMModelTest, unittest.TestCase), body)
+    body = {
+        "model_tester_class": Tester,
+        "has_attentions": False,
+        "_check_past_key_values_for_generate": check_cache,
+    }
+    return type(
+        f"Test_{architecture}", (generic.CausalLMModelTest, unittest.TestCase), body | skipped(architecture, names)
+    )
 
 
 if FOLDER:
