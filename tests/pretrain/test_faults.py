@@ -105,13 +105,21 @@ def test_kills_inside_a_save_and_anywhere_change_no_loss(data: Path, tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_kills_of_one_rank_or_all_change_no_loss(data: Path, tmp_path: Path, strategy: str):
-    """Two ranks: 4 kills, of one rank or of both; the other rank ends too, within the helper's grace."""
+@pytest.mark.parametrize(
+    ("strategy", "kills"),
+    [
+        ("ddp", [[0], [1], [0, 1], [1]]),
+        ("fsdp2", [[0], [1], [0, 1], [1]]),
+        ("zero2", [[0], [1], [0, 1], [1]]),
+        ("zero3", [[0, 1], [1]]),
+    ],
+)
+def test_kills_of_one_rank_or_all_change_no_loss(data: Path, tmp_path: Path, strategy: str, kills: list[list[int]]):
+    """Two ranks: kills of one or of both; the other rank ends too, within the helper's grace."""
     dice = random.Random(1)
     expected = run_ranks(train_and_die, 2, tmp_path / "whole", data, strategy, None, 0)[0]
     broken = tmp_path / "broken"
-    for victims in ([0], [1], [0, 1], [1]):
+    for victims in kills:
         ranks = start_ranks(train_and_die, 2, broken, data, strategy, None, 0)
         kill_at_random(ranks, dice, victims)
     assert run_ranks(train_and_die, 2, broken, data, strategy, None, 0)[0] == expected
