@@ -22,6 +22,7 @@ from torch import Tensor
 
 from model import routing
 from model.cache import owned_uses, sees_everyone
+from model.inference.packed import Norm, PackedLayer, Product, rotary
 from model.inference.pool import CallPlan, PagePool, Reader, Run, Writer
 from model.inference.sampling import SamplingParams, choose
 from model.inference.scheduler import DepthPolicy, Event, Request, Scheduler, recursion_share
@@ -139,6 +140,8 @@ class Engine:
         self.first_sees_everyone = self.token_choice or self.kv_strategy != "recursion_wise"
         self.limit = self.policy.limit(config)
         self._lay_out()
+        self.layers = [PackedLayer(layer) for layer in self.inner.layers]
+        self.norm, self.head = Norm(self.inner.norm), Product(model.lm_head)
         share, pages = recursion_share(config, self.policy), -(-kv_tokens // page_size)
         layers = len(self.block[0]) if share else 0
         self.everyone = PagePool(config, len(self.layer_of_use), pages, page_size, model.dtype, model.device)
@@ -247,7 +250,11 @@ class Engine:
         """Apply layers to packed tokens. hidden: [N, D]; positions: [N]."""
         began = time.perf_counter()
         cos, sin = self.inner.rotary_emb(hidden, positions[None])
-        hidden, _ = self.inner._apply_layers(uses, hidden, tokens=Tokens(cos[0], sin[0]), kv={}, cache=plan)
+        cos, sin = rotary(cos[0], sin[0])
+        for use in uses:
+            hidden = self.layers[use.layer](hidden, cos, sin, use.recursion or 0, plan, use.depth)
+            if self.inner.recursion_encoding is not None and use.encoding is not None:
+                hidden = hidden * self.inner.recursion_encoding[use.encoding]
         self.statistics.model_seconds += time.perf_counter() - began
         return hidden
 
@@ -302,15 +309,15 @@ class Engine:
 
     def _plan_everyone(self, flights: list[Flight]) -> CallPlan:
         """The plan of layers that see every token: slot and position of a token are the same."""
-        readers, slots, start = [], [], 0
+        readers, slots = [], []
         for flight in flights:
             run, end = flight.request.runs[0], flight.start + flight.count
             first = run.first * self.everyone.page_size
             slots.append(np.arange(first + flight.start, first + end))
             seen = list(range(flight.start + 1, end + 1))
-            readers.append(Reader(start, flight.count, self.everyone, 0, run, seen))
-            start += flight.count
-        writer = Writer(0, start, self.everyone, 0, self._indices(slots))
+            readers.append(Reader(self.everyone, 0, run, seen))
+        index = self._indices(slots)
+        writer = Writer(0, len(index), self.everyone, 0, index)
         return CallPlan([writer], readers, self.reads, self.silent)
 
     # Routing ---------------------------------------------------------------------------------------------------------
@@ -420,12 +427,12 @@ class Engine:
     def _plan_block(self, flights: list[Flight], chosen: list[np.ndarray], layers: dict[int, int]) -> CallPlan:
         """Who writes and reads where. flights: by recursion; chosen: the tokens of each that take part."""
         readers: list[Reader] = []
-        everyone, recursed, start = [], [], 0
+        everyone, recursed = [], []
         base = self.layer_of_use.get(self.block[0][0].depth, 0)
         for flight, own in zip(flights, chosen, strict=True):
             r, whole, count = flight.at, flight.request.runs[0], len(own)
             positions, run = flight.start + own, flight.request.runs[1 + r]
-            reader = Reader(start, count, self.everyone, base, whole, (positions + 1).tolist())
+            over = None
             if r == 0 and self.first_sees_everyone:
                 everyone.append(whole.first * self.everyone.page_size + positions)
             elif self.kv_strategy != "shared":
@@ -435,11 +442,10 @@ class Engine:
                 seen = list(range(run.length + 1, run.length + count + 1))
                 run.length += count
                 if self.kv_strategy == "recursion_wise":
-                    reader = Reader(start, count, self.recursed, 0, run, seen)
-                else:
-                    reader.over = (self.recursed, run, torch.tensor(held, device=self.model.device))
-            readers.append(reader)
-            start += count
+                    readers.append(Reader(self.recursed, 0, run, seen))
+                    continue
+                over = (self.recursed, run, torch.tensor(held, device=self.model.device))
+            readers.append(Reader(self.everyone, base, whole, (positions + 1).tolist(), over))
         writers, begin = [], 0
         for pool, layer, slots in ((self.everyone, base, everyone), (self.recursed, 0, recursed)):
             if slots:
@@ -475,7 +481,7 @@ class Engine:
     def _next_tokens(self, requests: list[Request], state: Tensor) -> list[Event]:
         """Head and choice. state: [len(requests), D]."""
         began = time.perf_counter()
-        logits = self.model.lm_head(self.inner.norm(state))
+        logits = self.head(self.norm(state))
         self.statistics.model_seconds += time.perf_counter() - began
         tokens = choose(logits, [r.params for r in requests], [r.generator for r in requests])
         events = []

@@ -124,19 +124,41 @@ class PagePool:
 
 @dataclass
 class Reader:
-    """Consecutive tokens [start, start + count) of a call that attend to the slots of one run.
+    """Consecutive tokens of a call, as many as `seen` has, that attend to the slots of one run.
 
-    seen: how many slots each of them sees, ascending. over: the run whose slots replace those of `run` at `places`
-    (`shared_update`), with its pool; its last `count` slots are these tokens' own.
+    seen: how many slots each of them sees, ascending; the last `count` are these tokens' own. layer: of the pool, for
+    the first layer of the call. over: the run whose slots replace those of `run` at `places` (`shared_update`), with
+    its pool.
     """
 
-    start: int
-    count: int
     pool: PagePool
     layer: int
     run: Run
     seen: list[int]
     over: tuple[PagePool, Run, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.count, span = len(self.seen), self.seen[-1]
+        first = self.run.first * self.pool.page_size
+        # Views of all layers at once: one call each, not one a layer.
+        self.keys, self.values = self.pool.keys.narrow(3, first, span), self.pool.values.narrow(3, first, span)
+        self.layer_keys, self.layer_values = self.keys.unbind(0), self.values.unbind(0)
+        self.mask: Tensor | None = None
+        if self.count > 1:
+            seen = torch.tensor(self.seen, device=self.keys.device)
+            self.mask = torch.arange(span, device=seen.device) < seen[:, None]
+
+    def attend(self, query: Tensor, offset: int) -> Tensor:
+        """query: [count, G, H / G, Dh] or [count, H, 1, Dh] -> the same shape."""
+        keys, values = self.layer_keys[self.layer + offset], self.layer_values[self.layer + offset]
+        if self.over is not None:
+            keys, values = _overlay(keys, values, self.over, offset)
+        if self.mask is None:
+            return F.scaled_dot_product_attention(query, keys, values, enable_gqa=query.shape[1] != keys.shape[1])
+        heads = query.flatten(1, 2).transpose(0, 1)[None]
+        grouped = heads.shape[1] != keys.shape[1]
+        mixed = F.scaled_dot_product_attention(heads, keys, values, attn_mask=self.mask, enable_gqa=grouped)
+        return mixed[0].transpose(0, 1).reshape(query.shape)
 
 
 @dataclass
@@ -151,10 +173,10 @@ class Writer:
 
 
 class CallPlan:
-    """What each token of one call of consecutive layers writes and reads; the `cache` that the model's attention sees.
+    """What each token of one call of consecutive layers writes and reads.
 
-    layers: effective depth -> how far its layer lies behind the one that writers and readers name. silent: the depths
-    that read keys of an earlier depth and write none.
+    readers: in the order of the tokens, of which each has one. layers: effective depth -> how far its layer lies behind
+    the one that writers and readers name. silent: the depths that read keys of an earlier depth and write none.
     """
 
     def __init__(
@@ -167,13 +189,14 @@ class CallPlan:
         self.layers, self.silent = layers, silent
         self.writing, self.readers = writers, readers
         self.written = max((writer.start + writer.count for writer in writers), default=0)
+        self.counts = [reader.count for reader in readers]
 
     def writers(self, depth: int, count: int) -> int:
         """How many tokens, from the first, need keys and values of their own."""
         return 0 if depth in self.silent else self.written
 
-    def attend(self, query: Tensor, key: Tensor | None, value: Tensor | None, tokens, depth: int) -> Tensor:
-        """query: [N, H, Dh]; key, value: [`writers`, G, Dh] or None. Returns [N, H, Dh]."""
+    def attend(self, query: Tensor, key: Tensor | None, value: Tensor | None, depth: int) -> Tensor:
+        """query: [N, H, Dh]; key, value: [`writers`, G, Dh] or None. Returns [N, H * Dh]."""
         offset = self.layers[depth]
         if key is not None and value is not None:
             for writer in self.writing:
@@ -181,32 +204,15 @@ class CallPlan:
                 layer, pool = writer.layer + offset, writer.pool
                 pool.layer_keys[layer][0].index_copy_(1, writer.slots, key[own].transpose(0, 1))
                 pool.layer_values[layer][0].index_copy_(1, writer.slots, value[own].transpose(0, 1))
-        groups = self.readers[0].pool.layer_keys[0].shape[1]
-        single = query.unflatten(1, (groups, -1))  # [N, G, H / G, Dh]
-        return torch.cat([self._read(reader, query, single, offset) for reader in self.readers])
-
-    def _read(self, reader: Reader, query: Tensor, single: Tensor, offset: int) -> Tensor:
-        """Attention of one request's tokens. Returns [count, H, Dh]."""
-        layer, pool, run = reader.layer + offset, reader.pool, reader.run
-        first, seen = run.first * pool.page_size, reader.seen[-1]
-        keys, values = pool.layer_keys[layer].narrow(2, first, seen), pool.layer_values[layer].narrow(2, first, seen)
-        if reader.over is not None:
-            keys, values = _overlay(keys, values, reader, offset)
-        if reader.count == 1:
-            # The heads of a group are as many queries to the same keys: no mask, and no repeated keys.
-            mixed = F.scaled_dot_product_attention(single[reader.start : reader.start + 1], keys, values)
-            return mixed.flatten(1, 2)
-        places = torch.arange(seen, device=query.device)
-        mask = places < torch.tensor(reader.seen, device=query.device)[:, None]
-        own = query[reader.start : reader.start + reader.count].transpose(0, 1)[None]
-        grouped = single.shape[2] > 1
-        mixed = F.scaled_dot_product_attention(own, keys, values, attn_mask=mask, enable_gqa=grouped)
-        return mixed[0].transpose(0, 1)
+        # The heads of a group may be as many queries to the same keys, which fp32 likes better and bf16 worse.
+        groups = query.shape[1] if query.dtype.itemsize < 4 else self.readers[0].keys.shape[2]
+        parts = query.unflatten(1, (groups, -1)).split(self.counts)
+        mixed = [reader.attend(part, offset) for reader, part in zip(self.readers, parts, strict=True)]
+        return torch.cat(mixed).flatten(1)
 
 
-def _overlay(keys: Tensor, values: Tensor, reader: Reader, offset: int) -> tuple[Tensor, Tensor]:
-    assert reader.over is not None
-    pool, run, places = reader.over
+def _overlay(keys: Tensor, values: Tensor, over: tuple[PagePool, Run, Tensor], offset: int) -> tuple[Tensor, Tensor]:
+    pool, run, places = over
     first, keys, values = run.first * pool.page_size, keys.clone(), values.clone()
     keys[0].index_copy_(1, places, pool.layer_keys[offset][0].narrow(1, first, len(places)))
     values[0].index_copy_(1, places, pool.layer_values[offset][0].narrow(1, first, len(places)))
