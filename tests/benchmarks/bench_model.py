@@ -10,6 +10,13 @@ is the ratio of saved activations that `model.memory` estimates.
 
 On a CPU the base is hidden 512, 14 layers, sequence 1024; on CUDA the 360M configurations at sequence 2048, bf16,
 compiled, with the share of a measured matrix product's peak that exact FLOPs reach (MFU).
+
+    python tests/benchmarks/bench_model.py --reference FOLDER --reference-python PYTHON [--clock cpu]
+
+Against the authors' code instead, on a CPU in bf16: FOLDER is a checkout of raymin0223/mixture_of_recursions, PYTHON an
+interpreter with torch, transformers 4.52 and omegaconf, where `reference_worker.py` runs their models as they are. Each
+round runs a step of theirs and of ours, eager and compiled layer by layer; the bars are 1.3 times faster for
+expert-choice, 1.6 times with KV sharing and for token-choice.
 """
 
 from __future__ import annotations
@@ -17,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +53,7 @@ CPU_BASE = {
 }
 CUDA_BASE = {"max_position_embeddings": 2048}  # the defaults of MoRConfig are the 360M base
 BARS = {"expert_choice": 0.03, "token_choice": 0.05}
+REFERENCE_BARS = {"vanilla": None, "mor_expert nr3": 1.3, "mor_expert nr3 shared KV": 1.6, "mor_token nr3": 1.6}
 
 
 @dataclass
@@ -240,11 +249,123 @@ def _judged(value: float, bar: float | None, style: str) -> str:
     return f"{bar:{style}} " + ("[green]pass[/]" if value <= bar else "[red]miss[/]")
 
 
+class Reference:
+    """The authors' models, run step by step by a process in their own Python environment."""
+
+    def __init__(self, options: argparse.Namespace, base: dict[str, Any]):
+        settings = {
+            "folder": str(options.reference.resolve()),
+            "base": base,
+            "rows": options.rows,
+            "length": options.length,
+            "clock": options.clock,
+            "models": list(REFERENCE_BARS),
+        }
+        worker = Path(__file__).with_name("reference_worker.py")
+        command = [options.reference_python, str(worker), json.dumps(settings)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.described: dict[str, Any] = json.loads(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the reference ended with exit code {self.process.wait()}; its message is above")
+        return line
+
+    def step(self, name: str) -> float:
+        """Seconds of one of their steps."""
+        assert self.process.stdin is not None
+        print(name, file=self.process.stdin, flush=True)
+        return float(self._answer())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass
+class Compared:
+    """One model of the authors' and ours. seconds: medians; faster: median over rounds of theirs / ours."""
+
+    name: str
+    seconds: dict[str, float]
+    faster: dict[str, float]
+    bar: float | None
+    losses: dict[str, float]
+    loads: dict[str, list[float]]
+
+
+def compare(options: argparse.Namespace) -> list[Compared]:
+    """Interleaved steps of the authors' models and ours."""
+    torch.manual_seed(0)
+    batch = torch.randint(1, CPU_BASE["vocab_size"], (options.rows, options.length))
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    reference = Reference(options, CPU_BASE)
+    ours: dict[tuple[str, str], Callable[[], Any]] = {}
+    outputs: dict[str, Any] = {}
+    for name, config in variants(CPU_BASE, False).items():
+        for way in ("eager", "compiled") if name in REFERENCE_BARS else ():
+            torch.manual_seed(0)
+            model = MoRForCausalLM(config).train()
+            if way == "compiled":
+                model.compile_layers()
+            ours[name, way] = make_step(model, batch, None, options.dtype)
+            outputs[name] = [ours[name, way]() for _ in range(3)][-1]
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in REFERENCE_BARS}
+    for _ in range(options.rounds):
+        for name, done in rounds.items():
+            seconds = {way: timed(ours[name, way], "cpu", clock) for way in ("eager", "compiled")}
+            done.append({"theirs": reference.step(name)} | seconds)
+    reference.close()
+    compared = []
+    for name, done in rounds.items():
+        theirs, record = reference.described[name], outputs[name].routing
+        medians = {way: statistics.median(r[way] for r in done) for way in done[0]}
+        faster = {way: statistics.median(r["theirs"] / r[way] for r in done) for way in ("eager", "compiled")}
+        losses = {"theirs": theirs["loss"], "ours": outputs[name].losses["lm"].item()}
+        loads = {"theirs": theirs["load"], "ours": record.load.tolist()} if "load" in theirs else {}
+        compared.append(Compared(name, medians, faster, REFERENCE_BARS[name], losses, loads))
+    return compared
+
+
+def show_compared(results: list[Compared], title: str) -> None:
+    """The table, and what each side's token-choice routed, since its time goes with it."""
+    table = Table(title=title)
+    table.add_column("model")
+    for column in (
+        "theirs ms",
+        "eager ms",
+        "compiled ms",
+        "eager faster",
+        "compiled faster",
+        "bar",
+        "loss theirs",
+        "ours",
+    ):
+        table.add_column(column, justify="right")
+    for r in results:
+        table.add_row(
+            r.name,
+            *(f"{r.seconds[way] * 1e3:.0f}" for way in ("theirs", "eager", "compiled")),
+            f"{r.faster['eager']:.2f}",
+            f"{r.faster['compiled']:.2f}",
+            _judged(-r.faster["compiled"], None if r.bar is None else -r.bar, ".1f").lstrip("-"),
+            *(f"{r.losses[side]:.3f}" for side in ("theirs", "ours")),
+        )
+    console = Console(width=140)
+    console.print(table)
+    for r in results:
+        for side, load in r.loads.items():
+            console.print(f"{r.name}, {side}: share of tokens per depth {', '.join(f'{share:.2f}' for share in load)}")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="precision of autocast")
-    parser.add_argument("--rows", type=int, default=8 if cuda else 2, help="sequences of a batch")
+    parser.add_argument("--rows", type=int, help="sequences of a batch (8 on CUDA, 2 on a CPU, 1 with --reference)")
     parser.add_argument("--length", type=int, default=2048 if cuda else 1024, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=20 if cuda else 7)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda, help="compile each layer")
@@ -257,21 +378,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what a step's time is; `cpu`, with one thread, is steadier on a CPU that others use too",
     )
     parser.add_argument("--json", type=Path, help="write the results to this file too")
+    parser.add_argument(
+        "--reference", type=Path, metavar="FOLDER", help="compare with the authors' code in this folder"
+    )
+    parser.add_argument("--reference-python", metavar="PYTHON", help="the interpreter of its environment")
     options = parser.parse_args(arguments)
+    if bool(options.reference) != bool(options.reference_python):
+        parser.error("--reference and --reference-python go together")
+    if options.reference and (cuda or options.compile or options.documents or options.only or options.dtype != "bf16"):
+        parser.error("--reference compares all models in bf16 on a CPU, eager and compiled; it takes no other options")
     options.device = "cuda" if cuda else "cpu"
+    options.rows = options.rows or (8 if cuda else 1 if options.reference else 2)
     return options
 
 
 def main() -> int:
     options = parse()
-    results = run(options)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     settings |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if options.device == "cuda":
         settings["gpu"] = torch.cuda.get_device_name()
     shape = f"{options.rows} x {options.length} tokens, {options.dtype}"
-    extras = "".join(f", {name}" for name in ("compile", "documents") if settings[name])
-    show(results, f"forward and backward, {shape}{extras}, {options.device}, {options.rounds} rounds")
+    results: list[Any]
+    if options.reference:
+        results = compare(options)
+        threads = f"{settings['threads']} threads, {options.clock} clock"
+        show_compared(results, f"the authors' code and ours, {shape}, {threads}, {options.rounds} rounds")
+    else:
+        results = run(options)
+        extras = "".join(f", {name}" for name in ("compile", "documents") if settings[name])
+        show(results, f"forward and backward, {shape}{extras}, {options.device}, {options.rounds} rounds")
     if options.json is not None:
         options.json.write_text(json.dumps({"settings": settings, "results": [asdict(r) for r in results]}, indent=1))
     return 0
