@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -213,6 +214,10 @@ class Parallel:
         torch.manual_seed(seed)
         return parallel
 
+    def building(self) -> AbstractContextManager[Any]:
+        """Where a new model is built: under fsdp2 only rank 0 draws and holds weights, which `prepare` hands round."""
+        return nullcontext()
+
     def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory) -> None:
         """Place `model` on the device, shard or replicate it, then build its optimizer with `optimizer_factory(model)`.
 
@@ -381,6 +386,17 @@ def _copy_into(target: Tensor, value: Tensor) -> None:
         target.copy_(value)
 
 
+def _forget_weights(model: nn.Module) -> None:
+    """Put parameters on the meta device; those that modules share stay shared."""
+    twins: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            empty = torch.empty_like(parameter, device="meta")
+            module.register_parameter(
+                name, twins.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+            )
+
+
 class _DDP(Parallel):
     def _wrap(self, model: nn.Module) -> nn.Module:
         # a router may be unused in a step (warm-up, a depth without tokens), hence find_unused_parameters;
@@ -403,6 +419,36 @@ class _DDP(Parallel):
 
 
 class _FSDP2(Parallel):
+    def building(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.is_main else torch.device("meta")
+
+    def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory) -> None:
+        """Shard the model while it holds nothing, then fill the shards tensor by tensor from rank 0's weights.
+
+        No rank but rank 0 ever holds a whole model, and no device does.
+        """
+        whole = dict(model.named_parameters()) | dict(model.named_buffers())
+        _forget_weights(model)
+        self.module = model
+        self.model = self._wrap(model)
+        model.to_empty(device=self.device)
+        model.tie_weights()  # type: ignore[operator]  # to_empty parts what was tied
+        self._hand_round(whole)
+        self.optimizer = optimizer_factory(model)
+        self._begin()
+
+    @torch.no_grad()
+    def _hand_round(self, whole: dict[str, Tensor]) -> None:
+        """Give each rank its part of rank 0's tensors; `whole` is emptied on the way."""
+        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            value = whole.pop(name)
+            value = value.to(self.device) if self.is_main else torch.empty_like(value, device=self.device)
+            if isinstance(tensor, DTensor):
+                tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=0))
+            else:
+                dist.broadcast(value, 0)
+                tensor.copy_(value)
+
     def _wrap(self, model: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -142,11 +142,12 @@ def branch_settings(settings: ExperimentSettings, flops: int, warmup_steps: int)
     )
 
 
-def make_model(settings: ExperimentSettings, config: MoRConfig) -> MoRForCausalLM:
+def make_model(settings: ExperimentSettings, config: MoRConfig, parallel: Parallel) -> MoRForCausalLM:
     """A new model in fp32, or one that starts from a trained vanilla model. UserError where that does not fit."""
     start = settings.initialize_from
     if start is None:
-        return MoRForCausalLM(config)
+        with parallel.building():
+            return MoRForCausalLM(config)
     if not (start.folder / "config.json").exists():
         raise UserError(f"initialize_from.folder: {start.folder} holds no model (no config.json)")
     try:
@@ -215,7 +216,7 @@ class Trainer:
         )
         self.peak_flops = settings.metrics.peak_flops or peak_flops(parallel.device)
         torch.manual_seed(settings.seed)
-        self.model = make_model(settings, self.config)
+        self.model = make_model(settings, self.config, parallel)
         self.model.set_recompute(settings.recompute)
         if settings.compile:
             self.model.compile_layers()

@@ -266,7 +266,7 @@ def test_bf16_recomputation_and_accumulation_together(data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2_keep"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "fsdp2_keep"])
 def test_resumes_on_the_same_ranks_bit_for_bit(runs: Runs, name: str):
     assert losses(runs.go_on(name, name)) == losses(runs(name))
 
@@ -288,6 +288,35 @@ def test_resumes_on_the_same_ranks_bit_for_bit(runs: Runs, name: str):
 )
 def test_resumes_under_another_strategy_or_world(runs: Runs, source: str, target: str):
     assert losses(runs.go_on(source, target)) == pytest.approx(losses(runs("mor_expert")), rel=1e-5)
+
+
+# --- what fsdp2 builds
+
+
+def build(parallel_section: dict[str, Any]) -> tuple[bool, dict[str, torch.Tensor], bool]:
+    """(whether this rank built without weights, all tensors whole, whether head and embedding are still one)."""
+    parallel = Parallel.start(ParallelSettings(**parallel_section), "fp32", 7)
+    fields = ROUTED["mor_token"] | {"balancing": "loss_free", "relaxation": "lora", "vocab_size": 64}
+    with parallel.building():
+        model = MoRForCausalLM(MoRConfig(**fields))
+    empty = all(parameter.is_meta for parameter in model.parameters())
+    parallel.prepare(model, lambda module: torch.optim.AdamW(module.parameters()))
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    whole = {name: getattr(tensor, "full_tensor", tensor.clone)().detach() for name, tensor in tensors.items()}
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    parallel.finish()
+    return empty, whole, tied
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "section"), [(2, {}), (4, {"shard_size": 2})])
+def test_fsdp2_starts_from_the_weights_of_one_process_which_rank_0_alone_builds(ranks: int, section: dict[str, Any]):
+    ((_, expected, _),) = run_ranks(build, 1, {"strategy": "single"})
+    found = run_ranks(build, ranks, {"strategy": "fsdp2", **section})
+    assert [empty for empty, _, _ in found] == [False] + [True] * (ranks - 1)
+    for _, tensors, tied in found:
+        assert tied and tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 # --- what fsdp2 gathers
