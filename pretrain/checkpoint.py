@@ -25,8 +25,7 @@ import shutil
 import threading
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial as partial_call
 from pathlib import Path
@@ -128,8 +127,9 @@ class Checkpoints:
     """The checkpoints of one run, in one folder.
 
     keep: newest checkpoints kept. milestone_every: steps whose multiples are kept for ever; 0 keeps none.
-    asynchronous: write in the background where the strategy allows (all but DeepSpeed); `save` returns once the tensors
-        are copied. At most one save runs at a time.
+    asynchronous: copy and write in the background where the strategy allows (all but DeepSpeed). At most one save runs
+        at a time, and nothing may change the tensors until `wait_for_copy` returns: the next forward and backward pass
+        run beside the copy, the update waits for it.
     report: receives one line for each event worth knowing (a save that failed, a checkpoint passed over).
     """
 
@@ -149,6 +149,8 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._message: str | None = None
         self._stager: DefaultStager | None = None
+        self._copied = threading.Event()
+        self._copied.set()
 
     # saving ---------------------------------------------------------------------------------------------------------
 
@@ -159,16 +161,15 @@ class Checkpoints:
         """
         self.wait()
         partial = folder_of(self.folder, step).with_suffix(".partial")
-        pending: Future | None = None
         try:
             _together(parallel, lambda: _begin(parallel, partial, state))
             _together(parallel, lambda: torch.save(random_state(), partial / f"random-{parallel.rank:05d}.pt"))
-            pending = self._write_tensors(parallel, partial / "tensors")
+            write = self._write_tensors(parallel, partial / "tensors")
         except SaveError as error:
             self._give_up(parallel, partial, error)
             return
-        finish = partial_call(self._commit, parallel, partial, step, pending)
-        if pending is None:
+        finish = partial_call(self._commit, parallel, partial, step, write)
+        if write is None:
             finish()
             self.wait()
         else:
@@ -184,27 +185,50 @@ class Checkpoints:
             self.report(self._message)
             self._message = None
 
-    def _write_tensors(self, parallel: Parallel, folder: Path) -> Future | None:
-        """Write the tensors; or copy them and return the future of a background write, which then owns the group."""
+    def wait_for_copy(self) -> None:
+        """Wait until the tensors of the save that is under way, if any, are copied and may change again."""
+        self._copied.wait()
+
+    def _write_tensors(self, parallel: Parallel, folder: Path) -> Callable[[], None] | None:
+        """Write the tensors; or return what copies and writes them in the background, which then owns the group."""
         if parallel.checkpoint_format == "deepspeed":
-            return _together(parallel, lambda: parallel.save_native(folder))
+            _together(parallel, lambda: parallel.save_native(folder))
+            return None
         arguments: dict[str, Any] = {
             "checkpoint_id": folder,
             "process_group": parallel.background_group,
             "no_dist": parallel.background_group is None,
         }
-        if self.asynchronous:
-            if self._stager is None:  # keeps its host buffers from one save to the next
-                self._stager = DefaultStager(StagingOptions(parallel.device.type == "cuda", False, False, False))
-            return dcp.async_save(named_tensors(parallel), async_stager=self._stager, **arguments)  # type: ignore[return-value]
-        _together(parallel, lambda: dcp.save(named_tensors(parallel), **arguments))
-        return None
+        tensors = named_tensors(parallel)
+        if not self.asynchronous:
+            _together(parallel, lambda: dcp.save(tensors, **arguments))
+            return None
+        if parallel.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the copy, in a stream of its own, must find the update done
+        self._copied.clear()
 
-    def _commit(self, parallel: Parallel, partial: Path, step: int, pending: Future | None) -> None:
-        """The part of a save that may run in the background: finish the tensors, digest, mark, rename, prune."""
+        def copy_and_write() -> None:
+            try:
+                copies = self._copy(parallel, tensors)
+            finally:
+                self._copied.set()
+            dcp.save(copies, **arguments)
+
+        return copy_and_write
+
+    def _copy(self, parallel: Parallel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in host memory, whose buffers (pinned for a GPU) serve every save of the run."""
+        on_gpu = parallel.device.type == "cuda"
+        if self._stager is None:
+            self._stager = DefaultStager(StagingOptions(on_gpu, False, False, False))
+        with torch.cuda.stream(torch.cuda.Stream(parallel.device)) if on_gpu else nullcontext():
+            return self._stager.stage(tensors)  # type: ignore[return-value]  # not a future, staging is synchronous
+
+    def _commit(self, parallel: Parallel, partial: Path, step: int, write: Callable[[], None] | None) -> None:
+        """The part of a save that may run in the background: the tensors, digest, mark, rename, prune."""
         try:
-            if pending is not None:
-                _together(parallel, pending.result)
+            if write is not None:
+                _together(parallel, write)
             files: dict[str, tuple[int, str]] = {}
             for share in parallel.gather(_together(parallel, lambda: _digest(parallel, partial)), background=True):
                 files.update(share)

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 if TYPE_CHECKING:
     from pretrain.parallel import Parallel
 
-PARTS = ("data", "forward", "backward", "communication", "optimizer")
+PARTS = ("data", "forward", "backward", "communication", "checkpoint", "optimizer")
 
 
 class StepClock:
@@ -24,6 +24,7 @@ class StepClock:
     the sums of losses and routing, the balancing load, FSDP2's gradient norm; it contains the wait for a later rank.
     What is overlapped with computation stays in the part that hides it: gradient reduction in `backward` (DDP, ZeRO,
     FSDP2), gathers in `forward` and `backward` (FSDP2, ZeRO-3), ZeRO's norm and gathered weights in `optimizer`.
+    `checkpoint` is the update's wait for a save that still copies.
 
     CPU: the host's clock. GPU: an event in the current stream for each beginning, a few microseconds; `read` waits for
     the last, which costs the overlap of the optimizer's kernels with the next step's data and is done for lines of

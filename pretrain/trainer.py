@@ -297,6 +297,7 @@ class Trainer:
         totals = sums.reduce(parallel)  # whatever is decided from here on, every rank decides from the same figures
 
         rate = rule.learning_rate * self.plan.schedule.factor(self.state.step, self.plan.progress(self.state))
+        self.wait_for_copy()
         norm, finite = parallel.optimizer_step(rate, rule.clip_norm)
         if finite and self.config.routing == "token_choice" and self.config.balancing == "loss_free":
             self.model.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
@@ -344,6 +345,13 @@ class Trainer:
         sums.add("load", routing.load * share)
         for name, value in routing.statistics.items():
             sums.add(name, value * share)
+
+    def wait_for_copy(self) -> None:
+        """Let a checkpoint that is copied beside the passes come to its end before weights change."""
+        self.parallel.clock.begin("checkpoint")
+        started = time.perf_counter()
+        self.checkpoints.wait_for_copy()
+        self.checkpoint_seconds += time.perf_counter() - started
 
     def parts(self) -> dict[str, float]:
         """Seconds of this step by part and by rank, and of the checkpoints since a line last told them. Collective."""

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from pretrain.checkpoint import Checkpoints, read_tensors
+from pretrain.checkpoint import Checkpoints, folder_of, read_tensors
 from pretrain.metrics import MetricsFile
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import figures, read_lines, settings_for, train, trainer_for
@@ -112,6 +113,27 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert trainer_for(settings).run() == 0
     assert "step-00000012: passed over" in capsys.readouterr().out
     assert_same(tmp_path, whole)
+
+
+def test_a_checkpoint_that_is_copied_beside_the_next_step_holds_the_tensors_of_its_own(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = {**RUN, "checkpoint": {"every_steps": 4, "keep": 3, "asynchronous": False}}
+    train(settings_for(tmp_path / "at_once", data, "mor_token", **run))
+    copy, rule = Checkpoints._copy, {"every_steps": 4, "keep": 3, "asynchronous": True}
+
+    def late_copy(*arguments: Any) -> Any:
+        time.sleep(0.3)  # several steps, if none waited
+        return copy(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "_copy", late_copy)
+    lines = train(settings_for(tmp_path / "late", data, "mor_token", **run | {"checkpoint": rule}))
+    for step in (4, 8, 12):
+        ours, theirs = (read_tensors(folder_of(tmp_path / name / "checkpoints", step)) for name in ("late", "at_once"))
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    (waited,) = [line["checkpoint_seconds"] for line in lines if line["step"] == 5 and "loss" in line]
+    assert waited > 0.1  # the update of step 5 waited, and the line says so
 
 
 @pytest.mark.slow

@@ -34,7 +34,8 @@ def test_every_stretch_belongs_to_the_part_that_was_named_last(monkeypatch: pyte
         clock.begin(part)
     clock.stop()
     clock.begin("forward")
-    assert clock.read() == {"data": 1, "forward": 2 + 4, "backward": 0.5, "communication": 0, "optimizer": 0.5}
+    expected = {"data": 1, "forward": 2 + 4, "backward": 0.5, "communication": 0, "checkpoint": 0, "optimizer": 0.5}
+    assert clock.read() == expected
     clock.restart()
     assert next(times) == 100.0
     assert set(clock.read().values()) == {0.0}
@@ -44,11 +45,11 @@ def test_the_parts_add_up_to_the_step_and_checkpoints_are_told_once(tmp_path: Pa
     settings = settings_for(tmp_path, data, checkpoint={"every_steps": 3}, metrics={"every_steps": 2})
     lines = [line for line in train(settings) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert [line["checkpoint_seconds"] > 0 for line in lines] == [False, True, False, True]
+    assert [line["checkpoint_seconds"] > 1e-3 for line in lines] == [False, True, False, True]
     for line in lines:
-        parts = sum(line[f"{part}_seconds"] for part in PARTS)
-        assert all(line[f"{part}_seconds"] > 0 for part in PARTS)
-        assert parts == pytest.approx(128 / line["tokens_per_second"], rel=0.1)
+        parts = [line[f"{part}_seconds"] for part in PARTS if part != "checkpoint"]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(128 / line["tokens_per_second"], rel=0.1)
         assert "slowest_rank" not in line
 
 
