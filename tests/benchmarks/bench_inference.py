@@ -1,30 +1,39 @@
-"""Generation speed, end to end: from the moment all requests are handed in to the last token, everything counted.
+"""Generation speed, end to end: from the first request handed in to the last token counted, everything included.
 
 `make bench-inference`. Protocol of the paper's section 4.2, with its gaps closed (updates of keys and values and the
-first layer count): answers of lengths drawn from N(256, sigma), no prompt (one token starts a text); a second part
-gives prompts.
+first layer count): answers of lengths drawn from N(256, sigma), no prompt (one token starts a text); then the same with
+prompts. The queue never runs dry: each variant starts empty and works until it has generated `--waves` times its batch
+times the mean length.
 
-    static      transformers' Llama with the vanilla weights: static batches by arrival, each until its longest ends
+    static      transformers' Llama with the vanilla weights: whole batches, each until its longest answer ends
     vanilla     the engine, continuous batching
     MoR-2/3/4   the engine, continuous depth-wise batching; same base, exits drawn by the random router so that
                 recursion r takes (Nr - r + 1) / Nr of the tokens; `fixed`: as many requests at once as vanilla;
                 `memory`: as many as the same bytes of keys and values hold (the paper's 42 / 48 / 51 for 32)
 
-All variants run in turn, `--repeats` times; a ratio is the median of the ratios within a round. Beside the wall clock
-stands the ratio of processor time, which other work on the machine disturbs less. With `--trained DIR ..`
-(from_pretrained folders, the first one vanilla) the same is measured on trained models, whose routers decide.
+All variants run in turn, `--repeats` times, each round on lengths of its own; a ratio is the median of the ratios in a
+round. Beside the wall clock stands the ratio of processor time, which other work on the machine disturbs less.
+`--trained DIR ..` (from_pretrained folders, the first one vanilla; by default those of a finished `make compare`)
+measures the same on trained models, whose routers decide.
+
+The sizes are those where the block dominates: deep enough that the first and last layer are a small part of it, and so
+wide that a step's time is that of reading the weights and the keys and values, as on the paper's GPU. Then a step of
+MoR, which reads the shared block once for all recursions, costs less by its unique layers, and more rows cost little.
+It does not hold for small or shallow models (the trained ones; `--size small --layers 12`), where the work between the
+products and per request outweighs the block, nor for the memory-matched batch in fp32, where a row more costs time.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,25 +62,26 @@ SIZES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Load:
-    """Requests: prompts and how many tokens each wants."""
+    """An endless stream of requests. mean, sigma: of the answers' lengths; prompt_length: mean, 1 for no prompt."""
 
-    prompts: list[list[int]]
-    lengths: list[int]
+    vocabulary: int
+    mean: float
+    sigma: float
+    prompt_length: int = 1
 
     @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
+    def context(self) -> int:
+        return round(self.mean + 4 * self.sigma) + self.prompt_length * 3 // 2 + 8
 
-
-def make_load(options: argparse.Namespace, vocabulary: int, prompt_length: int) -> Load:
-    rng = random.Random(options.seed)
-    lengths = [max(8, round(rng.gauss(options.mean, options.sigma))) for _ in range(options.requests)]
-    longest = prompt_length or 1
-    sizes = [max(1, rng.randrange(longest // 2, longest * 3 // 2)) if longest > 1 else 1 for _ in lengths]
-    prompts = [[rng.randrange(1, vocabulary) for _ in range(size)] for size in sizes]
-    return Load(prompts, lengths)
+    def requests(self, seed: int) -> Iterator[tuple[list[int], int]]:
+        """Prompts, and how many tokens each wants."""
+        rng = random.Random(seed)
+        while True:
+            length = min(max(8, round(rng.gauss(self.mean, self.sigma))), round(self.mean + 4 * self.sigma))
+            size = rng.randrange(self.prompt_length // 2, self.prompt_length * 3 // 2) if self.prompt_length > 1 else 1
+            yield [rng.randrange(1, self.vocabulary) for _ in range(max(1, size))], length
 
 
 def make_config(size: str, layers: int, vocabulary: int, recursions: int, context: int) -> MoRConfig:
@@ -91,33 +101,40 @@ def make_config(size: str, layers: int, vocabulary: int, recursions: int, contex
     )
 
 
-def run_static(llama: LlamaForCausalLM, load: Load, batch: int) -> dict[str, float]:
-    """generate of transformers on batches by arrival; prompts padded on the left; each until its longest ends."""
+def run_static(llama: LlamaForCausalLM, load: Load, seed: int, batch: int, waves: int) -> dict[str, float]:
+    """generate of transformers on whole batches; prompts padded on the left; each until its longest answer ends."""
+    stream, tokens = load.requests(seed), 0
     began, busy = time.perf_counter(), time.process_time()
-    for start in range(0, len(load.lengths), batch):
-        prompts, lengths = load.prompts[start : start + batch], load.lengths[start : start + batch]
+    for _ in range(waves):
+        prompts, lengths = zip(*itertools.islice(stream, batch))
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=llama.device)
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]).to(ids)
         new = max(lengths)
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         out = llama.generate(input_ids=ids, attention_mask=mask, eos_token_id=None, **options)
-        assert out.shape == (len(prompts), width + new)
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
+        assert out.shape == (batch, width + new)
+        tokens += sum(lengths)
+    return {"tokens": tokens, "seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - busy}
 
 
-def run_engine(model: MoRForCausalLM, load: Load, batch: int, kv_tokens: int) -> dict[str, float]:
-    """The engine on all requests at once."""
-    engine = Engine(model, max_batch=batch, kv_tokens=kv_tokens)
+def run_engine(model: MoRForCausalLM, load: Load, seed: int, batch: int, waves: int) -> dict[str, float]:
+    """The engine under a queue that never runs dry."""
+    engine = Engine(model, max_batch=batch, kv_tokens=batch * (load.context + 32))
+    stream, requests = load.requests(seed), []
     began, busy = time.perf_counter(), time.process_time()
-    requests = [engine.submit(p, SamplingParams(max_tokens=n)) for p, n in zip(load.prompts, load.lengths)]
-    for _ in engine.stream():
-        pass
+    while engine.statistics.generated_tokens < waves * batch * load.mean:
+        while len(engine.scheduler.waiting) < batch:
+            prompt, length = next(stream)
+            requests.append(engine.submit(prompt, SamplingParams(max_tokens=length)))
+        engine.step()
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
-    assert [len(request.tokens) for request in requests] == load.lengths
+    for request in requests:
+        engine.cancel(request)
     assert engine.everyone.free_pages() == engine.everyone.pages
     spent, depths = engine.statistics, [depth for request in requests for depth in request.depths]
     return {
+        "tokens": spent.generated_tokens,
         "seconds": seconds,
         "cpu_seconds": busy,
         "overhead": 1 - spent.model_seconds / seconds,
@@ -133,23 +150,27 @@ def memory_batch(config: MoRConfig, vanilla: MoRConfig, batch: int) -> int:
     return int(batch * kv_cache_bytes_per_token(vanilla) / kv_cache_bytes_per_token(config))
 
 
-def measure(runs: dict[str, Callable[[], dict[str, float]]], repeats: int, console: Console) -> dict[str, list[dict]]:
-    """Every variant in turn, `repeats` times."""
+def measure(
+    runs: dict[str, Callable[[int], dict[str, float]]], seeds: Iterable[int], console: Console
+) -> dict[str, list[dict]]:
+    """Every variant in turn, once for each seed of the lengths."""
     results: dict[str, list[dict]] = {name: [] for name in runs}
-    for turn in range(repeats):
+    for seed in seeds:
         for name, run in runs.items():
             gc.collect()
-            results[name].append(run())
-            console.print(f"  round {turn + 1}, {name}: {results[name][-1]['seconds']:.1f} s", style="dim")
+            results[name].append(run(seed))
+            last = results[name][-1]
+            console.print(f"  lengths {seed}, {name}: {last['tokens']} tokens, {last['seconds']:.1f} s", style="dim")
     return results
 
 
 def ratio(results: dict[str, list[dict]], name: str, base: str, clock: str) -> float:
     """Median over the rounds of how many times faster than `base`. clock: `seconds` or `cpu_seconds`."""
-    return statistics.median(b[clock] / a[clock] for a, b in zip(results[name], results[base]))
+    pairs = zip(results[name], results[base], strict=True)
+    return statistics.median(a["tokens"] / a[clock] / (b["tokens"] / b[clock]) for a, b in pairs)
 
 
-def report(title: str, results: dict[str, list[dict]], rows: list[dict], load: Load, console: Console) -> None:
+def report(title: str, results: dict[str, list[dict]], rows: list[dict], console: Console) -> None:
     table = Table(title=title, box=box.SIMPLE)
     columns = (
         "variant",
@@ -168,7 +189,7 @@ def report(title: str, results: dict[str, list[dict]], rows: list[dict], load: L
         table.add_column(column, justify="right")
     for row in rows:
         runs = results[row["name"]]
-        row["tokens_per_second"] = statistics.median(load.tokens / run["seconds"] for run in runs)
+        row["tokens_per_second"] = statistics.median(run["tokens"] / run["seconds"] for run in runs)
         row["ratio"] = ratio(results, row["name"], row["base"], "seconds") if row["base"] else None
         row["cpu_ratio"] = ratio(results, row["name"], row["base"], "cpu_seconds") if row["base"] else None
         for key in ("overhead", "mean_depth", "kv_bytes", "preemptions", "tokens_per_step"):
@@ -191,25 +212,28 @@ def report(title: str, results: dict[str, list[dict]], rows: list[dict], load: L
 
 
 def bench(
-    models: dict[str, MoRForCausalLM], load: Load, options: argparse.Namespace, title: str, console
+    models: dict[str, MoRForCausalLM],
+    load: Load,
+    rounds: int,
+    options: argparse.Namespace,
+    title: str,
+    console: Console,
 ) -> list[dict]:
     """Static, vanilla and the others, fixed and memory-matched. models: the first one is vanilla."""
     base, vanilla = next(iter(models.items()))
-    context = max(len(p) + n for p, n in zip(load.prompts, load.lengths))
-    span = round(statistics.mean(len(p) + n for p, n in zip(load.prompts, load.lengths)))
-    batch, llama = options.batch, to_llama(vanilla).to(vanilla.dtype).eval()
-    runs: dict[str, Callable[[], dict[str, float]]] = {"static": lambda: run_static(llama, load, batch)}
-    rows: list[dict] = [
-        {"name": "static", "base": None, "bar": None, "batch": batch, "flop_ratio": None},
-    ]
+    span, batch, waves = round(load.mean + load.prompt_length), options.batch, options.waves
+    llama = to_llama(vanilla).to(vanilla.device, vanilla.dtype).eval()
+    runs: dict[str, Callable[[int], dict[str, float]]] = {
+        "static": lambda seed: run_static(llama, load, seed, batch, waves)
+    }
+    rows: list[dict] = [{"name": "static", "base": None, "bar": None, "batch": batch, "flop_ratio": None}]
     cost = flops_per_token(vanilla.config, span, part="forward")
     for name, model in models.items():
         recursions = model.config.num_recursions
         kinds = {"fixed": batch, "memory": memory_batch(model.config, vanilla.config, batch)}
         for kind, size in kinds.items() if model is not vanilla else [("", batch)]:
             label = f"{name} {kind}".strip()
-            pool = size * (context + 32)
-            runs[label] = lambda model=model, size=size, pool=pool: run_engine(model, load, size, pool)
+            runs[label] = lambda seed, model=model, size=size: run_engine(model, load, seed, size, waves)  # type: ignore[misc]
             rows.append(
                 {
                     "name": label,
@@ -219,56 +243,75 @@ def bench(
                     "flop_ratio": cost / flops_per_token(model.config, span, part="forward"),
                 }
             )
-    if options.warm_up:
-        run_engine(vanilla, Load(load.prompts[:4], [4] * 4), 4, 4 * (context + 32))
-    results = measure(runs, options.repeats, console)
-    report(title, results, rows, load, console)
+    run_engine(vanilla, Load(load.vocabulary, 8, 0), 0, 4, 1)  # what the first call alone costs
+    results = measure(runs, range(options.seed, options.seed + rounds), console)
+    report(title, results, rows, console)
     return rows
+
+
+def controlled(options: argparse.Namespace, console: Console) -> dict[str, list[dict]]:
+    """Models of random weights whose exits are drawn, without and with prompts."""
+    dtype, parts = getattr(torch, options.dtype), {}
+    sizes = f"{options.size}, {options.layers} + 2 layers, {options.dtype}, {torch.get_num_threads()} threads"
+    for prompt_length, rounds in ((1, options.repeats), (options.prompt_length, options.prompt_repeats)):
+        if not rounds:
+            continue
+        load = Load(options.vocabulary, options.mean, options.sigma, prompt_length)
+        models = {}
+        for recursions in (1, 2, 3, 4):
+            config = make_config(options.size, options.layers, options.vocabulary, recursions, load.context)
+            name = "vanilla" if recursions == 1 else f"MoR-{recursions}"
+            models[name] = MoRForCausalLM(config).to(options.device, dtype).eval()
+        each = kv_bytes_per_token(models["vanilla"].config, dtype.itemsize) * (options.layers + 2)
+        title = f"controlled exits, prompts of {prompt_length} tokens ({sizes}; {each} KV bytes a vanilla token)"
+        parts[title] = bench(models, load, rounds, options, title, console)
+    return parts
+
+
+def trained(options: argparse.Namespace, console: Console) -> dict[str, list[dict]]:
+    """Models of finished runs; lengths within their context."""
+    dtype = getattr(torch, options.dtype)
+    models = {
+        Path(f).parent.name: MoRForCausalLM.from_pretrained(f).to(options.device, dtype).eval() for f in options.trained
+    }
+    shortest = min(model.config.max_position_embeddings for model in models.values())
+    mean, sigma = min(options.mean, shortest / 2), min(options.sigma, shortest / 10)
+    load = Load(min(model.config.vocab_size for model in models.values()), mean, sigma)
+    title = f"trained models, lengths N({mean:.0f}, {sigma:.0f}), {options.dtype}"
+    return {title: bench(models, load, options.repeats, options, title, console)}
+
+
+def finished_runs() -> list[str]:
+    """Checkpoints that `make compare` left, vanilla first; none if it has not run."""
+    found = sorted(Path("runs/compare-cpu").glob("*-seed0/final"))
+    routed = [str(folder) for folder in found if folder.parent.name.startswith("mor_")]
+    return [str(folder) for folder in found if folder.parent.name.startswith("vanilla")] + routed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--size", choices=SIZES, default="small")
-    add("--layers", type=int, default=12, help="shared layers; 12 divides by 2, 3 and 4 (default %(default)s)")
+    add("--size", choices=SIZES, default="medium")
+    add("--layers", type=int, default=36, help="shared layers; 36 divides by 2, 3 and 4 (default %(default)s)")
     add("--vocabulary", type=int, default=4096)
     add("--batch", type=int, default=32)
-    add("--requests", type=int, default=96)
+    add("--waves", type=int, default=1, help="tokens of a run, in batches of answers of mean length")
     add("--mean", type=float, default=256.0)
     add("--sigma", type=float, default=64.0)
-    add("--prompt-length", type=int, default=0, help="mean of the prompts in the second part; 0 leaves it out")
-    add("--repeats", type=int, default=3)
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--repeats", type=int, default=3, help="rounds without prompts; 0 leaves the part out")
+    add("--prompt-length", type=int, default=128, help="mean of the prompts in the second part")
+    add("--prompt-repeats", type=int, default=1, help="rounds with prompts; 0 leaves the part out")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     add("--device", default="cpu")
     add("--seed", type=int, default=0)
-    add("--warm-up", action=argparse.BooleanOptionalAction, default=True)
-    add("--trained", nargs="+", metavar="DIR", help="checkpoints of finished runs, the vanilla one first")
+    add("--trained", nargs="*", metavar="DIR", default=finished_runs(), help="checkpoints, the vanilla one first")
     add("--output", default="runs/bench-inference.json")
     options = parser.parse_args()
-    console, dtype = Console(), getattr(torch, options.dtype)
+    console = Console(width=140)
     torch.manual_seed(options.seed)
-    parts: dict[str, list[dict]] = {}
-    sizes = f"{options.size}, {options.layers} + 2 layers, {options.dtype}, {torch.get_num_threads()} threads"
-    for prompt_length in [0] + ([options.prompt_length] if options.prompt_length else []):
-        load = make_load(options, options.vocabulary, prompt_length)
-        context = max(len(p) + n for p, n in zip(load.prompts, load.lengths)) + 8
-        models = {}
-        for recursions in (1, 2, 3, 4):
-            config = make_config(options.size, options.layers, options.vocabulary, recursions, context)
-            models["vanilla" if recursions == 1 else f"MoR-{recursions}"] = (
-                MoRForCausalLM(config).to(options.device, dtype).eval()
-            )
-        each = kv_bytes_per_token(models["vanilla"].config, dtype.itemsize) * (options.layers + 2)
-        title = f"controlled exits, prompts of {prompt_length or 1} tokens ({sizes}; {each} KV bytes a vanilla token)"
-        parts[title] = bench(models, load, options, title, console)
-    if options.trained:
-        trained = {Path(f).parent.name: MoRForCausalLM.from_pretrained(f).to(dtype).eval() for f in options.trained}
-        vocabulary = min(model.config.vocab_size for model in trained.values())
-        shortest = min(model.config.max_position_embeddings for model in trained.values())
-        options.mean, options.sigma = min(options.mean, shortest / 2), min(options.sigma, shortest / 8)
-        load = make_load(options, vocabulary, options.prompt_length)
-        title = f"trained models, lengths N({options.mean:.0f}, {options.sigma:.0f})"
-        parts[title] = bench(trained, load, options, title, console)
+    parts = controlled(options, console)
+    if options.trained and options.repeats:
+        parts |= trained(options, console)
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
     Path(options.output).write_text(json.dumps({"settings": vars(options), "parts": parts}, indent=1), encoding="utf-8")
     console.print(f"written to {options.output}")
