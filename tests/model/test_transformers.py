@@ -32,6 +32,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mor_expert": {"num_hidden_layers": 4, "num_recursions": 2, "routing": "expert_choice"},
     "mor_token": {"num_hidden_layers": 4, "num_recursions": 2, "routing": "token_choice"},
 }
+OF_ATTENTION = ("test_eager_*", "test_*sdpa*", "test_left_padding_*")
 ROUTED = ("mor_expert", "mor_token")
 # pattern of the tests' names, architectures, why they do not apply
 NOT_APPLICABLE: list[tuple[str, tuple[str, ...], str]] = [
@@ -115,13 +116,13 @@ def make_test(architecture: str, fields: dict[str, Any], generic: Any) -> type:
             if architecture == "mor_expert":  # the embedding, the first layer, each recursion, the last layer, the norm
                 self.expected_num_hidden_layers = 4 + self.num_recursions
 
+    def set_up(test: Any) -> None:
+        generic.CausalLMModelTest.setUp(test)
+        # Attention weights are not returned; some tests of padding and of kernels take the flag for attention as such.
+        test.has_attentions = any(fnmatch.fnmatch(test._testMethodName, pattern) for pattern in OF_ATTENTION)
+
     names = [name for name in dir(generic.CausalLMModelTest) if name.startswith("test_")]
-    # Attention weights are not returned, as in every model of transformers under SDPA.
-    body = {
-        "model_tester_class": Tester,
-        "has_attentions": False,
-        "_check_past_key_values_for_generate": check_cache,
-    }
+    body = {"model_tester_class": Tester, "setUp": set_up, "_check_past_key_values_for_generate": check_cache}
     return type(
         f"Test_{architecture}", (generic.CausalLMModelTest, unittest.TestCase), body | skipped(architecture, names)
     )
