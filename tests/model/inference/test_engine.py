@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from itertools import chain
 
+import psutil
 import pytest
 import torch
 
@@ -257,3 +259,28 @@ def test_a_thousand_mixed_requests_with_cancellations_and_preemptions(monkeypatc
             break
         expected = single.generate([request.prompt], request.params)[0].tokens
         assert request.tokens == (expected[: len(request.tokens)] if request in cancelled else expected)
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_leave_nothing_behind():
+    """Short requests, some cancelled, through a pool too small for them all: what the first thousand take is enough."""
+    model = tiny_model("expert-recursion_wise", 2, hidden_size=8, num_hidden_layers=5, intermediate_size=8).float()
+    engine, rng, process = Engine(model, max_batch=64, kv_tokens=120, page_size=1), random.Random(3), psutil.Process()
+    objects, memory = [], []
+    for _ in range(20):
+        lengths = [rng.randrange(1, 5) for _ in range(500)]
+        requests = [engine.submit([rng.randrange(1, VOCABULARY)], SamplingParams(length)) for length in lengths]
+        for request in rng.sample(requests, 20):
+            engine.step()
+            engine.cancel(request)
+        assert sum(len(event.tokens) for event in engine.stream()) > 0
+        assert all(request.finished for request in requests)
+        assert_empty(engine)
+        requests.clear()
+        del request
+        gc.collect()
+        objects.append(len(gc.get_objects()))
+        memory.append(process.memory_info().rss)
+    assert engine.everyone.moves > 1000
+    assert objects[-1] - objects[1] < 100
+    assert memory[-1] - memory[1] < 16 * 2**20
