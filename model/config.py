@@ -58,8 +58,8 @@ class MoRConfig(LlamaConfig):
 
     model_type = "mor"
     # Llama's plans name its modules and what goes between them; none was made for shared layers and routed tokens.
-    base_model_tp_plan = None
-    base_model_pp_plan = None
+    base_model_tp_plan = None  # type: ignore[assignment]
+    base_model_pp_plan = None  # type: ignore[assignment]
 
     vocab_size: int = 49152
     hidden_size: int = 960
