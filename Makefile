@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup compare test test-fast lint bench-model bench-inference bench-data
+.PHONY: setup compare test test-fast lint bench-model bench-reference bench-inference bench-data bench-scale
 
 setup: $(VENV)/.complete
 
@@ -34,9 +34,18 @@ lint: setup
 bench-model: setup
 	$(BIN)/python tests/benchmarks/bench_model.py
 
+# REFERENCE: a checkout of the authors' repository; REFERENCE_PYTHON: the Python of an environment that runs it.
+bench-reference: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_model.py --clock cpu \
+		--reference $(REFERENCE) --reference-python $(REFERENCE_PYTHON)
+
 bench-inference: setup
 	$(BIN)/python tests/benchmarks/bench_inference.py
 
 bench-data: setup
 	$(BIN)/python tests/benchmarks/bench_tokenize.py
 	$(BIN)/python tests/benchmarks/bench_loader.py
+
+bench-scale: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_checkpoint.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.benchmarks.bench_step
