@@ -19,7 +19,7 @@ from .config import MoRConfig
 from .relaxation import make_projection, project
 
 KeyValue = tuple[Tensor, Tensor]
-QUERY_BLOCK = 384  # queries that masked attention on a CPU takes at once; its kernel is slower below this many
+QUERY_BLOCK = 192  # queries that masked attention on a CPU takes at once; its kernel is slower below this many
 
 
 @dataclass
@@ -169,21 +169,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, confi
 
     Without a mask it is causal, which needs K = S, or one query that sees everything.
     """
-    shape = query.shape
     dropout = float(config.attention_dropout or 0.0) if training else 0.0
     grouped = config.num_attention_heads != config.num_key_value_heads
     causal = False
     if mask is None and query.shape[2] > 1:  # a branch: compiled for all lengths, the comparison itself is no bool
         causal = True
     if config._attn_implementation != "eager":
-        repeats = query.shape[1] // key.shape[1]
         if grouped and mask is not None and query.is_cuda:
             # The memory-efficient kernel takes a mask but no groups; without this the product would be materialised.
+            repeats = query.shape[1] // key.shape[1]
             key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-        elif grouped and mask is not None:
-            # A group's heads as further queries of one head: no copies of keys, and longer blocks in the CPU's kernel.
-            query, mask = query.unflatten(1, (-1, repeats)).flatten(2, 3), mask.repeat(1, 1, repeats, 1)
-            return F.scaled_dot_product_attention(query, key, value, mask, dropout).reshape(shape)
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
         )
