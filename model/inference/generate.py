@@ -6,9 +6,11 @@ python -m model.inference.generate --checkpoint DIR --prompt TEXT | --prompts FI
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +170,22 @@ def answer_all(session: Session, rows: list[dict[str, Any]], output: str | None,
         Path(output).write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], bool]]:
+    """Whether ctrl-C was pressed, to be asked between steps: an engine interrupted within one could not go on."""
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def converse(session: Session, console: Console) -> None:
     """Read prompts from the terminal until it ends, and show each answer while it is made."""
-    console.print(session.legend(), "\nA prompt a line; an empty line or ctrl-D ends.")
+    console.print(
+        session.legend(), "\nA prompt a line; ctrl-C ends an answer, an empty line or ctrl-D the conversation."
+    )
     while True:
         try:
             prompt = console.input("> ")
@@ -183,8 +198,14 @@ def converse(session: Session, console: Console) -> None:
         except ValueError as error:
             console.print(f"error: {error}", markup=False)
             continue
-        with Live(console=console, refresh_per_second=8) as view:
-            session.run([(request, stream)], lambda request=request: view.update(session.coloured(request, False)))
+        with Live(console=console, refresh_per_second=8) as view, interrupts() as interrupted:
+
+            def show(request=request, view=view, interrupted=interrupted) -> None:
+                view.update(session.coloured(request, False))
+                if interrupted():
+                    session.engine.cancel(request)
+
+            session.run([(request, stream)], show)
             view.update(session.coloured(request))
 
 

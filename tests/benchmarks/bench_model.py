@@ -13,10 +13,10 @@ compiled, with the share of a measured matrix product's peak that exact FLOPs re
 
     python tests/benchmarks/bench_model.py --reference FOLDER --reference-python PYTHON [--clock cpu]
 
-Against the authors' code instead, on a CPU in bf16: FOLDER is a checkout of raymin0223/mixture_of_recursions, PYTHON an
-interpreter with torch, transformers 4.52 and omegaconf, where `reference_worker.py` runs their models as they are. Each
-round runs a step of theirs and of ours, eager and compiled layer by layer; the bars are 1.3 times faster for
-expert-choice, 1.6 times with KV sharing and for token-choice.
+Against the authors' code instead, on a CPU in bf16, weights too, as theirs always are: FOLDER is a checkout of
+raymin0223/mixture_of_recursions, PYTHON an interpreter with torch, transformers 4.52 and omegaconf, where
+`reference_worker.py` runs their models as they are. Each round runs a step of theirs and of ours, eager and compiled
+layer by layer; the bars are 1.3 times faster for expert-choice, 1.6 times with KV sharing and for token-choice.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ def compare(options: argparse.Namespace) -> list[Compared]:
     for name, config in variants(CPU_BASE, False).items():
         for way in ("eager", "compiled") if name in REFERENCE_BARS else ():
             torch.manual_seed(0)
-            model = MoRForCausalLM(config).train()
+            model = MoRForCausalLM(config).train().to(torch.bfloat16)  # as theirs are built
             if way == "compiled":
                 model.compile_layers()
             ours[name, way] = make_step(model, batch, None, options.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 
 import pytest
 from rich.console import Console
@@ -80,6 +81,22 @@ def test_a_conversation_answers_until_an_empty_line(capsys, checkpoint, monkeypa
     monkeypatch.setattr("sys.stdin", io.StringIO("first words\nmore\n\nnever read\n"))
     shown = run(capsys, "--checkpoint", checkpoint, "--max-tokens", "4")
     assert "first words" in shown and "more" in shown and "never read" not in shown
+
+
+def test_ctrl_c_ends_the_answer_and_not_the_conversation(capsys, checkpoint, monkeypatch):
+    class Impatient(generate.Session):
+        def coloured(self, request, whole=True):
+            if request.prompt == request.text[:-3]:  # two tokens in
+                signal.raise_signal(signal.SIGINT)
+            lengths[request.order] = len(request.tokens)
+            return super().coloured(request, whole)
+
+    lengths: dict[int, int] = {}
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(generate, "Session", Impatient)
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n\n"))
+    run(capsys, "--checkpoint", checkpoint, "--max-tokens", "40")
+    assert list(lengths.values()) == [3, 3] and signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.parametrize(

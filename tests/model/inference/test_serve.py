@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -145,6 +146,22 @@ def test_a_client_that_leaves_frees_what_it_held(server, stream):
             HTTP.post(f"{address}/v1/completions", json=body, timeout=0.2)
     wait_until_idle(engine)
     assert engine.statistics.generated_tokens - before < 240
+
+
+@pytest.mark.slow
+def test_a_client_that_does_not_read_delays_nobody(server):
+    address, engine = server
+    host, port = address.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": ["a"] * 4, "max_tokens": 240, "temperature": 0.9, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with socket.create_connection((host, int(port))) as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        silent.sendall(head + body)
+        for number in range(4):
+            wanted = {"prompt": "hello", "max_tokens": 8, "temperature": 0.0}
+            answer = HTTP.post(f"{address}/v1/completions", json=wanted, timeout=20).json()
+            assert answer["choices"][0]["text"] == expected("hello"), number
+    wait_until_idle(engine)
 
 
 @pytest.mark.slow
