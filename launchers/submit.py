@@ -162,6 +162,7 @@ def estimate(settings: ExperimentSettings, options: argparse.Namespace) -> Memor
         world_size=world_size,
         shard_size=parallel.shard_size,
         reshard_after_forward=parallel.reshard_after_forward,
+        min_unit_parameters=parallel.min_unit_parameters,
         offload_optimizer=parallel.offload_optimizer,
         micro_batches=settings.batch.size // (micro_size * world_size),
         precision=settings.precision,

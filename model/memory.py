@@ -186,6 +186,7 @@ def training_memory(
     world_size: int = 1,
     shard_size: int | None = None,
     reshard_after_forward: bool = True,
+    min_unit_parameters: int = 0,
     offload_optimizer: bool = False,
     micro_batches: int = 1,
     precision: Precision = "bf16",
@@ -194,7 +195,8 @@ def training_memory(
 ) -> Memory:
     """Bytes of one rank at the peak of a training step.
 
-    shard_size: fsdp2, ranks that share one copy (hybrid). micro_batches: forward passes of a step; fsdp2 keeps whole
+    shard_size: fsdp2, ranks that share one copy (hybrid). min_unit_parameters: fsdp2, smaller layers are gathered with
+    the root. micro_batches: forward passes of a step; fsdp2 keeps whole
     gradients between them. Raises ValueError for a shard size that does not divide.
     """
     _check(strategy, world_size, shard_size)
@@ -212,7 +214,8 @@ def training_memory(
         gathered = min(unique_parameters(config), ZERO3_LIVE) * (BF16 if precision == "bf16" else FP32)
     elif strategy == "fsdp2":
         size = BF16 if precision == "bf16" else FP32
-        weights = 2 * layer + root if reshard_after_forward else unique_parameters(config)
+        freed = reshard_after_forward and layer >= min_unit_parameters
+        weights = 2 * layer + root if freed else unique_parameters(config)
         gathered = weights * size + (states if micro_batches > 1 else (layer + root) * FP32)
     activations = activation_bytes(
         config,
@@ -233,6 +236,7 @@ def communication(
     world_size: int,
     shard_size: int | None = None,
     reshard_after_forward: bool = True,
+    min_unit_parameters: int = 0,
     micro_batches: int = 1,
     precision: Precision = "bf16",
 ) -> Communication:
@@ -244,7 +248,8 @@ def communication(
     `ZERO3_LIVE` parameters, and so gathers a small model once a micro-batch. fsdp2 without resharding gathers each unit
     once a step, whatever Nr. Accumulated gradients of shared layers travel twice under fsdp2: those of the last
     micro-batch, and those before. With bf16, fsdp2 gathers in bf16 and reduces in fp32; ZeRO reduces in bf16 (zero3
-    gathers too) but for the embeddings. shard_size: hybrid, copies sum their gradients.
+    gathers too) but for the embeddings. shard_size: hybrid, copies sum their gradients. min_unit_parameters: fsdp2,
+    smaller layers are gathered with the root, and their gradients travel with its own.
     """
     _check(strategy, world_size, shard_size)
     states = unique_parameters(config) * FP32
@@ -268,12 +273,14 @@ def communication(
         gathers = micro_batches * (units + 1 if kept else 2 * uses + 2)
         scatter = round(share * mixed) * micro_batches
     elif strategy == "fsdp2":
-        gathers, weights = units + 1, count
-        if reshard_after_forward:
-            gathers = micro_batches * (2 * uses + 1)  # it keeps its root between the passes
-            weights = micro_batches * (2 * (_applied_parameters(config) - root) + root)
+        alone = layer >= min_unit_parameters
+        gathers, weights = units + 1 if alone else 1, count
+        if reshard_after_forward:  # it keeps its root between the passes
+            gathers = micro_batches * (2 * uses + 1 if alone else 1)
+            weights = micro_batches * (2 * (_applied_parameters(config) - root) + root if alone else count)
         gather = round(share * weights * size)
-        shared = layer * (units - unshared_layers(config)) if config.num_recursions > 1 and micro_batches > 1 else 0
+        recurring = alone and config.num_recursions > 1 and micro_batches > 1
+        shared = layer * (units - unshared_layers(config)) if recurring else 0
         scatter = round(share * (count + shared) * FP32)
         reduce = round(2 * Fraction(copies - 1, copies) * Fraction((count + shared) * FP32, shards))
     return Communication(gather, scatter, reduce, gathers)

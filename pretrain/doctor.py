@@ -140,6 +140,7 @@ def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
         world_size=parallel.world_size,
         shard_size=rule.shard_size,
         reshard_after_forward=rule.reshard_after_forward,
+        min_unit_parameters=rule.min_unit_parameters,
         offload_optimizer=rule.offload_optimizer,
         micro_batches=max(1, settings.batch.size // (micro * parallel.world_size)),
         precision=settings.precision,

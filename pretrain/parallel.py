@@ -60,6 +60,12 @@ class ParallelSettings(Settings):
     shard_size: int | None = Field(
         None, ge=1, description="fsdp2: ranks that share one copy of the model (hybrid sharding); default all"
     )
+    min_unit_parameters: int = Field(
+        2**20,
+        ge=0,
+        description="fsdp2: layers of fewer parameters are gathered with the root, once for each forward and backward "
+        "pass: what they hold costs less than the delay of a gather of their own; 0: every layer by itself",
+    )
     offload_optimizer: bool = Field(False, description="zero1, zero2, zero3: keep optimizer states in host memory")
     timeout_seconds: float = Field(1800, gt=0, description="longest wait of one collective before the run fails")
     watchdog_seconds: float = Field(
@@ -77,8 +83,10 @@ class ParallelSettings(Settings):
     def _check(self) -> ParallelSettings:
         if self.offload_optimizer and self.strategy in ("single", "ddp", "fsdp2"):
             raise ValueError(f"offload_optimizer needs zero1, zero2 or zero3, not strategy {self.strategy}")
-        if self.strategy not in ("auto", "fsdp2") and (self.shard_size is not None or not self.reshard_after_forward):
-            raise ValueError(f"shard_size and reshard_after_forward belong to fsdp2, not to strategy {self.strategy}")
+        sharding = {"shard_size", "reshard_after_forward", "min_unit_parameters"}
+        given = {name for name in sharding & self.model_fields_set if getattr(self, name) not in (None, True)}
+        if self.strategy not in ("auto", "fsdp2") and given:
+            raise ValueError(f"{', '.join(sorted(given))} belong to fsdp2, not to strategy {self.strategy}")
         if self.strategy == "single" and self.world_size not in (None, 1):
             raise ValueError(f"strategy single runs on 1 rank, world_size asks for {self.world_size}")
         return self
@@ -103,6 +111,8 @@ def _translate_accelerate(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"fsdp_config.fsdp_version must be 2 (given: {fsdp.get('fsdp_version')!r})")
         own.setdefault("strategy", "fsdp2")
         own.setdefault("reshard_after_forward", fsdp.get("fsdp_reshard_after_forward", True))
+        if fsdp.get("fsdp_min_num_params") is not None:
+            own.setdefault("min_unit_parameters", fsdp["fsdp_min_num_params"])
         if "parallelism_config_dp_shard_size" in replication:
             own.setdefault("shard_size", replication["parallelism_config_dp_shard_size"])
     elif kind == "DEEPSPEED":
@@ -463,7 +473,9 @@ class _FSDP2(Parallel):
         half = torch.bfloat16 if self.precision == "bf16" else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
         keep = not self.settings.reshard_after_forward
-        self._units: list[Any] = [*model.units(), model]  # type: ignore[operator]
+        least = self.settings.min_unit_parameters
+        units = [unit for unit in model.units() if sum(p.numel() for p in unit.parameters()) >= least]  # type: ignore[operator]
+        self._units: list[Any] = [*units, model]
         for unit in self._units:
             fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False if keep else None)
             unit.set_reshard_after_backward(not keep, recurse=False)

@@ -94,7 +94,11 @@ def link_seconds(
     """
     options = {"strategy": strategy.strategy, "world_size": world, "micro_batches": micro_batches}
     hybrid = {"shard_size": strategy.shard_size} if strategy.shard_size else {}
-    sent = communication(config, **options, **hybrid, reshard_after_forward=strategy.reshard_after_forward)  # type: ignore[arg-type]
+    units = {
+        "reshard_after_forward": strategy.reshard_after_forward,
+        "min_unit_parameters": strategy.min_unit_parameters,
+    }
+    sent = communication(config, **options, **hybrid, **units)  # type: ignore[arg-type]
     ranks = strategy.shard_size or world
     bandwidth = cluster.node_bandwidth
     if ranks > cluster.gpus_per_node:
@@ -126,6 +130,7 @@ def fitting(cluster: Cluster, strategy: ParallelSettings, world: int, config: Mo
                 world_size=world,
                 shard_size=strategy.shard_size,
                 reshard_after_forward=strategy.reshard_after_forward,
+                min_unit_parameters=strategy.min_unit_parameters,
                 micro_batches=own // size,
                 recompute=recompute,  # type: ignore[arg-type]
                 document_masking=cluster.document_masking,

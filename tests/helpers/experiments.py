@@ -28,7 +28,10 @@ ROUTED = {
 
 
 def settings_for(run_dir: Path, data: Path, architecture: str = "mor_expert", **changes: Any) -> ExperimentSettings:
-    """Settings of a tiny run of 8 steps; `changes` are merged into them."""
+    """Settings of a tiny run of 8 steps; `changes` are merged into them.
+
+    Under fsdp2 every layer is a unit, as tiny ones are only where that is asked for.
+    """
     values: dict[str, Any] = {
         "name": architecture,
         "run_dir": run_dir,
@@ -41,6 +44,8 @@ def settings_for(run_dir: Path, data: Path, architecture: str = "mor_expert", **
         "tracker": {"mode": "disabled"},
         "checkpoint": {"asynchronous": False},
     }
+    if changes.get("parallel", {}).get("strategy") == "fsdp2":
+        values["parallel"] = {"min_unit_parameters": 0}
     return build(ExperimentSettings, merge(values, changes), "test")
 
 

@@ -174,6 +174,7 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fsdp2_4": ("mor_expert", 4, {"strategy": "fsdp2"}),
     "fsdp2_keep": ("mor_expert", 2, {"strategy": "fsdp2", "reshard_after_forward": False}),
     "fsdp2_hybrid": ("mor_expert", 4, {"strategy": "fsdp2", "shard_size": 2}),
+    "fsdp2_one_unit": ("mor_expert", 2, {"strategy": "fsdp2", "min_unit_parameters": 10**6}),
     "token_ddp_4": ("mor_token", 4, {"strategy": "ddp"}),
     "token_zero2": ("mor_token", 2, {"strategy": "zero2"}),
     "token_fsdp2_4": ("mor_token", 4, {"strategy": "fsdp2", "reshard_after_forward": False}),
@@ -312,7 +313,7 @@ def build(parallel_section: dict[str, Any]) -> tuple[bool, dict[str, torch.Tenso
 @pytest.mark.parametrize(("ranks", "section"), [(2, {}), (4, {"shard_size": 2})])
 def test_fsdp2_starts_from_the_weights_of_one_process_which_rank_0_alone_builds(ranks: int, section: dict[str, Any]):
     ((_, expected, _),) = run_ranks(build, 1, {"strategy": "single"})
-    found = run_ranks(build, ranks, {"strategy": "fsdp2", **section})
+    found = run_ranks(build, ranks, {"strategy": "fsdp2", "min_unit_parameters": 0, **section})
     assert [empty for empty, _, _ in found] == [False] + [True] * (ranks - 1)
     for _, tensors, tied in found:
         assert tied and tensors.keys() == expected.keys()
@@ -322,9 +323,10 @@ def test_fsdp2_starts_from_the_weights_of_one_process_which_rank_0_alone_builds(
 # --- what fsdp2 gathers
 
 
-def count_gathers(reshard: bool, num_recursions: int, micro_batches: int) -> tuple[int, int]:
+def count_gathers(reshard: bool, num_recursions: int, micro_batches: int, least: int = 0) -> tuple[int, int]:
     """All-gathers and reduce-scatters of one optimizer step of a model with three unique layers, one of them shared."""
-    parallel = Parallel.start(ParallelSettings(strategy="fsdp2", reshard_after_forward=reshard), "fp32", 0)
+    units = {"reshard_after_forward": reshard, "min_unit_parameters": least}
+    parallel = Parallel.start(ParallelSettings(strategy="fsdp2", **units), "fp32", 0)
     fields = ROUTED["mor_expert"] | {"num_recursions": num_recursions, "num_hidden_layers": 2 + num_recursions}
     model = MoRForCausalLM(MoRConfig(**fields, vocab_size=64))
     parallel.prepare(model, lambda module: torch.optim.AdamW(module.parameters()))
@@ -343,7 +345,7 @@ def count_gathers(reshard: bool, num_recursions: int, micro_batches: int) -> tup
 def test_kept_units_are_gathered_once_a_step_whatever_the_recursions():
     counts = {
         key: run_ranks(count_gathers, 2, *key)[0]
-        for key in [(True, 2, 1), (True, 4, 1), (False, 2, 1), (False, 4, 1), (False, 4, 2)]
+        for key in [(True, 2, 1), (True, 4, 1), (False, 2, 1), (False, 4, 1), (False, 4, 2), (True, 4, 2, 10**6)]
     }
     units = 4  # three layers and the root
     assert counts[False, 2, 1] == counts[False, 4, 1] == (units, units)
@@ -352,6 +354,8 @@ def test_kept_units_are_gathered_once_a_step_whatever_the_recursions():
     # freed after each use: the root once, a layer at each application forward and again backward
     assert counts[True, 2, 1] == (1 + 2 * (2 + 2), units)
     assert counts[True, 4, 1] == (1 + 2 * (2 + 4), units)
+    # layers too small to be units: once a micro-batch, and one reduction
+    assert counts[True, 4, 2, 10**6] == (2, 1)
 
 
 # --- the real launchers

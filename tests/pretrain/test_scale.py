@@ -30,8 +30,9 @@ STRATEGIES: dict[str, tuple[dict[str, Any], Any]] = {
     "zero1": ({"strategy": "zero1"}, "fp32"),
     "zero2": ({"strategy": "zero2"}, "fp32"),
     "zero3": ({"strategy": "zero3"}, "bf16"),
-    "fsdp2": ({"strategy": "fsdp2"}, "bf16"),
-    "fsdp2_keep": ({"strategy": "fsdp2", "reshard_after_forward": False}, "bf16"),
+    "fsdp2": ({"strategy": "fsdp2", "min_unit_parameters": 0}, "bf16"),
+    "fsdp2_keep": ({"strategy": "fsdp2", "reshard_after_forward": False, "min_unit_parameters": 0}, "bf16"),
+    "fsdp2_one_unit": ({"strategy": "fsdp2", "min_unit_parameters": 2**20}, "bf16"),
 }
 TYPES = {"float": 4, "c10::BFloat16": 2}
 
