@@ -83,10 +83,10 @@ class ParallelSettings(Settings):
     def _check(self) -> ParallelSettings:
         if self.offload_optimizer and self.strategy in ("single", "ddp", "fsdp2"):
             raise ValueError(f"offload_optimizer needs zero1, zero2 or zero3, not strategy {self.strategy}")
-        sharding = {"shard_size", "reshard_after_forward", "min_unit_parameters"}
-        given = {name for name in sharding & self.model_fields_set if getattr(self, name) not in (None, True)}
+        sharding = ("min_unit_parameters", "reshard_after_forward", "shard_size")
+        given = [name for name in sharding if getattr(self, name) != type(self).model_fields[name].default]
         if self.strategy not in ("auto", "fsdp2") and given:
-            raise ValueError(f"{', '.join(sorted(given))} belong to fsdp2, not to strategy {self.strategy}")
+            raise ValueError(f"{', '.join(given)} belong to fsdp2, not to strategy {self.strategy}")
         if self.strategy == "single" and self.world_size not in (None, 1):
             raise ValueError(f"strategy single runs on 1 rank, world_size asks for {self.world_size}")
         return self
