@@ -55,6 +55,17 @@ def test_configuration_files_mean_what_they_say(name: str, fields: dict[str, Any
     assert {key: getattr(settings, key) for key in fields} == fields
 
 
+@pytest.mark.parametrize("strategy", ["single", "ddp", "zero3", "fsdp2"])
+def test_a_resolved_configuration_which_names_every_default_is_accepted_again(strategy: str):
+    settings = ParallelSettings.model_validate({"strategy": strategy})
+    assert ParallelSettings.model_validate(settings.model_dump()) == settings
+
+
+def test_accelerate_says_how_small_a_unit_may_be():
+    values = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_min_num_params": 5000}}
+    assert ParallelSettings.model_validate(values).min_unit_parameters == 5000
+
+
 def test_every_configuration_file_is_tested():
     tested = {mark.args[1][i][0] for mark in test_configuration_files_mean_what_they_say.pytestmark for i in range(9)}
     assert tested == {path.stem for path in CONFIGS.glob("*.yaml")}
@@ -65,6 +76,7 @@ def test_every_configuration_file_is_tested():
     [
         {"strategy": "ddp", "offload_optimizer": True},
         {"strategy": "ddp", "shard_size": 2},
+        {"strategy": "zero2", "min_unit_parameters": 0},
         {"strategy": "zero3", "reshard_after_forward": False},
         {"strategy": "single", "world_size": 2},
         {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 1}},
