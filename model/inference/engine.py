@@ -216,15 +216,17 @@ class Engine:
         self._enter()
         if self.block:
             self._run_block()
-        done = [flight for flight in self.flights if not self._waits(flight)]
+        done = [flight for flight, waiting in zip(self.flights, self._waiting(), strict=True) if not waiting]
         events = self._leave(done) if done else []
         self.statistics.steps += 1
         self.statistics.seconds += time.perf_counter() - began
         return events
 
-    def _waits(self, flight: Flight) -> bool:
-        """Whether any of a flight's tokens has yet to pass the block."""
-        return self.air is not None and bool(self.air.active[flight.place].any())
+    def _waiting(self) -> list[int]:
+        """How many tokens of each flight have yet to pass the block."""
+        if self.air is None:
+            return [0] * len(self.flights)
+        return np.add.reduceat(self.air.active, [flight.offset for flight in self.flights], dtype=np.int64).tolist()
 
     def _retain(self, wanted: Callable[[Flight], bool]) -> None:
         """Forget the flights that are not wanted."""
@@ -377,14 +379,14 @@ class Engine:
         """One call of the shared block on every active token, whatever its recursion, and the decisions that follow."""
         if self.air is None:
             return
-        wanted = []
-        for flight in self.flights:
-            if not self._waits(flight) or self._reads_shared(flight.at):
-                continue
-            tokens = int(self.air.active[flight.place].sum())
-            wanted.append((flight, self.recursed, flight.request.runs[1 + flight.at], tokens))
+        wanted = [
+            (flight, self.recursed, flight.request.runs[1 + flight.at], tokens)
+            for flight, tokens in zip(self.flights, self._waiting(), strict=True)
+            if tokens and not self._reads_shared(flight.at)
+        ]
         self._reserve(wanted)
-        flights = sorted((flight for flight in self.flights if self._waits(flight)), key=lambda flight: flight.at)
+        waiting = zip(self.flights, self._waiting(), strict=True)
+        flights = sorted((flight for flight, tokens in waiting if tokens), key=lambda flight: flight.at)
         groups = [flights]
         if self.apart:
             groups = [[f for f in flights if f.at == r] for r in sorted({flight.at for flight in flights})]
@@ -402,7 +404,8 @@ class Engine:
         """The block on flights in order of recursion, and its result put in place."""
         air = self.air
         assert air is not None
-        chosen = [np.flatnonzero(air.active[flight.place]) for flight in flights]
+        alone = np.zeros(1, dtype=np.int64)
+        chosen = [np.flatnonzero(air.active[flight.place]) if flight.count > 1 else alone for flight in flights]
         places = np.concatenate([flight.offset + own for flight, own in zip(flights, chosen, strict=True)])
         uses = self.block[flights[0].at if self.apart else 0]
         plan = self._plan_block(flights, chosen, {use.depth: i for i, use in enumerate(uses)})

@@ -45,9 +45,10 @@ class SamplingParams:
 def choose(logits: Tensor, params: Sequence[SamplingParams], generators: Sequence[random.Random]) -> list[int]:
     """One token for each row of logits [M, V]. A row's choice depends on nothing but the row and its own generator."""
     logits = logits.float()
-    if not torch.isfinite(logits).all():
+    best, places = logits.max(-1)  # the maximum of a row with a nan is nan
+    if not torch.isfinite(best).all():
         raise FloatingPointError("the model's logits are not finite; are the weights trained and of the right type?")
-    tokens = logits.argmax(-1).tolist()
+    tokens = places.tolist()
     drawn = [i for i, p in enumerate(params) if p.temperature > 0]
     if drawn:
         uniform = torch.tensor([generators[i].random() for i in drawn], dtype=torch.float64)

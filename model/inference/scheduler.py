@@ -175,7 +175,7 @@ class Scheduler:
 
     def admit(self) -> None:
         """Start waiting requests while slots are free and pages suffice for their text beside that of the running."""
-        if not self.waiting:
+        if not self.waiting or len(self.running) >= self.max_batch:
             return
         everyone, recursed = self._unclaimed()
         while self.waiting and len(self.running) < self.max_batch:

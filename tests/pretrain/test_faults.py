@@ -25,6 +25,29 @@ from tests.helpers.distributed import Ranks, run_ranks, start_ranks
 from tests.helpers.experiments import figures, read_lines, settings_for, trainer_for
 
 STEPS = 20
+SINGLE = {"strategy": "single"}
+# name: (ranks, parallel section)
+STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
+    "ddp": (2, {"strategy": "ddp"}),
+    "zero1": (2, {"strategy": "zero1"}),
+    "zero2": (2, {"strategy": "zero2"}),
+    "zero3": (2, {"strategy": "zero3"}),
+    "zero3_offload": (2, {"strategy": "zero3", "offload_optimizer": True}),
+    "fsdp2": (2, {"strategy": "fsdp2"}),
+    "fsdp2_keep": (2, {"strategy": "fsdp2", "reshard_after_forward": False}),
+    "fsdp2_hybrid": (4, {"strategy": "fsdp2", "shard_size": 2}),
+}
+# The ranks that each kill hits, one kill after the other.
+KILLS: dict[str, list[list[int]]] = {
+    "ddp": [[0], [1], [0, 1], [1]],
+    "zero1": [[1]],
+    "zero2": [[0], [1], [0, 1], [1]],
+    "zero3": [[0, 1], [1]],
+    "zero3_offload": [[0]],
+    "fsdp2": [[0], [1], [0, 1], [1]],
+    "fsdp2_keep": [[0]],
+    "fsdp2_hybrid": [[3]],
+}
 MOMENTS = ["_begin", "_digest", "Marker.write", "Checkpoints._publish", "_sync_folder", "remove"]
 
 
@@ -70,7 +93,9 @@ def finish(trainer: Trainer) -> list[dict[str, Any]]:
 # --- kills ------------------------------------------------------------
 
 
-def train_and_die(run_dir: Path, data: Path, strategy: str, moment: str | None, saves: int) -> list[dict[str, Any]]:
+def train_and_die(
+    run_dir: Path, data: Path, parallel: dict[str, Any], moment: str | None = None, saves: int = 0
+) -> list[dict[str, Any]]:
     """Train; die by SIGKILL where `moment`, a function of the checkpoint module, is called for the `saves`-th time."""
     if moment is not None:
         owner: Any = checkpoint
@@ -87,42 +112,34 @@ def train_and_die(run_dir: Path, data: Path, strategy: str, moment: str | None, 
             return run(*arguments)
 
         setattr(owner, name, run_or_die)
-    return finish(make_trainer(run_dir, data, {"strategy": strategy}))
+    micro_size = min(2, 4 // int(os.environ["WORLD_SIZE"]))
+    return finish(make_trainer(run_dir, data, parallel, batch={"size": 4, "micro_size": micro_size}))
 
 
 @pytest.mark.slow
 def test_kills_inside_a_save_and_anywhere_change_no_loss(data: Path, tmp_path: Path):
     """One process: 6 kills at named moments of a save, 8 at random moments, then to the end."""
     dice = random.Random(0)
-    expected = run_ranks(train_and_die, 1, tmp_path / "whole", data, "single", None, 0)[0]
+    expected = run_ranks(train_and_die, 1, tmp_path / "whole", data, SINGLE)[0]
     broken = tmp_path / "broken"
     for moment in MOMENTS:
-        ranks = start_ranks(train_and_die, 1, broken, data, "single", moment, dice.randint(1, 2))
+        ranks = start_ranks(train_and_die, 1, broken, data, SINGLE, moment, dice.randint(1, 2))
         assert ranks.wait(300) == [-signal.SIGKILL], (moment, ranks.output(0)[-2000:])
     for _ in range(8):
-        kill_at_random(start_ranks(train_and_die, 1, broken, data, "single", None, 0), dice, [0])
-    assert run_ranks(train_and_die, 1, broken, data, "single", None, 0)[0] == expected
+        kill_at_random(start_ranks(train_and_die, 1, broken, data, SINGLE), dice, [0])
+    assert run_ranks(train_and_die, 1, broken, data, SINGLE)[0] == expected
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("strategy", "kills"),
-    [
-        ("ddp", [[0], [1], [0, 1], [1]]),
-        ("fsdp2", [[0], [1], [0, 1], [1]]),
-        ("zero2", [[0], [1], [0, 1], [1]]),
-        ("zero3", [[0, 1], [1]]),
-    ],
-)
-def test_kills_of_one_rank_or_all_change_no_loss(data: Path, tmp_path: Path, strategy: str, kills: list[list[int]]):
-    """Two ranks: kills of one or of both; the other rank ends too, within the helper's grace."""
-    dice = random.Random(1)
-    expected = run_ranks(train_and_die, 2, tmp_path / "whole", data, strategy, None, 0)[0]
+@pytest.mark.parametrize(("name", "kills"), KILLS.items())
+def test_kills_of_one_rank_or_all_change_no_loss(data: Path, tmp_path: Path, name: str, kills: list[list[int]]):
+    """Kills of some ranks or all; the others end too, within the helper's grace."""
+    dice, (ranks, section) = random.Random(1), STRATEGIES[name]
+    expected = run_ranks(train_and_die, ranks, tmp_path / "whole", data, section)[0]
     broken = tmp_path / "broken"
     for victims in kills:
-        ranks = start_ranks(train_and_die, 2, broken, data, strategy, None, 0)
-        kill_at_random(ranks, dice, victims)
-    assert run_ranks(train_and_die, 2, broken, data, strategy, None, 0)[0] == expected
+        kill_at_random(start_ranks(train_and_die, ranks, broken, data, section), dice, victims)
+    assert run_ranks(train_and_die, ranks, broken, data, section)[0] == expected
 
 
 def kill_at_random(ranks: Ranks, dice: random.Random, victims: list[int]) -> None:

@@ -279,7 +279,9 @@ def test_bf16_recomputation_and_accumulation_together(data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "fsdp2_keep"])
+@pytest.mark.parametrize(
+    "name", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "fsdp2_keep", "fsdp2_hybrid"]
+)
 def test_resumes_on_the_same_ranks_bit_for_bit(runs: Runs, name: str):
     assert losses(runs.go_on(name, name)) == losses(runs(name))
 
@@ -294,6 +296,9 @@ def test_resumes_on_the_same_ranks_bit_for_bit(runs: Runs, name: str):
         ("fsdp2", "mor_expert"),
         ("zero3", "ddp_4"),
         ("zero1", "zero3"),
+        ("zero3_offload", "fsdp2_keep"),
+        ("fsdp2_keep", "zero1"),
+        ("fsdp2_hybrid", "fsdp2_one_unit"),
         ("fsdp2", "zero2"),
         ("zero2", "fsdp2"),
         ("mor_expert", "zero3"),
