@@ -19,8 +19,9 @@ measures the same on trained models, whose routers decide.
 The sizes are those where the block dominates: deep enough that the first and last layer are a small part of it, and so
 wide that a step's time is that of reading the weights and the keys and values, as on the paper's GPU. Then a step of
 MoR, which reads the shared block once for all recursions, costs less by its unique layers, and more rows cost little.
-It does not hold for small or shallow models (the trained ones; `--size small --layers 12`), where the work between the
-products and per request outweighs the block, nor for the memory-matched batch in fp32, where a row more costs time.
+It holds less at `--layers 36`, and not for small or shallow models (the trained ones; `--size small --layers 12`),
+where the work between the products and per request outweighs the block. Nor does it hold for the memory-matched batch
+in fp32, where a row more costs time. `RESULTS.md` beside this file has the figures.
 """
 
 from __future__ import annotations
@@ -292,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", choices=SIZES, default="medium")
-    add("--layers", type=int, default=36, help="shared layers; 36 divides by 2, 3 and 4 (default %(default)s)")
+    add("--layers", type=int, default=60, help="shared layers; 60 divides by 2, 3 and 4 (default %(default)s)")
     add("--vocabulary", type=int, default=4096)
     add("--batch", type=int, default=32)
     add("--waves", type=int, default=1, help="tokens of a run, in batches of answers of mean length")
