@@ -111,8 +111,8 @@ def _translate_accelerate(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"fsdp_config.fsdp_version must be 2 (given: {fsdp.get('fsdp_version')!r})")
         own.setdefault("strategy", "fsdp2")
         own.setdefault("reshard_after_forward", fsdp.get("fsdp_reshard_after_forward", True))
-        if fsdp.get("fsdp_min_num_params") is not None:
-            own.setdefault("min_unit_parameters", fsdp["fsdp_min_num_params"])
+        if fsdp.get("fsdp_auto_wrap_policy") == "SIZE_BASED_WRAP":
+            own.setdefault("min_unit_parameters", fsdp.get("fsdp_min_num_params", 10**8))
         if "parallelism_config_dp_shard_size" in replication:
             own.setdefault("shard_size", replication["parallelism_config_dp_shard_size"])
     elif kind == "DEEPSPEED":
@@ -172,6 +172,10 @@ def _strategy_of_launcher(environment: Mapping[str, str]) -> dict[str, Any] | No
         }
         if shard_size := environment.get("PARALLELISM_CONFIG_DP_SHARD_SIZE"):
             found["shard_size"] = int(shard_size)
+        if (
+            environment.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP"
+        ):  # else the launcher's default, which is not meant
+            found["min_unit_parameters"] = int(environment["FSDP_MIN_NUM_PARAMS"])
         return found
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         offload = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") == "cpu"

@@ -62,7 +62,8 @@ def test_a_resolved_configuration_which_names_every_default_is_accepted_again(st
 
 
 def test_accelerate_says_how_small_a_unit_may_be():
-    values = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_min_num_params": 5000}}
+    policy = {"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP", "fsdp_min_num_params": 5000}
+    values = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, **policy}}
     assert ParallelSettings.model_validate(values).min_unit_parameters == 5000
 
 
@@ -116,8 +117,16 @@ def test_a_world_other_than_asked_for_is_refused(values: dict[str, Any], environ
             {"strategy": "fsdp2", "reshard_after_forward": False},
         ),
         (
-            RUNNING | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"},
-            {"strategy": "fsdp2", "shard_size": 4},
+            RUNNING
+            | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "PARALLELISM_CONFIG_DP_SHARD_SIZE": "4"}
+            | {"FSDP_MIN_NUM_PARAMS": "100000000"},
+            {"strategy": "fsdp2", "shard_size": 4, "min_unit_parameters": 2**20},
+        ),
+        (
+            RUNNING
+            | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+            | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP", "FSDP_MIN_NUM_PARAMS": "5000"},
+            {"strategy": "fsdp2", "min_unit_parameters": 5000},
         ),
         (
             RUNNING | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
