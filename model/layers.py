@@ -1,4 +1,4 @@
-"""Building blocks: which tokens are computed, attention, SwiGLU, the decoder layer, the output head.
+"""Building blocks: which tokens are computed, the attention layer, SwiGLU, the decoder layer, the output head.
 
 Shapes: B batch, T positions of a row, K slots of a row, N tokens packed over the batch, S key positions,
 D hidden size, H query heads, Hkv key/value heads, Dh head dimension, V vocabulary, R recursions.
@@ -15,11 +15,11 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
+from .attention import attend, spans_of
 from .config import MoRConfig
 from .relaxation import make_projection, project
 
 KeyValue = tuple[Tensor, Tensor]
-QUERY_BLOCK = 192  # queries that masked attention on a CPU takes at once; its kernel is slower below this many
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Tokens:
         None: hidden states are [B, K, D].
     cos, sin: [B or 1, K, Dh], or [N, Dh] when packed; rotary tables at the tokens' original positions.
     mask: [B, 1, K, S] bool, True where a query may look; None: causal among the slots.
-    spans: for each block of `QUERY_BLOCK` queries, first and last + 1 of the keys that any of them sees; None: all.
+    spans: of the mask (`attention.spans_of`), on a CPU; None: not known.
     """
 
     cos: Tensor
@@ -41,17 +41,13 @@ class Tokens:
     used: Tensor | None = None
     packed: Tensor | None = None
     mask: Tensor | None = None
-    spans: list[tuple[int, int]] | None = None
+    spans: Tensor | None = None
 
     def look_through(self, mask: Tensor | None) -> Tokens:
-        """Set the mask, and on a CPU the spans: its kernel computes every key that it is given, masked or not."""
+        """Set the mask, and on a CPU its spans."""
         self.mask, self.spans = mask, None
-        if mask is None or mask.device.type != "cpu" or mask.shape[2] <= QUERY_BLOCK or torch.compiler.is_compiling():
-            return self
-        self.spans = []
-        for block in mask.split(QUERY_BLOCK, 2):
-            seen = block.flatten(0, 2).any(0).nonzero()
-            self.spans.append((int(seen[0]), int(seen[-1]) + 1))
+        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.spans = spans_of(mask)
         return self
 
     def to_slots(self, x: Tensor) -> Tensor:
@@ -108,10 +104,7 @@ class Attention(nn.Module):
             key, value = (tokens.to_slots(y).transpose(1, 2) for y in self._key_value(x, tokens, recursion))
             if shared_kv is not None:
                 key, value = _replace(shared_kv[0], key, tokens), _replace(shared_kv[1], value, tokens)
-        if tokens.spans is None:
-            mixed = attend(query, key, value, tokens.mask, self.config, self.training)
-        else:
-            mixed = _attend_by_block(query, key, value, tokens, self.config, self.training)
+        mixed = attend(query, key, value, tokens.mask, self.config, self.training, tokens.spans)
         mixed = tokens.from_slots(mixed.transpose(1, 2).flatten(2))
         return project(self.o_proj, mixed, recursion), (key, value)
 
@@ -148,48 +141,6 @@ def _replace(shared: Tensor, own: Tensor, tokens: Tokens) -> Tensor:
         index = torch.where(tokens.used[:, None, :, None], index, length)
         return F.pad(shared, (0, 0, 0, 1)).scatter(2, index, own)[:, :, :length]
     return shared.scatter(2, index, own)
-
-
-@torch.compiler.disable
-def _attend_by_block(
-    query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, config: MoRConfig, training: bool
-) -> Tensor:
-    """`attend` block by block, each with the keys of its span."""
-    assert tokens.mask is not None and tokens.spans is not None
-    blocks = zip(query.split(QUERY_BLOCK, 2), tokens.mask.split(QUERY_BLOCK, 2), tokens.spans, strict=True)
-    mixed = [
-        attend(part, key[:, :, start:end], value[:, :, start:end], mask[..., start:end], config, training)
-        for part, mask, (start, end) in blocks
-    ]
-    return torch.cat(mixed, 2)
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, config: MoRConfig, training: bool) -> Tensor:
-    """Scaled dot-product attention. query: [B, H, K, Dh], key and value: [B, Hkv, S, Dh], mask: [B, 1, K, S] or None.
-
-    Without a mask it is causal, which needs K = S, or one query that sees everything.
-    """
-    dropout = float(config.attention_dropout or 0.0) if training else 0.0
-    grouped = config.num_attention_heads != config.num_key_value_heads
-    causal = False
-    if mask is None and query.shape[2] > 1:  # a branch: compiled for all lengths, the comparison itself is no bool
-        causal = True
-    if config._attn_implementation != "eager":
-        if grouped and mask is not None and query.is_cuda:
-            # The memory-efficient kernel takes a mask but no groups; without this the product would be materialised.
-            repeats = query.shape[1] // key.shape[1]
-            key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
-        )
-    if causal:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    groups = query.unflatten(1, (config.num_key_value_heads, -1))
-    scores = (groups @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout, training)
-    return (weights.unflatten(1, (config.num_key_value_heads, -1)) @ value.unsqueeze(2)).flatten(1, 2)
 
 
 class SwiGLU(nn.Module):

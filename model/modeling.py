@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEm
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from . import routing
+from .attention import NAMESPACE
 from .cache import MoRCache
 from .config import MoRConfig
 from .layers import DecoderLayer, KeyValue, LMHead, Tokens, chunk_rows, cross_entropy_sum, gather_rows
@@ -39,18 +40,19 @@ logger = logging.get_logger(__name__)
 RecomputePolicy = Literal["none", "block", "recursion", "selective"]
 # What selective recomputation keeps: the results of matrix products and of attention.
 _KEPT = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    f"{NAMESPACE}::attention",
 }
 
 
 def _keep(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator.name() in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _cast_every_time(function: Callable, x: Tensor):

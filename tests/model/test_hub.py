@@ -82,7 +82,8 @@ def test_with_this_repository_the_installed_code_runs(tmp_path: Path) -> None:
     assert described["auto_map"]["AutoModelForCausalLM"] == "modeling.MoRForCausalLM"
     files = {path.name for path in folder.glob("*.py")}
     assert files == {
-        f"{name}.py" for name in ["cache", "config", "layers", "modeling", "relaxation", "routing", "sharing"]
+        f"{name}.py"
+        for name in ["attention", "cache", "config", "layers", "modeling", "relaxation", "routing", "sharing"]
     }
     assert all((folder / name).read_bytes() == (ROOT / "model" / name).read_bytes() for name in files)
     assert AutoConfig.from_pretrained(folder, trust_remote_code=False).architecture == "mor_expert"

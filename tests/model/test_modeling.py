@@ -350,7 +350,8 @@ def test_masked_attention_by_block_changes_nothing(name, packed, monkeypatch):
     documents = (torch.arange(24) // 10)[None].expand(2, -1) if packed else None
     results = []
     for size in (5, 1000):
-        monkeypatch.setattr("model.layers.QUERY_BLOCK", size)
+        for name_of_size in ("SPAN", "KERNEL_BLOCK"):
+            monkeypatch.setattr(f"model.attention.{name_of_size}", size)
         model = build(name)
         model(batch(), labels=batch(), document_ids=documents).loss.backward()
         results.append(gradients(model))

@@ -1,0 +1,251 @@
+"""Scaled dot-product attention, and what makes its time on a CPU follow the pairs that a mask leaves.
+
+Shapes: B batch, H query heads, Hkv key/value heads, K queries of a row, S keys, Dh head dimension.
+
+torch's CPU kernels compute every key that they are given, masked or not, and their bf16 backward pass is slow. So
+masked attention goes block by block of queries, each with the keys of its span alone; and where a CPU multiplies bf16
+matrices fast (AMX), gradients are made of large products (`_gradients`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import MoRConfig
+
+SPAN = 64  # queries of one span
+KERNEL_BLOCK = 3 * SPAN  # queries that torch's kernel takes at once; it is slower below this many
+PRODUCT_BLOCK = 2 * SPAN  # queries of one product of `_gradients`
+PRODUCT_SIZE = 2**21  # most entries of one product, so that it stays in the cache
+HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operators; a copy of this file, in a model's folder, has its own
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+Block = tuple[int, int, int, int]  # first and last + 1 of its queries, and of the keys that any of them sees
+
+
+def spans_of(mask: Tensor) -> Tensor:
+    """First and last + 1 of the keys that any of `SPAN` queries sees: [ceil(K / SPAN), 2]. mask: [B, 1, K, S] bool."""
+    spans = []
+    for part in mask.split(SPAN, 2):
+        seen = part.flatten(0, 2).any(0).nonzero()
+        spans.append((int(seen[0]), int(seen[-1]) + 1))
+    return torch.tensor(spans)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    config: MoRConfig,
+    training: bool,
+    spans: Tensor | None = None,
+) -> Tensor:
+    """Scaled dot-product attention. query: [B, H, K, Dh], key and value: [B, Hkv, S, Dh], mask: [B, 1, K, S] or None.
+
+    Without a mask it is causal, which needs K = S, or one query that sees everything. spans: of the mask, where known.
+    """
+    dropout = float(config.attention_dropout or 0.0) if training else 0.0
+    if config._attn_implementation == "eager":
+        return _explicit(query, key, value, mask, dropout)
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    if query.device.type == "cpu" and dtype == torch.bfloat16 and not dropout and _operators_wanted():
+        return _attention(query.to(dtype), key.to(dtype), value.to(dtype), mask, spans)[0]
+    if mask is None or spans is None or query.shape[2] <= KERNEL_BLOCK:
+        return _sdpa(query, key, value, mask, dropout)
+    return _sdpa_by_block(query, key, value, mask, spans, dropout)
+
+
+def _operators_wanted() -> bool:
+    """Where they are fast and gradients are needed, unless torch's flash attention is off, as in `measured_flops`."""
+    flash = torch.compiler.is_compiling() or torch.backends.cuda.flash_sdp_enabled()  # dynamo cannot ask
+    return HAS_AMX and torch.is_grad_enabled() and flash
+
+
+def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    groups = query.unflatten(1, (key.shape[1], -1))
+    scores = (groups @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * query.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
+    return (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    causal = False
+    if mask is None and query.shape[2] > 1:  # a branch: compiled for all lengths, the comparison itself is no bool
+        causal = True
+    grouped = query.shape[1] != key.shape[1]
+    if grouped and mask is not None and query.is_cuda:
+        # The memory-efficient kernel takes a mask but no groups; without this the product would be materialised.
+        repeats = query.shape[1] // key.shape[1]
+        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+    )
+
+
+@torch.compiler.disable
+def _sdpa_by_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, spans: Tensor, dropout: float) -> Tensor:
+    parts = []
+    for start, end, low, high in _blocks(query, key, mask, spans, KERNEL_BLOCK):
+        keys, values = key[:, :, low:high], value[:, :, low:high]
+        parts.append(_sdpa(query[:, :, start:end], keys, values, mask[:, :, start:end, low:high], dropout))
+    return torch.cat(parts, 2)
+
+
+def _blocks(query: Tensor, key: Tensor, mask: Tensor | None, spans: Tensor | None, size: int) -> list[Block]:
+    """Queries in blocks of `size`, a multiple of `SPAN`, with the keys of each."""
+    count, keys = query.shape[2], key.shape[2]
+    ranges = [(start, min(start + size, count)) for start in range(0, count, size)]
+    if mask is None:
+        return [(start, end, 0, end if count > 1 else keys) for start, end in ranges]
+    blocks, listed = [], (spans_of(mask) if spans is None else spans).tolist()
+    for start, end in ranges:
+        first, last = zip(*listed[start // SPAN : -(-end // SPAN)], strict=True)
+        blocks.append((start, end, min(first), max(last)))
+    return blocks
+
+
+# bf16 on a CPU --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(f"{NAMESPACE}::attention", mutates_args=())
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, spans: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention without dropout -> output [B, H, K, Dh] and fp32 logarithm of the softmax's denominator [B, H, K]."""
+    output, log_sum = _attention_shapes(query, key, value, mask, spans)
+    whole = [(0, query.shape[2], 0, key.shape[2])]
+    for start, end, low, high in whole if mask is None else _blocks(query, key, mask, spans, KERNEL_BLOCK):
+        output[:, :, start:end], log_sum[:, :, start:end] = _flash(
+            query[:, :, start:end],
+            key[:, :, low:high],
+            value[:, :, low:high],
+            is_causal=mask is None and query.shape[2] > 1,
+            attn_mask=None if mask is None else _hidden(mask[:, :, start:end, low:high], query.dtype),
+        )
+    return output, log_sum
+
+
+@_attention.register_fake
+def _attention_shapes(query, key, value, mask, spans):
+    batch, heads, queries, width = query.shape
+    output = query.new_empty(batch, queries, heads, width).transpose(1, 2)  # as the output projection takes it
+    return output, query.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::gradients", mutates_args=())
+def _gradients(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    log_sum: Tensor,
+    mask: Tensor | None,
+    spans: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from that of the output, [B, H, K, Dh]."""
+    batch, heads, queries, _ = query.shape
+    grads = _gradient_shapes(grad, query, key, value, output, log_sum, mask, spans)
+    delta = (grad.transpose(1, 2).float() * output.transpose(1, 2)).sum(-1).transpose(1, 2)
+    hidden = None if mask is None else _hidden(mask.transpose(2, 3), query.dtype).expand(batch, -1, -1, -1)
+    blocks = _blocks(query, key, mask, spans, PRODUCT_BLOCK)
+    rows = max(1, PRODUCT_SIZE // (heads * min(PRODUCT_BLOCK, queries) * key.shape[2]))
+    for first in range(0, batch, rows):
+        part = slice(first, first + rows)
+        tensors = tuple(x[part] for x in (grad, query, key, value, log_sum, delta))
+        _gradients_of_rows(tensors, None if hidden is None else hidden[part], blocks, tuple(x[part] for x in grads))
+    return grads
+
+
+@_gradients.register_fake
+def _gradient_shapes(grad, query, key, value, output, log_sum, mask, spans):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _gradients_of_rows(
+    tensors: tuple[Tensor, ...], hidden: Tensor | None, blocks: list[Block], results: tuple[Tensor, ...]
+) -> None:
+    """`_gradients` of some rows, written into `results`. hidden: [B, 1, S, K], `_hidden` by key and query.
+
+    tensors: dO, query, key, value, log_sum and delta = sum(dO * O), [B, H, K]. With the softmax P = exp(s - log_sum),
+    dV = P' dO and dS = P * (dO V' - delta). Both differences come out of the product itself: its left factor has minus
+    the subtrahend in two more columns, the value in bf16 and what that leaves out, and its right factor has ones there.
+    Products are keys by queries; heads that share a key stand side by side.
+    """
+    grad, query, key, value, log_sum, delta = tensors
+    (batch, heads, _, width), kv_heads, dtype = query.shape, key.shape[1], query.dtype
+    group, scale = heads // kv_heads, width**-0.5
+    left, left_grad = _widened(query, *_in_two(-log_sum, dtype)), _widened(grad, *_in_two(-delta, dtype))
+    keys, values = (_widened(x, 1.0, 1.0).flatten(0, 1) for x in (key * scale, value))
+    grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+    longest = max((end - start) * (high - low) for start, end, low, high in blocks)
+    memory = [query.new_empty(batch * heads * longest) for _ in range(2)]  # fresh pages cost more than the arithmetic
+    for start, end, low, high in blocks:
+        count = end - start
+        shape = batch * kv_heads, high - low, group * count
+        scores, changes = (x[: math.prod(shape)].view(shape) for x in memory)
+        queries, grads = (x[:, :, start:end].reshape(shape[0], shape[2], -1) for x in (left, left_grad))
+        torch.bmm(keys[:, low:high], queries.transpose(1, 2), out=scores)
+        if hidden is not None:
+            by_head = scores.view(batch, kv_heads, high - low, group, count)
+            by_head += hidden[:, :, low:high, None, start:end]
+        elif count > 1:
+            scores[:, start:] += _future(count, group, dtype)
+        weights = scores.exp_()
+        torch.bmm(values[:, low:high], grads.transpose(1, 2), out=changes).mul_(weights)
+        grad_value[:, low:high] += torch.bmm(weights, grads)
+        grad_key[:, low:high] += torch.bmm(changes, queries)
+        block = torch.bmm(changes.transpose(1, 2), keys[:, low:high])[..., :width]
+        results[0][:, :, start:end] = block.view(batch, heads, count, width)
+    results[1].copy_(grad_key[..., :width].view(key.shape) * scale)
+    results[2].copy_(grad_value[..., :width].view(value.shape))
+
+
+def _widened(x: Tensor, *columns: Tensor | float) -> Tensor:
+    """x: [..., Dh] with `columns` [...] appended, and zeros up to a multiple of 16 of them all."""
+    width = x.shape[-1]
+    wide = x.new_zeros(*x.shape[:-1], -(-(width + len(columns)) // 16) * 16)
+    wide[..., :width] = x
+    for i, column in enumerate(columns, width):
+        wide[..., i] = column
+    return wide
+
+
+def _in_two(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x rounded to `dtype`, and what that leaves out."""
+    rounded = x.to(dtype)
+    return rounded, x - rounded
+
+
+def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores: 0 where a query may look, -inf where not."""
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
+def _future(queries: int, group: int, dtype: torch.dtype) -> Tensor:
+    """`_hidden` of causal attention, keys by queries of each head: [queries, group * queries]."""
+    return torch.full((queries, queries), -torch.inf, dtype=dtype).tril(-1).repeat(1, group)
+
+
+def _remember(ctx, inputs, output) -> None:
+    query, key, value, mask, spans = inputs
+    ctx.save_for_backward(query, key, value, *output, mask, spans)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx, grad, _):
+    return *_gradients(grad, *ctx.saved_tensors), None, None
+
+
+_attention.register_autograd(_backward, setup_context=_remember)
