@@ -56,7 +56,8 @@ class Tokens:
             return x
         assert self.index is not None
         batch, slots = self.index.shape
-        padded = x.new_zeros(batch * slots, *x.shape[1:]).index_copy(0, self.packed, x)
+        # index_put, since the gradient of index_copy keeps x.
+        padded = x.new_zeros(batch * slots, *x.shape[1:]).index_put((self.packed,), x)
         return padded.view(batch, slots, *x.shape[1:])
 
     def from_slots(self, x: Tensor) -> Tensor:
@@ -126,8 +127,8 @@ class Attention(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding. x: [..., H, Dh]; cos, sin: [..., Dh]."""
-    return x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)
+    """Rotary embedding, in the precision of the tables. x: [..., H, Dh]; cos, sin: [..., Dh]."""
+    return (x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)).to(x.dtype)
 
 
 def _replace(shared: Tensor, own: Tensor, tokens: Tokens) -> Tensor:

@@ -18,6 +18,7 @@ from .config import MoRConfig
 from .flops import (
     Pass,
     Recompute,
+    Work,
     attention_widths,
     capacities,
     effective_parameters,
@@ -87,7 +88,7 @@ def layer_activation_bytes(config: MoRConfig, passed: Pass, precision: Precision
 
     fp32, per token: 6h (input, normalised and scaled, of both norms), 2q + 2kv of attention, 4f of SwiGLU. bf16: norms
     stay fp32 and each of the five projections that read them saves its own bf16 copy. packed: ragged tokens
-    are spread over slots and collected again for attention, which keeps both copies.
+    are spread over slots for attention and collected again, which keeps its output in both forms.
     """
     h, f = config.hidden_size, config.intermediate_size
     (q, kv), size = attention_widths(config), BF16 if precision == "bf16" else FP32
@@ -96,7 +97,7 @@ def layer_activation_bytes(config: MoRConfig, passed: Pass, precision: Precision
     per_query += FP32 * (2 + config.num_attention_heads)  # of norms and of softmax
     per_key = 2 * kv * size
     if packed:
-        per_query, per_key = per_query + 2 * q * size, per_key + 2 * kv * size
+        per_query += q * size
     return round(passed.queries * per_query + passed.keys * per_key)
 
 
@@ -119,12 +120,13 @@ def activation_bytes(
     precision: Precision = "bf16",
     recompute: Recompute = "none",
     document_masking: bool = False,
+    work: Work | None = None,
 ) -> Activations:
-    """Activations of one micro-batch under expected routing.
+    """Activations of one micro-batch, under expected routing unless `work` says what was routed.
 
     document_masking: attention takes a dense mask, which every layer keeps.
     """
-    work = expected_work(config, sequence_length, num_sequences)
+    work = expected_work(config, sequence_length, num_sequences) if work is None else work
     tokens, h = num_sequences * sequence_length, config.hidden_size
     size = BF16 if precision == "bf16" else FP32
     q, kv = attention_widths(config)

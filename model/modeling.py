@@ -606,7 +606,7 @@ class MoRModel(MoRPreTrainedModel):
             fresh = self._run(segment, state, tokens, kv, row)
             # A dummy token, taken where no token is left so that every module runs, changes nothing.
             state = torch.where(alive[:, None], fresh, state)
-            last = last.index_copy(0, flat, state)
+            last = last.index_put((flat,), state)  # keeps less for its gradient than index_copy
         last = last.view(batch, length, width)
         if config.gating == "weighted":
             last = scores.gather(-1, choice[..., None]).to(last.dtype) * last

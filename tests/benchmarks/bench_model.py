@@ -39,7 +39,7 @@ from rich.table import Table
 from torch import Tensor
 
 from model.config import MoRConfig
-from model.flops import training_flops
+from model.flops import training_flops, work_of
 from model.memory import activation_bytes
 from model.modeling import MoRForCausalLM
 
@@ -164,12 +164,16 @@ def measure(
     return seconds
 
 
-def routed_flops(config: MoRConfig, output: Any, rows: int, length: int) -> int:
-    """Exact FLOPs of a step, of the routing that its output records."""
-    if output.routing is None:
-        return training_flops(config, length, rows)
-    counts, pairs = output.routing.counts.sum(0).tolist(), output.routing.pairs.sum(0).tolist()
-    return training_flops(config, length, rows, counts, pairs)
+def routed(config: MoRConfig, output: Any, options: argparse.Namespace) -> tuple[int, int]:
+    """Exact FLOPs of a step and the bytes it saves for its gradients, of the routing that its output records."""
+    shape, counts, pairs = (options.length, options.rows), [], []
+    if output.routing is not None:
+        counts, pairs = output.routing.counts.sum(0).tolist(), output.routing.pairs.sum(0).tolist()
+    work = work_of(config, *shape, counts, pairs)
+    saved = activation_bytes(
+        config, *shape, precision=options.dtype, document_masking=options.documents, work=work
+    ).saved
+    return training_flops(config, *shape, counts, pairs), saved
 
 
 def run(options: argparse.Namespace) -> list[Result]:
@@ -184,10 +188,7 @@ def run(options: argparse.Namespace) -> list[Result]:
     steps: dict[str, Callable[[], Any]] = {}
     results: dict[str, Result] = {}
     configs = variants(base, device == "cuda")
-    estimates = {
-        name: activation_bytes(config, options.length, options.rows, precision=options.dtype).saved
-        for name, config in configs.items()
-    }
+    saved: dict[str, int] = {}
     for name, config in configs.items():
         if options.only and not any(part in name for part in ["vanilla", *options.only]):
             continue
@@ -196,11 +197,11 @@ def run(options: argparse.Namespace) -> list[Result]:
         if options.compile:
             model.compile_layers()
         steps[name] = make_step(model, batch, documents, options.dtype)
-        flops = routed_flops(config, steps[name](), options.rows, options.length)
+        flops, saved[name] = routed(config, steps[name](), options)
         results[name] = Result(name, flops, peak_bytes(steps[name], model, device))
         results[name].excess_bar = BARS.get(config.routing)
         if config.routing != "none":
-            results[name].peak_bar = estimates[name] / estimates["vanilla"]
+            results[name].peak_bar = saved[name] / saved["vanilla"]
     peak = matmul_peak(device, options.dtype)
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     return summarize(results, measure(steps, options.rounds, device, clock), batch.numel(), peak)
