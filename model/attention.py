@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,15 +27,27 @@ HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operators; a copy of this file, in a model's folder, has its own
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-Block = tuple[int, int, int, int]  # first and last + 1 of its queries, and of the keys that any of them sees
+
+
+class Block(NamedTuple):
+    """Queries `start` to `end`; some of them see keys `low` to `high`, all of them see keys `low` to `clear`."""
+
+    start: int
+    end: int
+    low: int
+    clear: int
+    high: int
 
 
 def spans_of(mask: Tensor) -> Tensor:
-    """First and last + 1 of the keys that any of `SPAN` queries sees: [ceil(K / SPAN), 2]. mask: [B, 1, K, S] bool."""
+    """`low`, `clear`, `high` of every `SPAN` queries, over all rows: [ceil(K / SPAN), 3]. mask: [B, 1, K, S] bool."""
     spans = []
-    for part in mask.split(SPAN, 2):
-        seen = part.flatten(0, 2).any(0).nonzero()
-        spans.append((int(seen[0]), int(seen[-1]) + 1))
+    for part in mask.flatten(0, 1).split(SPAN, 1):
+        queries = part.flatten(0, 1)
+        seen = queries.any(0).nonzero()
+        low, high = int(seen[0]), int(seen[-1]) + 1
+        hidden = queries[:, low:high].all(0).logical_not().nonzero()
+        spans.append((low, low + int(hidden[0]) if len(hidden) else high, high))
     return torch.tensor(spans)
 
 
@@ -96,7 +109,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropou
 @torch.compiler.disable
 def _sdpa_by_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, spans: Tensor, dropout: float) -> Tensor:
     parts = []
-    for start, end, low, high in _blocks(query, key, mask, spans, KERNEL_BLOCK):
+    for start, end, low, _, high in _blocks(query, key, mask, spans, KERNEL_BLOCK):
         keys, values = key[:, :, low:high], value[:, :, low:high]
         parts.append(_sdpa(query[:, :, start:end], keys, values, mask[:, :, start:end, low:high], dropout))
     return torch.cat(parts, 2)
@@ -107,11 +120,11 @@ def _blocks(query: Tensor, key: Tensor, mask: Tensor | None, spans: Tensor | Non
     count, keys = query.shape[2], key.shape[2]
     ranges = [(start, min(start + size, count)) for start in range(0, count, size)]
     if mask is None:
-        return [(start, end, 0, end if count > 1 else keys) for start, end in ranges]
+        return [Block(start, end, 0, *((start, end) if count > 1 else (keys, keys))) for start, end in ranges]
     blocks, listed = [], (spans_of(mask) if spans is None else spans).tolist()
     for start, end in ranges:
-        first, last = zip(*listed[start // SPAN : -(-end // SPAN)], strict=True)
-        blocks.append((start, end, min(first), max(last)))
+        low, clear, high = zip(*listed[start // SPAN : -(-end // SPAN)], strict=True)
+        blocks.append(Block(start, end, min(low), min(clear) if min(low) == max(low) else min(low), max(high)))
     return blocks
 
 
@@ -124,14 +137,17 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention without dropout -> output [B, H, K, Dh] and fp32 logarithm of the softmax's denominator [B, H, K]."""
     output, log_sum = _attention_shapes(query, key, value, mask, spans)
-    whole = [(0, query.shape[2], 0, key.shape[2])]
-    for start, end, low, high in whole if mask is None else _blocks(query, key, mask, spans, KERNEL_BLOCK):
+    size = query.shape[2] if mask is None else KERNEL_BLOCK
+    for start, end, low, clear, high in _blocks(query, key, mask, spans, size):
+        hidden = None
+        if mask is not None:
+            hidden = F.pad(_hidden(mask[:, :, start:end, clear:high], query.dtype), (clear - low, 0))
         output[:, :, start:end], log_sum[:, :, start:end] = _flash(
             query[:, :, start:end],
             key[:, :, low:high],
             value[:, :, low:high],
             is_causal=mask is None and query.shape[2] > 1,
-            attn_mask=None if mask is None else _hidden(mask[:, :, start:end, low:high], query.dtype),
+            attn_mask=hidden,
         )
     return output, log_sum
 
@@ -158,13 +174,12 @@ def _gradients(
     batch, heads, queries, _ = query.shape
     grads = _gradient_shapes(grad, query, key, value, output, log_sum, mask, spans)
     delta = (grad.transpose(1, 2).float() * output.transpose(1, 2)).sum(-1).transpose(1, 2)
-    hidden = None if mask is None else _hidden(mask.transpose(2, 3), query.dtype).expand(batch, -1, -1, -1)
     blocks = _blocks(query, key, mask, spans, PRODUCT_BLOCK)
     rows = max(1, PRODUCT_SIZE // (heads * min(PRODUCT_BLOCK, queries) * key.shape[2]))
     for first in range(0, batch, rows):
         part = slice(first, first + rows)
         tensors = tuple(x[part] for x in (grad, query, key, value, log_sum, delta))
-        _gradients_of_rows(tensors, None if hidden is None else hidden[part], blocks, tuple(x[part] for x in grads))
+        _gradients_of_rows(tensors, None if mask is None else mask[part], blocks, tuple(x[part] for x in grads))
     return grads
 
 
@@ -174,9 +189,9 @@ def _gradient_shapes(grad, query, key, value, output, log_sum, mask, spans):
 
 
 def _gradients_of_rows(
-    tensors: tuple[Tensor, ...], hidden: Tensor | None, blocks: list[Block], results: tuple[Tensor, ...]
+    tensors: tuple[Tensor, ...], mask: Tensor | None, blocks: list[Block], results: tuple[Tensor, ...]
 ) -> None:
-    """`_gradients` of some rows, written into `results`. hidden: [B, 1, S, K], `_hidden` by key and query.
+    """`_gradients` of some rows, written into `results`.
 
     tensors: dO, query, key, value, log_sum and delta = sum(dO * O), [B, H, K]. With the softmax P = exp(s - log_sum),
     dV = P' dO and dS = P * (dO V' - delta). Both differences come out of the product itself: its left factor has minus
@@ -189,19 +204,18 @@ def _gradients_of_rows(
     left, left_grad = _widened(query, *_in_two(-log_sum, dtype)), _widened(grad, *_in_two(-delta, dtype))
     keys, values = (_widened(x, 1.0, 1.0).flatten(0, 1) for x in (key * scale, value))
     grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-    longest = max((end - start) * (high - low) for start, end, low, high in blocks)
+    longest = max((block.end - block.start) * (block.high - block.low) for block in blocks)
     memory = [query.new_empty(batch * heads * longest) for _ in range(2)]  # fresh pages cost more than the arithmetic
-    for start, end, low, high in blocks:
+    for start, end, low, clear, high in blocks:
         count = end - start
         shape = batch * kv_heads, high - low, group * count
         scores, changes = (x[: math.prod(shape)].view(shape) for x in memory)
         queries, grads = (x[:, :, start:end].reshape(shape[0], shape[2], -1) for x in (left, left_grad))
         torch.bmm(keys[:, low:high], queries.transpose(1, 2), out=scores)
-        if hidden is not None:
-            by_head = scores.view(batch, kv_heads, high - low, group, count)
-            by_head += hidden[:, :, low:high, None, start:end]
-        elif count > 1:
-            scores[:, start:] += _future(count, group, dtype)
+        if clear < high:
+            seen = _past(count) if mask is None else mask[:, :, start:end, clear:high]
+            hidden = _hidden(seen.transpose(-2, -1), dtype).repeat(*[1] * (seen.dim() - 1), group)
+            scores.view(batch, kv_heads, high - low, group * count)[:, :, clear - low :] += hidden
         weights = scores.exp_()
         torch.bmm(values[:, low:high], grads.transpose(1, 2), out=changes).mul_(weights)
         grad_value[:, low:high] += torch.bmm(weights, grads)
@@ -228,14 +242,14 @@ def _in_two(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rounded, x - rounded
 
 
-def _hidden(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What to add to scores: 0 where a query may look, -inf where not."""
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill_(~mask, -torch.inf)
+def _hidden(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What to add to scores: 0 where a query sees a key, -inf where not."""
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
 
 
-def _future(queries: int, group: int, dtype: torch.dtype) -> Tensor:
-    """`_hidden` of causal attention, keys by queries of each head: [queries, group * queries]."""
-    return torch.full((queries, queries), -torch.inf, dtype=dtype).tril(-1).repeat(1, group)
+def _past(queries: int) -> Tensor:
+    """Who sees whom among `queries` tokens of a causal row."""
+    return torch.ones(queries, queries, dtype=torch.bool).tril()
 
 
 def _remember(ctx, inputs, output) -> None:
