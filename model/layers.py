@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
-from .attention import attend, spans_of
+from .attention import SPAN, attend, spans_of
 from .config import MoRConfig
 from .relaxation import make_projection, project
 
@@ -44,10 +44,11 @@ class Tokens:
     spans: Tensor | None = None
 
     def look_through(self, mask: Tensor | None) -> Tokens:
-        """Set the mask, and on a CPU its spans."""
+        """Set the mask, and on a CPU its spans, once for all layers, where it has several."""
         self.mask, self.spans = mask, None
-        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            self.spans = spans_of(mask)
+        if mask is None or mask.device.type != "cpu" or mask.shape[2] <= SPAN or torch.compiler.is_compiling():
+            return self
+        self.spans = spans_of(mask)
         return self
 
     def to_slots(self, x: Tensor) -> Tensor:

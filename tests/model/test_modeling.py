@@ -326,7 +326,7 @@ def test_compiles_without_graph_breaks(name, packed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_strategy", ["recursion_wise"])
+@pytest.mark.parametrize("kv_strategy", ["recursion_wise", "shared"])
 def test_token_choice_compiles_once_for_all_lengths(kv_strategy):
     """Every step sends another number of tokens to each depth; after the first steps nothing is compiled again."""
     torch._dynamo.reset()
@@ -350,8 +350,8 @@ def test_masked_attention_by_block_changes_nothing(name, packed, monkeypatch):
     documents = (torch.arange(24) // 10)[None].expand(2, -1) if packed else None
     results = []
     for size in (5, 1000):
-        for name_of_size in ("SPAN", "KERNEL_BLOCK"):
-            monkeypatch.setattr(f"model.attention.{name_of_size}", size)
+        for place in ("attention.SPAN", "layers.SPAN", "attention.KERNEL_BLOCK"):
+            monkeypatch.setattr(f"model.{place}", size)
         model = build(name)
         model(batch(), labels=batch(), document_ids=documents).loss.backward()
         results.append(gradients(model))
