@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, in the precision of the tables. x: [..., H, Dh]; cos, sin: [..., Dh]."""
+    """Rotary embedding, computed in the tables' precision, given in that of x: [..., H, Dh]; cos, sin: [..., Dh]."""
     return (x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)).to(x.dtype)
 
 

@@ -172,9 +172,8 @@ def _strategy_of_launcher(environment: Mapping[str, str]) -> dict[str, Any] | No
         }
         if shard_size := environment.get("PARALLELISM_CONFIG_DP_SHARD_SIZE"):
             found["shard_size"] = int(shard_size)
-        if (
-            environment.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP"
-        ):  # else the launcher's default, which is not meant
+        # Under another policy the launcher passes its default on, which nobody asked for.
+        if environment.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
             found["min_unit_parameters"] = int(environment["FSDP_MIN_NUM_PARAMS"])
         return found
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":

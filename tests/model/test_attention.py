@@ -10,23 +10,10 @@ from torch import Tensor
 
 from model import MoRConfig, MoRForCausalLM, attention
 from model.flops import measured_flops
+from tests.helpers.tiny import VOCABULARY, tiny_config
 
-BASE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-VARIANTS = {
-    "vanilla": {},
-    "expert": {"num_recursions": 3, "routing": "expert_choice"},
-    "expert-shared": {"num_recursions": 3, "routing": "expert_choice", "kv_strategy": "shared"},
-    "token": {"num_recursions": 3, "routing": "token_choice"},
-    "token-shared": {"num_recursions": 3, "routing": "token_choice", "kv_strategy": "shared"},
-}
-TOKENS = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(0))
+VARIANTS = ["vanilla", "expert-recursion_wise", "expert-shared", "token-recursion_wise", "token-shared"]
+TOKENS = torch.randint(0, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(0))
 DOCUMENTS = (torch.arange(40) // 17).expand(2, -1)
 
 
@@ -38,7 +25,7 @@ def _operators(monkeypatch):
 
 def build(name: str, **changes) -> MoRForCausalLM:
     torch.manual_seed(0)
-    return MoRForCausalLM(MoRConfig(**BASE | VARIANTS[name] | changes)).train()
+    return MoRForCausalLM(tiny_config(name, initializer_range=0.02, **changes)).train()
 
 
 def gradients(model: MoRForCausalLM, documents: Tensor | None = None) -> dict[str, Tensor]:
@@ -90,18 +77,18 @@ def run(tensors: list[Tensor], mask: Tensor | None, config: MoRConfig, **options
 def test_operators_equal_attention_written_out(problem, span, known):
     """Output and gradients, whatever the shape of the blocks and whether spans are given."""
     tensors, mask = problem
-    written_out = MoRConfig(**BASE)
+    written_out = tiny_config("vanilla")
     written_out._attn_implementation = "eager"
     exact = run([x.float() for x in tensors], mask, written_out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "HAS_AMX", False)
-        kernel = run(tensors, mask, MoRConfig(**BASE))
+        kernel = run(tensors, mask, tiny_config("vanilla"))
         patch.setattr(attention, "HAS_AMX", True)
         sizes = {"SPAN": span, "KERNEL_BLOCK": 3 * span, "PRODUCT_BLOCK": 2 * span, "PRODUCT_SIZE": 900}
         for name, size in sizes.items():
             patch.setattr(attention, name, size)
         spans = attention.spans_of(mask) if known and mask is not None else None
-        got = run(tensors, mask, MoRConfig(**BASE), spans=spans)
+        got = run(tensors, mask, tiny_config("vanilla"), spans=spans)
     # Where the softmax is one-hot, gradients are differences that cancel.
     terms = tensors[3].float().norm() * max(1.0, *(x.abs().max().item() ** 2 for x in tensors[:3]))
     for ours, theirs, value in zip(got, kernel, exact, strict=True):
@@ -115,7 +102,7 @@ def test_a_key_that_nobody_sees_gets_no_gradient():
     mask = (torch.arange(9) <= torch.arange(9)[:, None])[None, None].clone()
     mask[..., 4] = False
     mask[..., 4, 0] = True
-    _, _, key, value = run(tensors, mask, MoRConfig(**BASE))
+    _, _, key, value = run(tensors, mask, tiny_config("vanilla"))
     assert not key[:, :, 4].any() and not value[:, :, 4].any() and key[:, :, 3].any()
 
 
@@ -164,16 +151,16 @@ def test_selective_recomputation_keeps_the_output_of_attention(monkeypatch):
     once = len(calls)
     model.set_recompute("selective")
     gradients(model)
-    assert once == BASE["num_hidden_layers"] and len(calls) == 2 * once
+    assert once == model.config.num_hidden_layers and len(calls) == 2 * once
 
 
 def test_switched_off_where_dropout_or_no_flash_attention_is_asked_for(monkeypatch):
     def refuse(*args):
         raise AssertionError("the operator ran")
 
-    expected = measured_flops(lambda: build("expert")(TOKENS, labels=TOKENS).loss.backward())
+    expected = measured_flops(lambda: build("expert-recursion_wise")(TOKENS, labels=TOKENS).loss.backward())
     monkeypatch.setattr(attention, "_attention", refuse)
-    assert measured_flops(lambda: gradients(build("expert"))) == expected
+    assert measured_flops(lambda: gradients(build("expert-recursion_wise"))) == expected
     gradients(build("vanilla", attention_dropout=0.1))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         build("vanilla")(TOKENS)
@@ -183,7 +170,7 @@ def test_switched_off_where_dropout_or_no_flash_attention_is_asked_for(monkeypat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole", "documents"])
-@pytest.mark.parametrize("name", ["vanilla", "expert", "expert-shared"])
+@pytest.mark.parametrize("name", ["vanilla", "expert-recursion_wise", "expert-shared"])
 def test_compiles_without_graph_breaks(name, documents):
     torch._dynamo.reset()
     model = build(name)
