@@ -73,8 +73,8 @@ class Request:
     text: prompt and generated ids; done: how many of them passed all layers since the last (re)start; depths:
     recursions that each of the `done` executed; tokens: the generated ids without a stop sequence; released: how many
     of those were handed out; runs: pages of all tokens, then one run per recursion; places: positions of their tokens.
-    finished: `stop`, `length`, `cancelled` or "" while it lives. scores: position -> log-probability of its token, where
-    the parameters ask for it, a stop sequence's tokens included; the first token of a prompt has none.
+    finished: `stop`, `length`, `cancelled` or "" while it lives. scores: position -> log-probability of its token,
+    where the parameters ask for it, a stop sequence's tokens included; the first token of a prompt has none.
     """
 
     order: int
