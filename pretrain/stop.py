@@ -1,10 +1,11 @@
 """A clean stop: signals and the stop file ask for it, the training loop obeys between two steps.
 
-SIGTERM and SIGUSR1 (what a scheduler sends before it takes the machine away) and a file named `stop` in the run
-directory end the run after the current step with a checkpoint and exit code 75 (EX_TEMPFAIL of sysexits.h): run it
-again. Ctrl-C does the same and exits with 130; a second Ctrl-C ends the process at once. The file `requeue` in the run
-directory stands for exit code 75 where a launcher replaces exit codes by its own. A run that cannot write (a checkpoint,
-its metrics) ends with 74 (EX_IOERR) and without that file: to start it again before there is room would change nothing.
+SIGTERM and SIGUSR1 (what a scheduler sends before it takes the machine away), SIGHUP (the terminal is gone; ignored
+under nohup) and a file named `stop` in the run directory end the run after the current step with a checkpoint and exit
+code 75 (EX_TEMPFAIL of sysexits.h): run it again. Ctrl-C does the same and exits with 130; a second Ctrl-C ends the
+process at once. The file `requeue` in the run directory stands for exit code 75 where a launcher replaces exit codes by
+its own. A run that cannot write its checkpoint ends with 74 (EX_IOERR) and without that file: to start it again before
+there is room would change nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import errno
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,6 +24,7 @@ REQUEUE = 75
 INTERRUPTED = 130
 STOP_FILE = "stop"
 REQUEUE_FILE = "requeue"
+ONE_PRESS_SECONDS = 1.0  # a terminal tells every process of a Ctrl-C, and launchers pass it on: the same one twice
 
 # What a file system refuses: full, over quota, broken, read-only, too large, gone.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE}
@@ -52,11 +55,15 @@ class StopRequest:
         """folder: the run directory, whose stop file counts too; an old one is removed on entry."""
         self._file = folder / STOP_FILE
         self._received: int | None = None
+        self._pressed = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         self._file.unlink(missing_ok=True)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        asking = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            asking.append(signal.SIGHUP)
+        for number in asking:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -66,7 +73,10 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._received == signal.SIGINT:
-            raise KeyboardInterrupt
+            if time.monotonic() - self._pressed > ONE_PRESS_SECONDS:
+                raise KeyboardInterrupt
+            return
+        self._pressed = time.monotonic()
         self._received = number
 
     @property
