@@ -29,7 +29,9 @@ class SourceSettings(Settings):
         description="text, jsonl (plain, .gz or .zst), csv, parquet: local files; datasets: a name for the datasets "
         "library, streamed; packaged: a corpus that pip or apt brings; synthetic: sentences of a seeded grammar"
     )
-    paths: list[PathText] | None = Field(None, description="local files, folders or glob patterns, read in sorted order")
+    paths: list[PathText] | None = Field(
+        None, description="local files, folders or glob patterns, read in sorted order"
+    )
     delimiter: str | None = Field(
         None, min_length=1, description="text: string between documents of one file; without it a file is one document"
     )

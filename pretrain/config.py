@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self
 
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -217,7 +217,8 @@ class ExperimentSettings(Settings):
     name: str = Field(min_length=1, description="the run's name in reports and in W&B")
     run_dir: Path = Field(description="the run's directory: config.yaml, run.json, metrics.jsonl, checkpoints/, final/")
     seed: int = Field(
-        default=0, ge=0, lt=2**40, description="seed of the initial weights, the order of the data and every draw")
+        default=0, ge=0, lt=2**40, description="seed of the initial weights, the order of the data and every draw"
+    )
     model: dict[str, Any] = Field(description="configs/model/*.yaml, or fields of MoRConfig")
     initialize_from: InitializeSettings | None = Field(default=None, description="start from a trained vanilla model")
     data: DataSettings = Field(description="the prepared data")
@@ -266,8 +267,12 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Exp
 
 
 def typed_model_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields of MoRConfig as its annotations have them: whole numbers where fractions are wanted, `yes` for a switch."""
-    hints = get_type_hints(MoRConfig)
+    """Fields of MoRConfig as its annotations say: a fraction where a whole number was written, a switch for `yes`."""
+    hints: dict[str, Any] = {}
+    for cls in reversed(MoRConfig.__mro__):
+        hints |= {
+            name: hint for name, hint in vars(cls).get("__annotations__", {}).items() if not isinstance(hint, str)
+        }
     return {name: typed(_plain(value), hints.get(name, Any)) for name, value in fields.items()}
 
 
