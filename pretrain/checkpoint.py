@@ -8,9 +8,9 @@ A checkpoint is a folder `step-00000050/`:
     state.json        what the trainer gave: schedule, data position, FLOPs, tracker id, configuration, versions
     COMMITTED.json    format, step, ranks, and size and sha256 of every other file
 
-It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker is passed
-over for the one before; one whose files do not match its marker is set aside as `step-00000050.damaged` and never
-counted. Removal takes the marker first. All ranks must see the same folder.
+It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker is
+passed over for the one before; one whose files do not match its marker is set aside as `step-00000050.damaged` and
+never counted. Removal takes the marker first. All ranks must see the same folder.
 """
 
 from __future__ import annotations
