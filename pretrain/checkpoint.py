@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from data_prep.settings import UserError, run_command
+from pretrain.dcp_reader import SafeReader, read_metadata
 from pretrain.parallel import Parallel, read_deepspeed
 from pretrain.stop import disk_error
 
@@ -536,13 +537,16 @@ def _allocate(parallel: Parallel, shapes: dict[str, torch.Size], path: Path) -> 
 
 
 def _sharded_shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    try:
+        entries = read_metadata(folder / ".metadata").state_dict_metadata
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
     return {n: (e.size, e.properties.dtype) for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
 
 
 def _load_sharded(parallel: Parallel, folder: Path) -> None:
     _allocate(parallel, {name: shape for name, (shape, _) in _sharded_shapes(folder).items()}, folder)
-    dcp.load(named_tensors(parallel), checkpoint_id=folder, process_group=parallel.background_group)
+    dcp.load(named_tensors(parallel), storage_reader=SafeReader(folder), process_group=parallel.background_group)
 
 
 def _load_consolidated(parallel: Parallel, folder: Path) -> None:
@@ -571,7 +575,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if format == "consolidated":
         return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _sharded_shapes(folder).items()}
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
     return tensors
 
 
