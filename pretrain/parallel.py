@@ -21,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ from torch.optim import Optimizer
 
 from data_prep.settings import UserError
 from pretrain.parallel_settings import ParallelSettings, check_precision, resolve_strategy
+from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.timing import StepClock
 from pretrain.watchdog import Watchdog
 
@@ -49,8 +51,23 @@ POLL_SECONDS = 0.2  # between two looks at the store, of a rank that waits for r
 SAVE_TIMEOUT = timedelta(days=2)
 
 
-class RankFailure(Exception):
-    """Another rank failed; its message."""
+class RunFailed(Exception):
+    """The run cannot go on, for what its message says; raised on every rank alike. exit_code: of the process."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def failure_of(error: BaseException) -> RunFailed:
+    """What `error`, of one rank, is to all of them."""
+    if isinstance(error, RunFailed):
+        return error
+    if isinstance(error, UserError):
+        return RunFailed(str(error), 2)
+    if text := disk_error(error):
+        return RunFailed(f"{text}: make room, then run the same command again; checkpoints are whole", CANNOT_WRITE)
+    return RunFailed(f"{type(error).__name__}: {error}")
 
 
 def _check_devices(visible: int, environment: Mapping[str, str]) -> None:
@@ -108,16 +125,18 @@ class Parallel:
         settings = resolve_strategy(settings, os.environ)
         check_precision(settings, precision, os.environ)
         parallel = _STRATEGIES[settings.strategy](settings, precision, seed)
+        store: dist.Store | None = None
         if "WORLD_SIZE" in os.environ:
-            parallel.store, _, _ = next(dist.rendezvous("env://", parallel.rank, parallel.world_size))
+            store, _, _ = next(dist.rendezvous("env://", parallel.rank, parallel.world_size))
+            parallel.store = dist.PrefixStore("pretrain", store)
         if first is not None:
             parallel.on_main("the start", first)
-        if "WORLD_SIZE" in os.environ:
+        if store is not None:
             backend = "cpu:gloo,cuda:nccl" if parallel.device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend,
                 timeout=timedelta(seconds=settings.timeout_seconds),
-                store=dist.PrefixStore("ranks", parallel.store),
+                store=dist.PrefixStore("ranks", store),
                 rank=parallel.rank,
                 world_size=parallel.world_size,
             )
@@ -134,9 +153,12 @@ class Parallel:
     def on_main(self, what: str, action: Callable[[], Result]) -> Result | None:
         """Run `action` on rank 0, however long it takes; the others look at a key now and then, outside any collective.
 
-        Returns its result on rank 0, None elsewhere. What it raises is raised on every rank: itself on rank 0,
-        elsewhere UserError with its message if it was one, else RankFailure.
+        Returns its result on rank 0, None elsewhere. What it raises ends every rank: alone, a process raises it as it
+        is; of several, all raise RunFailed.
         """
+        if self.world_size == 1:
+            return action()
+        assert self.store is not None
         self._solos += 1
         key = f"on_main/{self._solos}"
         with self.busy(what):
@@ -145,24 +167,34 @@ class Parallel:
                 return None
             try:
                 result = action()
-            except BaseException as error:
-                if self.store is not None:
-                    with suppress(RuntimeError):  # the store is gone with the others
-                        self.store.set(key, ("user\t" if isinstance(error, UserError) else "other\t") + str(error))
-                raise
-            if self.store is not None:
-                self.store.set(key, "done\t")
+            except Exception as error:
+                failure = failure_of(error)
+                if failure.exit_code == 1:
+                    traceback.print_exception(error, file=sys.stderr)
+                self.store.set(key, f"{failure.exit_code}\t{failure}")
+                raise failure from error
+            self.store.set(key, "0\t")
             return result
 
     def _wait_for_main(self, key: str) -> None:
         assert self.store is not None
         while not self.store.check([key]):
             time.sleep(POLL_SECONDS)
-        kind, _, message = self.store.get(key).decode().partition("\t")
-        if kind == "user":
-            raise UserError(message)
-        if kind != "done":
-            raise RankFailure(f"rank 0 failed: {message}")
+        code, _, message = self.store.get(key).decode().partition("\t")
+        if code != "0":
+            raise RunFailed(message, int(code))
+
+    def fail_together(self, error: Exception | None) -> NoReturn:
+        """Some rank cannot go on, with `error` where it is this one; collective. Raises RunFailed on every rank."""
+        if self.world_size == 1 and error is not None:
+            raise error
+        failure = None if error is None else failure_of(error)
+        if failure and failure.exit_code == 1:
+            traceback.print_exception(error, file=sys.stderr)
+        told = self.gather(None if failure is None else (str(failure), failure.exit_code))
+        found = [(rank, *entry) for rank, entry in enumerate(told) if entry is not None]
+        message = "; ".join(f"rank {rank}: {text}" for rank, text, _ in found)
+        raise RunFailed(message, found[0][2]) from error
 
     def building(self) -> AbstractContextManager[Any]:
         """Where a new model is built: under fsdp2 only rank 0 draws and holds weights, which `prepare` hands round."""
@@ -275,8 +307,9 @@ class Parallel:
         """Leave the group. The barrier right before keeps a late rank from finding its peers gone."""
         if self.watchdog:
             self.watchdog.stop()
+            self.watchdog = None
         if dist.is_initialized():
-            dist.barrier(group=self.background_group)
+            self.barrier()
             dist.destroy_process_group()
 
     # state, as checkpoints see it -----------------------------------------------------------------------------------
