@@ -199,6 +199,7 @@ class Checkpoints:
         self.folder = Path(folder)
         self.keep, self.milestone_every, self.asynchronous = keep, milestone_every, asynchronous
         self.report, self.written = report, written
+        self.held: set[int] = set()  # steps that are kept for good beside the milestones
         self.failures = 0
         self.staging = Staging()
         self._outcome: Outcome | None = None
@@ -341,7 +342,7 @@ class Checkpoints:
         """
         until_now = [(step, folder) for step, folder in committed(self.folder) if step <= written]
         for step, folder in until_now[: -self.keep]:
-            if not (self.milestone_every and step % self.milestone_every == 0):
+            if step not in self.held and not (self.milestone_every and step % self.milestone_every == 0):
                 remove(folder)
 
     def _give_up(self, parallel: Parallel, partial: Path, step: int, error: SaveError) -> None:

@@ -41,7 +41,8 @@ LLAMA_FIELDS = {
     "mlp_bias": "biases in the MLP",
 }
 
-# What a run may change when it continues: none of it changes which losses the run computes, but for rounding.
+# What a run may change when it continues: none of it changes what the run learns, but for rounding. A change of
+# NOTED_CHANGES is written into run.json and metrics.jsonl; a larger budget is pretrain/extend.py's.
 MAY_CHANGE = (
     "run_dir",
     "data.folder",
@@ -54,7 +55,12 @@ MAY_CHANGE = (
     "metrics",
     "tracker",
     "parallel",
+    "start_from.path",
+    "evaluation",
 )
+
+
+NOTED_CHANGES = ("evaluation", "optimizer.max_skipped_steps")
 
 
 def _whole(value: Any) -> Any:
@@ -211,6 +217,46 @@ class InitializeSettings(Settings):
     svd: bool = Field(default=False, description="start LoRA or DoRA deltas from what sharing takes away")
 
 
+class StartSettings(Settings):
+    """A run that starts from another one; a path alone stands for `path`. See pretrain/parent.py."""
+
+    path: Path = Field(description="run directory, one of its checkpoints, or an exported model (a run's final/)")
+    step: int | None = Field(default=None, ge=0, description="of a run: the checkpoint of this step; null: the newest")
+    take: Literal["weights", "optimizer", "run"] = Field(
+        default="weights",
+        description="weights; optimizer: AdamW's state too; run: all, step, FLOPs, metrics and place in the data too",
+    )
+    data: Literal["fresh", "continue"] | None = Field(
+        default=None,
+        description="fresh: the data from its beginning; continue: where the parent stood in it; null: continue with "
+        "take: run, else fresh",
+    )
+    skip_steps: tuple[int, int] | None = Field(
+        default=None, description="first and last step of the parent whose batches are left out, as after a loss spike"
+    )
+
+    @property
+    def data_order(self) -> str:
+        """`fresh` or `continue`, settled."""
+        return self.data or ("continue" if self.take == "run" else "fresh")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, values: Any) -> Any:
+        return {"path": values} if isinstance(values, str | Path) else values
+
+    @model_validator(mode="after")
+    def _skips_what_continues(self) -> Self:
+        if self.skip_steps is None:
+            return self
+        first, last = self.skip_steps
+        if not 1 <= first <= last:
+            raise ValueError(f"skip_steps: [{first}, {last}] must be a first and a last step, from 1")
+        if self.data_order != "continue":
+            raise ValueError("skip_steps needs data: continue, the parent's data in its order")
+        return self
+
+
 class ExperimentSettings(Settings):
     """One training run."""
 
@@ -221,6 +267,9 @@ class ExperimentSettings(Settings):
     )
     model: dict[str, Any] = Field(description="configs/model/*.yaml, or fields of MoRConfig")
     initialize_from: InitializeSettings | None = Field(default=None, description="start from a trained vanilla model")
+    start_from: StartSettings | None = Field(
+        default=None, description="start from another run, checkpoint or exported model; a path, or its fields"
+    )
     data: DataSettings = Field(description="the prepared data")
     budget: BudgetSettings = Field(description="when the run ends")
     batch: BatchSettings = Field(description="how large a step is")
@@ -258,6 +307,8 @@ class ExperimentSettings(Settings):
     def _consistent(self) -> Self:
         if len(self.budget.totals) > 1 and self.schedule.kind != "trapezoid":
             raise ValueError("schedule.kind: several budgets need a trapezoid, whose plateau they share")
+        if self.start_from is not None and self.initialize_from is not None:
+            raise ValueError("start_from and initialize_from both say where the weights come from: give one")
         if self.parallel.mixed_precision == "bf16" and self.precision == "fp32":
             raise ValueError(
                 "precision is fp32, and parallel.mixed_precision bf16: give both the same, or no to the last"
@@ -323,6 +374,27 @@ def micro_size_of(batch: BatchSettings, world_size: int) -> int:
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two resolved configurations, but for those that may change."""
     return sorted(key for key in _differences(before, now) if not key.startswith(MAY_CHANGE))
+
+
+def noted_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """Dotted key -> [old value, new value] of what may change and is written down when it does."""
+    found = {}
+    for key in sorted(_differences(before, now)):
+        if key.startswith(NOTED_CHANGES):
+            values: list[Any] = [before, now]
+            for part in key.split("."):
+                values = [value.get(part) if isinstance(value, dict) else None for value in values]
+            found[key] = values
+    return found
+
+
+def refusal(folder: Path, keys: Sequence[str]) -> str:
+    """Why a run cannot go on with other values of `keys`, and the ways out."""
+    return (
+        f"{folder}: belongs to a run of another configuration; these keys differ: {', '.join(keys)}. They decide what "
+        f"the run learns. Give them as in {folder / 'config.yaml'}, or begin a new run from this one with another "
+        f"run_dir and start_from={folder} (start_from.take=weights, optimizer or run)"
+    )
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

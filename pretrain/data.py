@@ -398,6 +398,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.document_masking = document_masking
         self.position = position
+        self.skipped: tuple[int, int] | None = None  # positions from .. to (without) that are left out
         self._blocks = Blocks(manifest, split)
         self._depth, self._workers = max(1, read_ahead_batches), workers
         self._batches: Generator[list[MicroBatch]] | None = None
@@ -407,16 +408,33 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         """Times that the whole split has been handed out."""
         return self.position // len(self._blocks)
 
+    def __len__(self) -> int:
+        """Samples of the split."""
+        return len(self._blocks)
+
+    def _past_skipped(self, position: int) -> int:
+        """`position`, or the end of what is left out if it lies in there."""
+        if self.skipped is not None and self.skipped[0] <= position < self.skipped[1]:
+            return self.skipped[1]
+        return position
+
+    def _starts(self) -> Iterator[int]:
+        """Where the global batches from here on begin."""
+        position = self.position
+        while True:
+            position = self._past_skipped(position)
+            yield position
+            position += self.batch_size
+
     def __next__(self) -> list[MicroBatch]:
         if self._batches is None:
-            starts = itertools.count(self.position, self.batch_size)
-            self._batches = read_ahead(self.load, starts, self._depth, self._workers)
+            self._batches = read_ahead(self.load, self._starts(), self._depth, self._workers)
         try:
             batch = next(self._batches)
         except BaseException:  # a generator that raised is finished: the next call must raise too, not end the run
             self._batches = None
             raise
-        self.position += self.batch_size
+        self.position = self._past_skipped(self.position) + self.batch_size
         return batch
 
     def load(self, position: int) -> list[MicroBatch]:
@@ -439,6 +457,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         return {
             "position": self.position,
             "seed": self.seed,
+            "skipped": self.skipped,
             "fingerprint": self.manifest.fingerprint,
             "tokenizer_fingerprint": self.manifest.tokenizer_fingerprint,
         }
@@ -455,6 +474,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
             raise UserError(f"seed {self.seed} orders the data differently from the checkpoint's seed {state['seed']}")
         self.close()
         self.position = state["position"]
+        self.skipped = tuple(skipped) if (skipped := state.get("skipped")) else None
 
     def close(self) -> None:
         """End the threads. The loader may be used again; it goes on at `position`."""

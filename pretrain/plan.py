@@ -53,6 +53,12 @@ class Plan:
             return False
         return 2 * self._spent(state) + self.step_cost <= 2 * self.total
 
+    def begins_cooling(self, before: RunState, state: RunState) -> bool:
+        """Whether the step from `before` to `state` was the last one of the plateau, of which the cool-down is left."""
+        cooling = self.schedule.cooling
+        falls = self.schedule.kind == "trapezoid" and not self.trunk and self.goes_on(state)
+        return falls and cooling(self.progress(state)) and not cooling(self.progress(before))
+
     @property
     def planned_steps(self) -> int:
         """Steps that the budget is expected to buy."""
@@ -62,10 +68,13 @@ class Plan:
         return state.flops if self.in_flops else state.step
 
 
-def make_plans(settings: ExperimentSettings, step_flops: int, tokens_per_step: int) -> list[Plan]:
+def make_plans(
+    settings: ExperimentSettings, step_flops: int, tokens_per_step: int, begun_warmup: int | None = None
+) -> list[Plan]:
     """The runs that an experiment consists of: one, or a trunk followed by a branch for each budget.
 
-    step_flops: expected FLOPs of a step, in the budget's convention. Raises UserError for a budget below one step, and
+    step_flops: expected FLOPs of a step, in the budget's convention. begun_warmup: warm-up steps of a run that has
+    begun, which a budget that has grown since does not change. Raises UserError for a budget below one step, and
     where the warm-up does not end before the first branch leaves.
     """
     budget, rule = settings.budget, settings.schedule
@@ -78,7 +87,9 @@ def make_plans(settings: ExperimentSettings, step_flops: int, tokens_per_step: i
             f"{given} is less than one step, which takes {step_flops:.6g} FLOPs ({budget.convention}) and "
             f"{tokens_per_step} tokens; raise it or lower batch.size"
         )
-    warmup = rule.warmup_steps if rule.warmup_steps is not None else round(rule.warmup_share * round(totals[0] / cost))
+    warmup = rule.warmup_steps if rule.warmup_steps is not None else begun_warmup
+    if warmup is None:
+        warmup = round(rule.warmup_share * round(totals[0] / cost))
     plans = []
     for total in totals:
         schedule = Schedule(rule.kind, warmup, min(warmup * cost / total, 1.0), rule.decay_share, rule.final_share)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -14,14 +15,16 @@ import yaml
 from data_prep.settings import UserError, read_yaml
 from model.config import MoRConfig
 from model.flops import effective_parameters, unique_parameters
-from pretrain.config import ExperimentSettings, differing_keys
+from pretrain.config import ExperimentSettings, differing_keys, noted_changes, refusal
 from pretrain.data import Manifest
 from pretrain.lock import LOCK
 from pretrain.metrics import METRICS, last_step
 from pretrain.parallel import Parallel
+from pretrain.parent import describe_parent
 
 LAST_CHECKPOINT = "last_checkpoint"
 ASIDE = "before"  # folder of what was there before a run began anew
+HISTORY = ("parent", "extensions", "changes")  # keys of run.json that a run which goes on keeps
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers")
 
 
@@ -31,16 +34,25 @@ def claim(settings: ExperimentSettings) -> None:
     path = folder / "config.yaml"
     resolved = settings.model_dump(mode="json")
     if path.exists():
-        keys = differing_keys(read_yaml(path), resolved)
+        before = read_yaml(path)
+        keys = differing_keys(before, resolved)
         if keys:
-            raise UserError(
-                f"{folder}: belongs to a run of another configuration; these keys differ: {', '.join(keys)}. "
-                f"Give another run_dir, or the configuration in {path}"
-            )
+            raise UserError(refusal(folder, keys))
+        note_changes(folder, noted_changes(before, resolved))
     elif folder.exists() and any(path.name.split(".")[0] != LOCK and path.name != ASIDE for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and holds no run (no config.yaml); give another run_dir")
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+
+def note_changes(folder: Path, changes: dict[str, list[Any]]) -> None:
+    """Write into run.json after which step settings of a run were changed."""
+    path = folder / "run.json"
+    if not changes or not path.exists():
+        return
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts.setdefault("changes", []).append({"after_step": last_step(folder / METRICS), "keys": changes})
+    _write(path, json.dumps(facts, indent=1) + "\n")
 
 
 def note_checkpoint(folder: Path, step: int) -> None:
@@ -99,6 +111,7 @@ def describe_run(
     Raises UserError if the run has been trained on other data.
     """
     path = settings.run_dir / "run.json"
+    before: dict[str, Any] = {}
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         if before["data_fingerprint"] != manifest.fingerprint:
@@ -127,7 +140,10 @@ def describe_run(
         "model": config.to_dict(),
         "versions": versions(),
         "device": _device_name(parallel),
+        **{key: before[key] for key in HISTORY if key in before},
     }
+    if settings.start_from is not None and "parent" not in facts:
+        facts["parent"] = describe_parent(settings, config)
     _write(path, json.dumps(facts, indent=1) + "\n")
 
 

@@ -38,9 +38,9 @@ from model.config import MoRConfig
 from model.flops import StepFlops, training_flops
 from model.initialization import from_vanilla
 from model.modeling import MoRForCausalLM
-from pretrain import run_folder
+from pretrain import extend, parent, run_folder
 from pretrain.checkpoint import Checkpoints, Outcome, export, folder_of
-from pretrain.config import ExperimentSettings, micro_size_of, resolve_model
+from pretrain.config import ExperimentSettings, StartSettings, micro_size_of, resolve_model
 from pretrain.data import BlockLoader, Manifest, MicroBatch
 from pretrain.evaluate import TaskSettings, run_tasks, task_line, wrap_tokenizer
 from pretrain.lock import RunLock
@@ -114,9 +114,8 @@ class Trainer:
         length, convention = manifest.sequence_length, settings.budget.convention
         self.step_flops = StepFlops(self.config, length, convention)
         self.exact_flops = StepFlops(self.config, length)
-        expected = training_flops(self.config, length, settings.batch.size, convention=convention)
         self.tokens_per_step = settings.batch.size * length
-        self.plans = make_plans(settings, expected, self.tokens_per_step)
+        self.plans = self.make_plans()
         self.validation = Validation(
             self.config,
             manifest,
@@ -134,10 +133,19 @@ class Trainer:
         parallel.prepare(self.model, lambda module: make_optimizer(module, settings))
         self.state, self.spikes = RunState(), LossSpikes()
         self.output: Output | None = None  # on rank 0, while a run directory is open
+        self.cooldown_step: int | None = None  # the last one of the plateau, once the cool-down has begun
         self.saved_step, self.saved_at = -1, time.monotonic()
         self.lock: RunLock | None = None  # on rank 0, while the run is trained
         self.fault: Exception | None = None  # what keeps this rank from going on, until the ranks meet
         self.checkpoint_seconds = 0.0  # that training has stood still for checkpoints since a line told
+
+    def make_plans(self) -> list[Plan]:
+        """The runs of the experiment; a run that has begun keeps its warm-up, whatever its budget grows to."""
+        settings = self.settings
+        expected = training_flops(
+            self.config, self.manifest.sequence_length, settings.batch.size, convention=settings.budget.convention
+        )
+        return make_plans(settings, expected, self.tokens_per_step, extend.begun_warmup(settings.run_dir))
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -152,6 +160,9 @@ class Trainer:
             self.lock = self.parallel.on_main("taking the lock", lambda: stack.enter_context(RunLock(folder)))
             if restart:
                 self.parallel.on_main("setting the old run aside", lambda: run_folder.set_aside(folder))
+                self.plans = self.make_plans()
+            if grown := self.parallel.on_main("looking at the budget", lambda: extend.grow(self.settings)):
+                print(f"{folder}: {grown}")
             self.stop = stack.enter_context(StopRequest(folder))
             for plan in self.plans:
                 if not self.fit(plan):
@@ -347,7 +358,7 @@ class Trainer:
         if "entropy" in totals:
             totals["routing_entropy"] = totals.pop("entropy")
         memory = memory_bytes(self.parallel.device)
-        return asdict(self.state) | totals | {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        return self.counters() | totals | {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
 
     # --- after a step -------------------------------------------------------------------------------------------------
 
@@ -370,11 +381,30 @@ class Trainer:
                 self.start_branch(branch)
         if plan.goes_on(state) and self.validation_due(before):
             self.validate()
+        self.tell_repetition(before)
         rule = self.settings.checkpoint
-        if self.save_due or any(
+        if plan.begins_cooling(before, state):  # what a larger budget would go on from
+            self.cooldown_step = state.step
+            self.checkpoints.held.add(state.step)
+            self.checkpoint()
+        elif self.save_due or any(
             every and state.step % every == 0 for every in (rule.every_steps, rule.milestone_every)
         ):
             self.checkpoint()
+
+    def counters(self) -> dict[str, Any]:
+        """How far the run is, for a line of metrics. samples: sequences seen; epoch: share of the data handed out."""
+        samples = self.state.tokens // self.manifest.sequence_length
+        return asdict(self.state) | {"samples": samples, "epoch": self.loader.position / len(self.loader)}
+
+    def tell_repetition(self, before: RunState) -> None:
+        """Say once that the data begins to repeat itself."""
+        size, samples = len(self.loader), (self.state.tokens - before.tokens) // self.manifest.sequence_length
+        if self.output and self.loader.position - samples <= size < self.loader.position:
+            self.output.say(
+                f"step {self.state.step}: the data repeats itself from here on: all {size} sequences of "
+                f"{self.manifest.folder} have been seen"
+            )
 
     def validation_due(self, before: RunState) -> bool:
         """Whether the step since `before` has passed a point at which to validate."""
@@ -386,7 +416,7 @@ class Trainer:
 
     def validate(self, **extra: Any) -> None:
         """Validate and write the line, with what `extra` adds to it."""
-        self.write(asdict(self.state) | self.validation(self.parallel) | self.task_figures() | extra)
+        self.write(self.counters() | self.validation(self.parallel) | self.task_figures() | extra)
 
     def task_figures(self) -> dict[str, Any]:
         """Figures of `evaluation.tasks`; every rank answers every question, so that none runs ahead."""
@@ -455,6 +485,7 @@ class Trainer:
             "loss_spikes": asdict(self.spikes),
             "loader": self.loader.state(),
             "tracker_id": self.tracker_id,
+            "cooldown_step": self.cooldown_step,
             "settings": self.plan.settings.model_dump(mode="json"),
             "versions": run_folder.versions(),
         }
@@ -495,17 +526,46 @@ class Trainer:
             snapshot = self.checkpoints.load(parallel, found)
             self.state, self.spikes = RunState(**snapshot["run"]), LossSpikes(**snapshot.get("loss_spikes", {}))
             self.loader.load_state(snapshot["loader"])
+        elif plan.settings.start_from is not None and plan is self.plans[0]:
+            snapshot = self.begin_from_parent(plan.settings.start_from)
         elif plan is not self.plans[0]:
             raise UserError(
                 f"{plan.folder}: the trunk's checkpoint is lost; remove {self.settings.run_dir} and start anew"
             )
+        self.cooldown_step = snapshot.get("cooldown_step")
+        self.checkpoints.held = set() if self.cooldown_step is None else {self.cooldown_step}
         self.saved_step, self.saved_at = self.state.step if found else -1, time.monotonic()
         self.tracker_id = snapshot.get("tracker_id")
+        if plan is self.plans[0] and plan.settings.start_from is not None:
+            if found is None:
+                self.checkpoints.save(parallel, self.snapshot(), self.state.step)
+                self.checkpoints.wait()  # one that fails is no loss: the parent is there
+                self.saved_step = self.state.step
+            parallel.on_main("taking the metrics", lambda: parent.copy_metrics(plan.settings, self.state.step))
         self.output = parallel.on_main("opening the metrics", self.open_output)
         if self.output and found is not None:
             self.output.say(f"goes on from {found}")
         if found is None and plan.settings.evaluation.at_start:
             self.validate()
+
+    def begin_from_parent(self, start: StartSettings) -> dict[str, Any]:
+        """Take from another run what `start_from` says; returns what the run's own checkpoint goes on from."""
+        snapshot = parent.take_parent(self.parallel, self.settings)
+        self.state, self.spikes = RunState(), LossSpikes()
+        if start.take == "run":
+            self.state, self.spikes = RunState(**snapshot["run"]), LossSpikes(**snapshot.get("loss_spikes", {}))
+        if start.data_order == "continue":
+            if "loader" not in snapshot:
+                raise UserError(f"start_from.data: {start.path} is a model alone: it has no place in the data")
+            self.loader.load_state(snapshot["loader"])
+            step, batch = snapshot["run"]["step"], snapshot["settings"]["batch"]["size"]
+            self.loader.skipped = parent.skipped_samples(start, batch, self.loader.position, step)
+        if not self.plan.goes_on(self.state):
+            raise UserError(
+                f"budget: {start.path} has spent this run's budget by step {self.state.step} already; give a larger "
+                "one, an earlier start_from.step, or start_from.take: optimizer, which counts anew"
+            )
+        return {"cooldown_step": snapshot.get("cooldown_step") if start.take == "run" else None}
 
     def open_output(self) -> Output:
         """Where the run's figures go; on rank 0."""
@@ -548,7 +608,8 @@ class Trainer:
         self.meet()
         self.parallel.on_main("beginning a branch", begin)
         checkpoints = self.checkpoints_of(branch)
-        checkpoints.save(self.parallel, self.snapshot() | {"tracker_id": None}, self.state.step)
+        begun = {"tracker_id": None, "cooldown_step": self.state.step}
+        checkpoints.save(self.parallel, self.snapshot() | begun, self.state.step)
         outcome = checkpoints.wait()
         if outcome is not None and not outcome.written:
             raise RunFailed(
@@ -569,7 +630,7 @@ class Trainer:
     def finish_run(self) -> None:
         """The end of a run whose budget is spent: validate, export the model, and write the last line."""
         if self.plan.trunk:
-            self.write(asdict(self.state) | {"event": "branched"})
+            self.write(self.counters() | {"event": "branched"})
         else:
             last = self.validation(self.parallel) | self.task_figures()
             source, tokenizer = (
@@ -577,5 +638,5 @@ class Trainer:
                 self.manifest.folder / "tokenizer.json",
             )
             self.parallel.on_main("exporting the model", lambda: export(source, self.plan.folder / "final", tokenizer))
-            self.write(asdict(self.state) | last | {"event": "finished"})
+            self.write(self.counters() | last | {"event": "finished"})
         self.meet(self.output.sync if self.output else None)
