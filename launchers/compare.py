@@ -43,12 +43,14 @@ from pretrain.config import ExperimentSettings, Flops, differing_keys, make_mode
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.report import write_report
+from pretrain.runs import shown
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.5
 PLAIN_LINE_SECONDS = 30.0  # between status lines where there is no terminal
 STOP_SECONDS = 180.0  # what a stopped run may take to write its checkpoint
 LOG_TAIL = 15
+LOSSES = ("validation_loss", "validation_loss_topk", "loss")  # of a line of metrics, the best first
 REQUEUE = 75
 
 
@@ -128,6 +130,14 @@ class PlannedRun:
             line = last_line(folder / "metrics.jsonl")
             spent += max(0.0, line["flops"] - plateau * budget) if line else 0
         return min(1.0, spent / work)
+
+
+def ending(folder: Path) -> str:
+    """The loss that a run ended with, in words: the causal one, or that of top-k where there is no other."""
+    line = last_line(folder / "metrics.jsonl") or {}
+    if line.get("validation_loss") is None and line.get("validation_loss_topk") is not None:
+        return f"{shown(line['validation_loss_topk'])} (top-k, looks ahead)"
+    return shown(line.get("validation_loss"))
 
 
 def _event(folder: Path) -> str | None:
@@ -333,14 +343,12 @@ class LocalRuns:
     def _show(self, run: PlannedRun, task: TaskID) -> None:
         line = last_line(run.folder / "metrics.jsonl")
         if line is not None:
-            loss = line.get("validation_loss", line.get("loss"))
-            shown = f"step {line['step']}  loss {loss:.4f}" if loss is not None else f"step {line['step']}"
-            self.progress.update(task, completed=run.share(), text=shown)
+            loss = next((line[key] for key in LOSSES if line.get(key) is not None), None)
+            self.progress.update(task, completed=run.share(), text=f"step {line['step']}  loss {shown(loss)}")
 
     def _ended(self, run: PlannedRun, code: int, task: TaskID) -> None:
         if code == 0 and run.finished():
-            lines = [last_line(folder / "metrics.jsonl") or {} for folder in run.folders()]
-            losses = ", ".join(f"{line['validation_loss']:.4f}" for line in lines)
+            losses = ", ".join(ending(folder) for folder in run.folders())
             self.progress.update(task, completed=1.0, text=f"validation loss {losses}")
             self._say(f"{run.label}: finished, validation loss {losses}")
         elif code == REQUEUE:
@@ -428,15 +436,20 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
         local = LocalRuns(compare, progress)
         local.run_all(missing)
     done = [folder for run in runs if run.finished() for folder in run.folders()]
+    failed = False
     if done:
-        write_report(
-            done,
-            compare.output / compare.report,
-            published=compare.published,
-            allow_mixed=len({entry.convention for entry in compare.budgets}) > 1,
-            baseline=compare.baseline,
-            console=console,
-        )
+        try:
+            write_report(
+                done,
+                compare.output / compare.report,
+                published=compare.published,
+                allow_mixed=len({entry.convention for entry in compare.budgets}) > 1,
+                baseline=compare.baseline,
+                console=console,
+            )
+        except UserError as error:  # the runs stand, and what is missing of them is still to be told
+            failed = True
+            console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)
     if local.failed or local.stopped:
         console.print(
             f"not finished: {', '.join([*local.failed, *local.stopped])}; logs in {local.log_folder}; "
@@ -445,7 +458,7 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
             soft_wrap=True,
         )
         return 1
-    return 0
+    return int(failed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,12 +1,20 @@
-"""Where a run's figures go: metrics.jsonl (the truth), and from there W&B and the terminal. Rank 0 alone does so."""
+"""Where a run's figures go: metrics.jsonl (the truth), and from there W&B and the terminal. Rank 0 alone does so.
+
+    python -m pretrain.metrics sync RUN [--online] [--id ID]
+
+rebuilds the W&B run from metrics.jsonl: each kill of an offline run leaves another folder of the same W&B id, which
+repeats steps, and uploading one may replace what came from another.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 import uuid
@@ -18,7 +26,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pretrain.config import ExperimentSettings
+from data_prep.settings import UserError, run_command
+from pretrain.config import ExperimentSettings, read_settings
 
 if TYPE_CHECKING:
     from pretrain.parallel import Parallel
@@ -209,15 +218,26 @@ class Tracker:
         ) as error:  # whatever a tracker's network, key or disk raises ends no training run
             self._give_up(error)
 
+    @property
+    def reached(self) -> bool:
+        """Whether W&B takes what is logged."""
+        return self._run is not None
+
     def log(self, line: dict[str, Any]) -> None:
-        """Send one line of metrics; a list becomes one value an entry."""
+        """Send one line of metrics as W&B's step of its own `step`; a list becomes one value an entry.
+
+        A step that W&B has already, of before a kill, is left alone: its figures are the same. The last word on a run
+        (`event`) is added to the newest step.
+        """
         if self._run is None:
             return
         flat: dict[str, Any] = {}
         for key, value in line.items():
             flat |= {f"{key}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {key: value}
         try:
-            self._run.log(flat)
+            step = max(line["step"], self._run.step) if "event" in line else line["step"]
+            if step >= self._run.step:
+                self._run.log(flat, step=step)
         except Exception as error:
             self._give_up(error)
 
@@ -243,6 +263,30 @@ def tracker_id(folder: Path, known: str | None) -> str:
     run_id = known or uuid.uuid4().hex[:12]
     path.write_text(run_id, encoding="utf-8")
     return run_id
+
+
+def sync(run_dir: Path, mode: str, run_id: str | None = None) -> Path:
+    """Rebuild a run's W&B run from its metrics.jsonl, every step once; returns W&B's folder of it.
+
+    mode: offline or online. run_id: of the W&B run; None: the run's own. An earlier rebuilding is replaced. Raises
+    UserError where there is no run, or W&B is out of reach.
+    """
+    lines = run_dir / METRICS
+    if not (run_dir / "config.yaml").is_file() or not lines.is_file():
+        raise UserError(f"{run_dir}: no run with {METRICS}; give the directory of a run (`run_dir`)")
+    settings = read_settings(run_dir / "config.yaml")
+    told = {"tracker": settings.tracker.model_copy(update={"mode": mode})}
+    folder = run_dir / "tracker" / "rebuilt"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tracker = Tracker(settings.model_copy(update=told), folder, run_id or tracker_id(run_dir / "tracker", None))
+    for text in lines.read_text(encoding="utf-8").splitlines():
+        if tracker.reached:
+            tracker.log(json.loads(text))
+    if not tracker.reached:
+        raise UserError(f"{run_dir}: W&B did not take the run; see the warning above")
+    tracker.finish()
+    return next(iter(sorted(folder.glob("wandb/*run-*"))), folder)
 
 
 class TerminalLine:
@@ -317,3 +361,21 @@ class Output:
         self._terminal.close()
         self._file.close()
         self._tracker.finish()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m pretrain.metrics sync RUN`."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.metrics", description="What serves a run's figures.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("sync", help="rebuild a run's W&B run from its metrics.jsonl, every step once")
+    command.add_argument("run", type=Path, help="run directory")
+    command.add_argument("--online", action="store_true", help="send it at once; else a folder for `wandb sync`")
+    command.add_argument("--id", help="of the W&B run (default: the run's own)")
+    given = parser.parse_args(arguments)
+    folder = sync(given.run, "online" if given.online else "offline", given.id)
+    print(f"{folder}: whole" if given.online else f"wrote {folder}; to send it: wandb sync {folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -23,7 +23,7 @@ from data_prep.settings import read_yaml, run_command
 from model.flops import CONVENTIONS
 from pretrain import analysis, document, figures
 from pretrain.document import Block, Heading, Picture, Table, Text
-from pretrain.runs import Run, Variant, comparable_sets, read_runs
+from pretrain.runs import Run, Variant, comparable_sets, read_runs, shown
 from pretrain.summary import Results, build_results, merge_sets, ordered_variants
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "configs" / "report" / "published.yaml"
@@ -38,8 +38,10 @@ PAPER_SIZE_LABEL = "parameters of the vanilla model of this size"
 
 def set_blocks(results: Results, runs: Sequence[Run], published: Results | None, prefix: str) -> list[Block]:
     """The report of one comparable set. prefix: of the figures' file names."""
-    groups = ordered_variants(runs)
-    blocks: list[Block] = [Text(statement(results)), loss_table(results)]
+    groups = [group for group in ordered_variants(runs) if group.has_losses]  # what can be drawn
+    blocks: list[Block] = [Text(statement(results)), loss_table(results), *parent_blocks(results)]
+    if not groups:
+        return [*blocks, conventions_table(results), runs_table(results)]
     note = f" ({results['convention']} convention)"
     unigram = results["unigram_loss"]
     blocks.append(
@@ -93,8 +95,8 @@ def short(fingerprint: str) -> str:
     return str(fingerprint)[:12]
 
 
-def with_spread(mean: float, spread: float | None) -> str:
-    return f"{mean:.4f}" if spread is None else f"{mean:.4f} ± {spread:.4f}"
+def with_spread(mean: float | None, spread: float | None) -> str:
+    return shown(mean) if spread is None else f"{shown(mean)} ± {shown(spread)}"
 
 
 def loss_table(results: Results) -> Table:
@@ -113,7 +115,7 @@ def loss_table(results: Results) -> Table:
                 str(len(row["seeds"])),
                 with_spread(row["validation_loss"], row["validation_loss_std"]),
                 "" if difference is None else interval(difference),
-                "–" if row["validation_loss_topk"] is None else f"{row['validation_loss_topk']:.4f}",
+                shown(row["validation_loss_topk"]),
                 f"{row['mean_recursions']:.2f}",
                 "–" if row["seconds"] is None else f"{row['seconds']:,.0f} s",
             ]
@@ -133,6 +135,24 @@ def loss_table(results: Results) -> Table:
         "time per run",
     ]
     return Table("Validation loss", header, rows)
+
+
+def parent_blocks(results: Results) -> list[Block]:
+    """Where runs started from others: what was spent before them, apart from their own FLOPs."""
+    rows = [
+        [
+            f"{row['variant']}, seed {row['seed']}",
+            f"{parent['path']}" + ("" if parent["step"] is None else f", step {parent['step']:,}"),
+            f"{parent['take']}, data {parent['data']}",
+            shown(row["parent_flops"], ".4g"),
+            shown(row["own_flops"], ".4g"),
+            shown(None if row["parent_flops"] is None else row["parent_flops"] + row["own_flops"], ".4g"),
+        ]
+        for row in results["runs"]
+        if (parent := row["parent"])
+    ]
+    header = ["run", "started from", "took", "FLOPs of the parent", "of the run alone", "together"]
+    return [Heading("Runs that started from others"), Table("Parents", header, rows)] if rows else []
 
 
 def interval(difference: Results) -> str:
@@ -196,7 +216,7 @@ def cost_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> lis
             group.name,
             f"{by_name[group.name]['inference_flops_per_token']:.4g}",
             f"{by_name[group.name]['kv_bytes_per_token']:,.0f}",
-            f"{by_name[group.name]['validation_loss']:.4f}",
+            shown(by_name[group.name]["validation_loss"]),
         ]
         for group in groups
     ]
@@ -328,8 +348,8 @@ def runs_table(results: Results) -> Table:
             f"{row['flops']:.6g}",
             f"{row['tokens']:,}",
             f"{row['steps']:,}",
-            f"{row['validation_loss']:.4f}",
-            "–" if row["validation_loss_topk"] is None else f"{row['validation_loss_topk']:.4f}",
+            shown(row["validation_loss"]),
+            shown(row["validation_loss_topk"]),
             "–" if row["seconds"] is None else f"{row['seconds']:,.0f}",
             "yes" if row["finished"] else "no",
         ]
@@ -402,7 +422,7 @@ def terminal_tables(results: Results) -> list[Table]:
             f"{row['flops']:.4g}",
             f"{row['tokens'] / 1e6:,.1f}M",
             with_spread(row["validation_loss"], row["validation_loss_std"]),
-            "–" if row["validation_loss_topk"] is None else f"{row['validation_loss_topk']:.4f}",
+            shown(row["validation_loss_topk"]),
         ]
         for row in results["variants"]
     ]

@@ -1,5 +1,11 @@
 """Finished and running runs, read from their directories: `run.json` for what is fixed, `metrics.jsonl` for the rest.
 
+    python -m pretrain.runs [FOLDER ...] [--watch [SECONDS]]
+    python -m pretrain.runs FOLDER ... --prune checkpoints [--keep N] [--yes]
+    python -m pretrain.runs RUN ... --prune runs [--yes]
+
+lists runs, follows them, and prunes checkpoints or whole runs: without --yes it says what it would remove.
+
 Two words are used throughout the report. A **variant** is a set of runs that differ in their seed alone. A
 **comparable set** is a set of runs whose losses may stand in one table: same corpus, tokenizer, sequence length,
 evaluation and FLOP convention.
@@ -7,15 +13,22 @@ evaluation and FLOP convention.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterable, Sequence
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.settings import UserError
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from data_prep.settings import UserError, read_yaml, run_command
 
 # What must agree before two losses are compared: the user's word for it -> the keys of run.json.
 CONDITIONS = {
@@ -29,6 +42,11 @@ REQUIRED_FACTS = [
     *("name", "architecture", "seed", "unique_parameters", "unigram_loss", "model", "budget"),
     *(key for keys in CONDITIONS.values() for key in keys),
 ]
+
+
+def shown(value: float | None, format: str = ".4f") -> str:
+    """A figure for a reader; a dash where there is none, or none that is finite."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:{format}}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +90,16 @@ class Run:
         """The lines that carry a validation loss, one per step."""
         by_step = {line["step"]: line for line in self.lines if line.get("validation_loss") is not None}
         return [by_step[step] for step in sorted(by_step)]
+
+    @property
+    def last_validation(self) -> dict[str, Any]:
+        """The last line that tells of a validation: causal, or by top-k alone where no causal decision can be made."""
+        return next((line for line in reversed(self.lines) if "validation_loss" in line), {})
+
+    @property
+    def parent(self) -> dict[str, Any] | None:
+        """What run.json says of the run that this one started from."""
+        return self.facts.get("parent")
 
     @property
     def depth_lines(self) -> list[dict[str, Any]]:
@@ -125,8 +153,14 @@ class Variant:
         return all(run.finished for run in self.runs)
 
     def losses(self, key: str = "validation_loss") -> dict[int, float]:
-        """Final loss of each seed, nats per token; `key` names the evaluation (causal or top-k)."""
-        return {run.seed: float(run.validations[-1][key]) for run in self.runs}
+        """Final loss of each seed that has one, nats per token; `key` names the evaluation (causal or top-k)."""
+        found = {run.seed: run.last_validation.get(key) for run in self.runs}
+        return {seed: float(loss) for seed, loss in found.items() if loss is not None}
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether every seed ended with a causal validation loss that is finite."""
+        return len(self.losses()) == len(self.runs)
 
     def mean_recursions(self) -> float:
         """Mean recursions that a training token executed, over the last lines of all runs.
@@ -209,20 +243,42 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
         below = sorted(path.parent for path in folder.glob("*/run.json"))
         for path in [folder] if (folder / "run.json").exists() or not below else below:
             branches = sorted(branch.parent for branch in path.glob("branches/*/run.json"))
-            for run_folder in branches or [path]:
+            # a run whose budget grew stands beside its old endings; a trunk is its branches
+            own = [path] if not branches or "extensions" in read_run(path).facts else []
+            for run_folder in [*own, *branches]:
                 runs.setdefault(run_folder.resolve(), read_run(run_folder))
     kept = []
     for run in runs.values():
         warnings += run.warnings
-        if not run.validations:
-            warnings.append(f"{run.folder}: no causal validation loss yet; left out")
+        if not run.last_validation:
+            warnings.append(f"{run.folder}: no validation loss yet; left out")
             continue
+        warnings += _remarks(run)
         if not run.finished:
             warnings.append(f"{run.folder}: not finished (step {run.last['step']}); left out of matched comparisons")
         kept.append(run)
     if not kept:
         raise UserError("\n".join([f"no run with a validation loss in: {', '.join(map(str, given))}", *warnings]))
     return kept, warnings
+
+
+def _remarks(run: Run) -> list[str]:
+    """What a reader of the run's figures must know, one sentence each."""
+    found = []
+    if run.last_validation.get("validation_loss") is None:
+        look = run.facts["model"].get("selection") == "none"
+        why = "selection: none makes no causal decision" if look else "its last one is not finite"
+        found.append(f"{run.folder}: no causal validation loss ({why}); left out of differences and figures")
+    if (epoch := run.last.get("epoch") or 0) > 1:
+        found.append(f"{run.folder}: its data repeats itself: {epoch:.2f} epochs")
+    if (parent := run.parent) is not None:
+        counted = "its FLOPs here hold" if parent["counted"] else "its FLOPs here leave out"
+        spent = "an unknown number of FLOPs" if parent["flops"] is None else f"{parent['flops']:.4g} FLOPs"
+        found.append(f"{run.folder}: starts from {parent['path']} ({parent['take']}); {counted} {spent} of the parent")
+    for change in run.facts.get("changes", []):
+        keys = ", ".join(change["keys"])
+        found.append(f"{run.folder}: {keys} changed after step {change['after_step']}")
+    return found
 
 
 def comparable_sets(runs: Sequence[Run], allow_mixed: bool = False) -> list[list[Run]]:
@@ -253,7 +309,8 @@ def variants(runs: Sequence[Run]) -> list[Variant]:
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        key = json.dumps([run.name, run.facts["model"], run.facts["budget"]], sort_keys=True, default=str)
+        parent = run.parent and {key: run.parent[key] for key in ("take", "data", "architecture", "step")}
+        key = json.dumps([run.name, run.facts["model"], run.facts["budget"], parent], sort_keys=True, default=str)
         groups.setdefault(key, []).append(run)
     result = []
     names = _distinct_names([group[0] for group in groups.values()])
@@ -271,3 +328,196 @@ def _distinct_names(runs: Sequence[Run]) -> list[str]:
     for suffix in (lambda run: f"{run.last['flops']:.2g} FLOPs", lambda run: run.folder.name):
         names = [name if names.count(name) == 1 else f"{name} ({suffix(run)})" for name, run in zip(names, runs)]
     return names
+
+
+# --- command line -----------------------------------------------------------------------------------------------
+
+QUIET_SECONDS = 180.0  # a run without a sign of life for longer is not running
+Removal = tuple[Path, str]  # what is removed, and why it may be
+
+
+@dataclass(frozen=True)
+class Status:
+    """What the list says of a run. size: bytes of its directory. age: seconds since its last sign of life."""
+
+    folder: Path
+    state: str
+    step: int
+    planned: int | None
+    loss: str
+    size: int
+    age: float
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """The run directories in and below folders, branches among them, in order of their names."""
+    found: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        below = (path.parent for path in sorted(folder.rglob("run.json")) if "checkpoints" not in path.parts)
+        found |= dict.fromkeys([*([folder] if (folder / "run.json").exists() else []), *below])
+    return list(found)
+
+
+def status_of(folder: Path) -> Status:
+    """Read a run's state. A file that is being written, or is damaged, leaves its column empty."""
+    try:
+        facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        lines, _ = read_metrics(folder / "metrics.jsonl")
+    except (UserError, ValueError):
+        facts, lines = {}, []
+    last: dict[str, Any] = lines[-1] if lines else {}
+    signs = (folder / "metrics.jsonl", folder / "run.json", _lock(folder))
+    alive = [path.stat().st_mtime for path in signs if path.exists()]
+    age = max(0.0, time.time() - max(alive, default=folder.stat().st_mtime))
+    causal = next((line["validation_loss"] for line in reversed(lines) if line.get("validation_loss")), None)
+    training = next((line["loss"] for line in reversed(lines) if line.get("loss")), None)
+    loss = f"{shown(causal)} validation" if causal is not None else f"{shown(training)} training" if training else ""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    planned = facts.get("budget", {}).get("planned_steps")
+    return Status(folder, _state(folder, last, age), last.get("step", 0), planned, loss, size, age)
+
+
+def _state(folder: Path, last: dict[str, Any], age: float) -> str:
+    event = last.get("event")
+    if event in ("finished", "branched"):
+        return event
+    if (folder / "requeue").exists():
+        return "stopped"
+    return "running" if _lock(folder).exists() and age < QUIET_SECONDS else "interrupted"
+
+
+def _lock(folder: Path) -> Path:
+    """The lock of the process that trains there; a branch's is its trunk's."""
+    owner = folder.parent.parent if folder.parent.name == "branches" else folder
+    return owner / "lock"
+
+
+def status_table(folders: Sequence[Path]) -> Table:
+    """A row for each run."""
+    table = Table("run", "state", "step", "loss", "size", "last sign", title="Runs", title_justify="left")
+    for status in map(status_of, folders):
+        step = f"{status.step:,}" + (f" of {status.planned:,}" if status.planned else "")
+        table.add_row(
+            str(status.folder), status.state, step, status.loss, f"{status.size / 1e6:,.1f} MB", _ago(status.age)
+        )
+    return table
+
+
+def _ago(seconds: float) -> str:
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= unit:
+            return f"{seconds / unit:.0f} {name} ago"
+    return f"{seconds:.0f} s ago"
+
+
+def watch(folders: Sequence[Path], seconds: float, console: Console) -> None:
+    """Show the list anew every so often until no run is running any more."""
+    with Live(status_table(find_runs(folders)), console=console, auto_refresh=False) as live:
+        while any(status_of(folder).state == "running" for folder in find_runs(folders)):
+            time.sleep(seconds)
+            live.update(status_table(find_runs(folders)), refresh=True)
+
+
+def prunable_checkpoints(folders: Sequence[Path], keep: int) -> list[Removal]:
+    """All but the newest `keep` checkpoints of runs that are not running, and what interrupted saves left.
+
+    Milestones stay, and what a larger budget would go on from; with `keep` 0 finished runs lose these too.
+    """
+    from pretrain.checkpoint import committed
+
+    found: list[Removal] = []
+    for folder in find_runs(folders):
+        status = status_of(folder)
+        if status.state == "running":
+            continue
+        steps = committed(folder / "checkpoints")
+        if status.state == "finished" and (folder / "final").is_dir() and keep == 0:
+            found += [(path, "the final model stands") for _, path in steps]
+        else:
+            held = _held(folder, steps[-1][1]) if steps else lambda step: True
+            older = steps[: -max(keep, 1)]
+            found += [(path, f"newer: {steps[-1][1].name}") for step, path in older if not held(step)]
+        left = sorted(path for kind in ("partial", "damaged*") for path in folder.glob(f"checkpoints/step-*.{kind}"))
+        found += [(path, "not whole") for path in left]
+    return found
+
+
+def _held(folder: Path, newest: Path) -> Callable[[int], bool]:
+    """Whether a run keeps the checkpoint of a step for good, by its settings and its newest checkpoint."""
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    every = config.get("checkpoint", {}).get("milestone_every", 0)
+    plateau = json.loads((newest / "state.json").read_text(encoding="utf-8")).get("cooldown_step")
+    return lambda step: step == plateau or bool(every and step % every == 0)
+
+
+def prunable_runs(folders: Sequence[Path]) -> list[Removal]:
+    """The run directories that were named. Raises UserError for one that is no run, and for one that is running."""
+    found: list[Removal] = []
+    for folder in folders:
+        if not (folder / "run.json").is_file():
+            raise UserError(
+                f"{folder}: no run (no run.json); name run directories one by one, their parents are refused"
+            )
+        status = status_of(folder)
+        if status.state == "running":
+            raise UserError(f"{folder}: is running (last sign of life {_ago(status.age)}); stop it first")
+        found.append((folder, status.state))
+    return found
+
+
+def prune(removals: Sequence[Removal], yes: bool, console: Console) -> None:
+    """Remove, or say what would be removed."""
+    from pretrain.checkpoint import remove
+
+    freed = 0
+    for path, why in removals:
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        freed += size
+        console.print(f"{path}  {size / 1e6:,.1f} MB  ({why})", highlight=False, soft_wrap=True)
+        if yes and path.parent.name == "checkpoints":
+            remove(path)
+        elif yes:
+            shutil.rmtree(path)
+    done = "removed" if yes else "would be removed; add --yes to remove them"
+    console.print(f"{len(removals)} folders, {freed / 1e6:,.1f} MB {done}", highlight=False, soft_wrap=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m pretrain.runs", description="List, follow and prune runs.")
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="runs, or what holds some (runs/)")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=float,
+        const=5.0,
+        metavar="SECONDS",
+        help="follow until no run is running (every 5 s)",
+    )
+    parser.add_argument("--prune", choices=["checkpoints", "runs"], help="say what would be removed; with --yes remove")
+    parser.add_argument(
+        "--keep", type=int, default=1, help="checkpoints kept of each run (1); 0: none of finished runs"
+    )
+    parser.add_argument("--yes", action="store_true", help="remove")
+    given = parser.parse_args(arguments)
+    folders, console = given.folders or [Path("runs")], Console()
+    if given.keep < 0 or (given.watch is not None and given.watch <= 0):
+        raise UserError("--keep must be 0 or more, --watch above 0")
+    if given.yes and given.prune is None:
+        raise UserError("--yes belongs to --prune checkpoints or --prune runs")
+    if given.prune == "runs" and not given.folders:
+        raise UserError("--prune runs: name the run directories to remove")
+    if given.prune:
+        removals = prunable_runs(folders) if given.prune == "runs" else prunable_checkpoints(folders, given.keep)
+        prune(removals, given.yes, console)
+    elif given.watch is not None:
+        watch(folders, given.watch, console)
+    else:
+        console.print(status_table(find_runs(folders)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -60,7 +60,9 @@ def ordered_variants(runs: Sequence[Run]) -> list[Variant]:
 
 def run_row(variant: str, run: Run) -> Results:
     """One run as `results.json` lists it. FLOPs are the run's own count; `expected_flops` counts its tokens anew."""
-    last, validation = run.last, run.validations[-1]
+    last, validation = run.last, run.last_validation
+    parent_flops = (run.parent or {}).get("flops")
+    counted = (run.parent or {}).get("counted", False)
     config = MoRConfig.from_dict(run.facts["model"])
     length = int(run.facts["sequence_length"])
     training: Results = next((line for line in reversed(run.lines) if "loss" in line), {})
@@ -75,6 +77,10 @@ def run_row(variant: str, run: Run) -> Results:
         "convention": run.facts["convention"],
         "tokens": last["tokens"],
         "steps": last["step"],
+        "parent": run.parent,
+        "own_flops": last["flops"] - (parent_flops or 0) if counted else last["flops"],
+        "parent_flops": parent_flops,
+        "epoch": last.get("epoch"),
         "validation_loss": validation["validation_loss"],
         "validation_loss_topk": validation.get("validation_loss_topk"),
         "validation_step": validation["step"],
@@ -92,11 +98,11 @@ def run_row(variant: str, run: Run) -> Results:
 
 def variant_row(variant: Variant) -> Results:
     """Mean and spread over the seeds of one variant, and what a generated token costs."""
-    losses = list(variant.losses().values())
+    losses = list(variant.losses().values()) if variant.has_losses else []
     topk = [loss for loss in variant.losses("validation_loss_topk").values() if not math.isnan(loss)]
-    mean = sum(losses) / len(losses)
-    count = len(losses)
-    spread = (sum((loss - mean) ** 2 for loss in losses) / (count - 1)) ** 0.5 if count > 1 else None
+    count = len(variant.runs)
+    mean = sum(losses) / count if losses else None
+    spread = (sum((x - mean) ** 2 for x in losses) / (count - 1)) ** 0.5 if mean is not None and count > 1 else None
     seconds = [run.last["seconds"] for run in variant.runs if run.last.get("seconds") is not None]
     return {
         "name": variant.name,
@@ -124,7 +130,7 @@ def inference_costs(variant: Variant) -> dict[str, float]:
     """
     config = MoRConfig.from_dict(variant.model)
     length = int(variant.runs[0].facts["sequence_length"])
-    shares = [run.validations[-1].get("validation_depth_shares") for run in variant.runs]
+    shares = [run.last_validation.get("validation_depth_shares") for run in variant.runs]
     work = flops.expected_work(config, length, 1)
     if flops.gates_of(config) and all(shares):
         mean = [sum(column) / len(shares) for column in zip(*shares)]
@@ -182,7 +188,7 @@ def isoflop_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
     rows = []
     for members in matched:
         for architecture in dict.fromkeys(member.architecture for member in members):
-            same = [member for member in members if member.architecture == architecture]
+            same = [member for member in members if member.architecture == architecture and member.has_losses]
             sizes, losses = [], []
             for member in same:
                 size = flops.effective_parameters(MoRConfig.from_dict(member.model), embeddings=False)
@@ -215,7 +221,9 @@ def scaling_law_rows(groups: Sequence[Variant]) -> list[Results]:
             once = layer * flops.unshared_layers(config)
             shared = layer * flops.recursion_layers(config) if config.num_recursions > 1 else 0
             for run in group.runs:
-                loss = run.validations[-1]["validation_loss"]
+                loss = run.last_validation["validation_loss"]
+                if loss is None:
+                    continue
                 points.append((once, shared, group.mean_recursions(), run.last["tokens"], loss))
         try:
             n_once, n_recurrent, recursions, tokens, losses = (list(column) for column in zip(*points))

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 import wandb
+import yaml
 
-from pretrain.metrics import LossSpikes, MetricsFile, Sums, Tracker, last_line, tracker_id
+from data_prep.settings import UserError
+from pretrain.metrics import LossSpikes, MetricsFile, Sums, Tracker, last_line, main, tracker_id
 from tests.helpers.experiments import settings_for
 
 
@@ -96,6 +98,51 @@ def test_tracker_out_of_reach_warns_once_and_goes_on(
     tracker.log({"step": 2})
     tracker.finish()
     assert capsys.readouterr().err.count("training goes on without it: no API key configured") == 1
+
+
+def logged(folder: Path) -> list[int]:
+    """Steps of the history rows in W&B's own file of a run, in order."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal import datastore
+
+    (path,) = folder.glob("*.wandb")
+    store, steps = datastore.DataStore(), []
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.HasField("history"):
+            steps.append(record.history.step.num)
+    return steps
+
+
+def test_tracker_logs_a_runs_own_steps_and_a_rebuilding_has_each_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a kill: the second folder repeats step 3 and begins where it does, and nowhere else."""
+    settings = settings_for(tmp_path / "run", tmp_path, tracker={"mode": "offline"})
+    lines = [{"step": step, "flops": 10 * step, "loss": 1.0 / step} for step in (1, 2, 3, 4)]
+    lines += [{"step": 4, "flops": 40, "validation_loss": 0.2, "event": "finished"}]
+    for number, part in enumerate((lines[:3], lines[2:])):
+        tracker = Tracker(settings, tmp_path / f"part{number}", "abc123")
+        for line in part:
+            tracker.log(line)
+        tracker.finish()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["sync", str(tmp_path / "run")]) == 0
+    wandb.teardown()
+    parts = [logged(next((tmp_path / f"part{number}").glob("wandb/offline-run-*"))) for number in (0, 1)]
+    assert parts == [[1, 2, 3], [3, 4]]
+    (rebuilt,) = (tmp_path / "run/tracker/rebuilt").glob("wandb/offline-run-*")
+    assert logged(rebuilt) == [1, 2, 3, 4]
+    assert f"wandb sync {rebuilt}" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run_is_not_rebuilt(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run with metrics\.jsonl"):
+        main(["sync", str(tmp_path)])
 
 
 def test_tracker_offline_uses_flops_as_the_x_axis(tmp_path: Path) -> None:
