@@ -75,10 +75,10 @@ class _ExactLinear(torch.autograd.Function):
 
 def _integers(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """fp32 x [N, I] as integers of up to `bits` bits, in fp64, and the power of two [N, 1] that they are counted in."""
-    largest = x.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
     power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # without its mantissa: power <= largest
-    unit = power.double() * 2.0 ** (1 - bits)
-    return (x.double() / unit).round_(), unit
+    # Scaling by a power of two is exact, and fp32 holds every integer of so few bits.
+    return (x * (2.0 ** (bits - 1) / power)).round_().double(), power.double() * 2.0 ** (1 - bits)
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
