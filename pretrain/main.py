@@ -4,7 +4,7 @@ accelerate launch [--config_file configs/parallel/NAME.yaml] pretrain/main.py --
     [key=value ...] [--print-config]
 
 The same command again goes on from the latest checkpoint. Exit codes: 0 finished; 2 a mistake in what was given;
-75 stopped on request (SIGTERM, SIGUSR1, the file RUN_DIR/stop), run it again; 130 stopped by Ctrl-C.
+75 stopped on request (SIGTERM, SIGUSR1, SIGHUP, the file RUN_DIR/stop), run it again; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
