@@ -20,11 +20,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,14 @@ Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["fp32", "bf16"]
 NATIVE_TAG, FACTS, BUFFERS = "native", "facts.json", "buffers.safetensors"  # in a DeepSpeed checkpoint
 OptimizerFactory = Callable[[nn.Module], Optimizer]
+Result = TypeVar("Result")
+POLL_SECONDS = 0.2  # between two looks at the store, of a rank that waits for rank 0
+# Longest wait within a save, whose ranks may write at very different speeds; a rank that is gone ends it at once.
+SAVE_TIMEOUT = timedelta(days=2)
+
+
+class RankFailure(Exception):
+    """Another rank failed; its message."""
 
 
 class ParallelSettings(Settings):
@@ -182,6 +191,16 @@ def _strategy_of_launcher(environment: Mapping[str, str]) -> dict[str, Any] | No
     return None
 
 
+def _check_devices(visible: int, environment: Mapping[str, str]) -> None:
+    """Raise UserError, on all ranks of a machine alike, where it runs more ranks than GPUs are visible."""
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = max(ranks, int(environment.get("LOCAL_RANK", "0")) + 1)
+    if ranks > visible:
+        limits = environment.get("CUDA_VISIBLE_DEVICES")
+        why = "" if limits is None else f" (CUDA_VISIBLE_DEVICES={limits})"
+        raise UserError(f"{ranks} ranks run on this machine, but {visible} GPUs are visible{why}: start a rank a GPU")
+
+
 class Parallel:
     """One process alone; the subclasses are the strategies over several ranks. Made by `Parallel.start`.
 
@@ -201,31 +220,86 @@ class Parallel:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.is_main = self.rank == 0
         if torch.cuda.is_available():
+            _check_devices(torch.cuda.device_count(), os.environ)
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         else:
             self.device = torch.device("cpu")
         self.background_group: dist.ProcessGroup | None = None
+        self.store: dist.Store | None = None
+        self._solos = 0  # calls of `on_main`
         self.watchdog: Watchdog | None = None
         self.clock = StepClock(self.device)
 
     @staticmethod
-    def start(settings: ParallelSettings, precision: Precision = "fp32", seed: int = 0) -> Parallel:
+    def start(
+        settings: ParallelSettings,
+        precision: Precision = "fp32",
+        seed: int = 0,
+        first: Callable[[], None] | None = None,
+    ) -> Parallel:
         """Join the other ranks (gloo on CPU, NCCL on GPU) and seed this one so that all build the same model.
 
+        first: what rank 0 does before the ranks join, while the others wait without a time limit.
         Raises UserError where the ranks or the strategy asked for are not those that were started.
         """
         settings = resolve_strategy(settings, os.environ)
         parallel = _STRATEGIES[settings.strategy](settings, precision, seed)
         if "WORLD_SIZE" in os.environ:
+            parallel.store, _, _ = next(dist.rendezvous("env://", parallel.rank, parallel.world_size))
+        if first is not None:
+            parallel.on_main("the start", first)
+        if "WORLD_SIZE" in os.environ:
             backend = "cpu:gloo,cuda:nccl" if parallel.device.type == "cuda" else "gloo"
-            timeout = timedelta(seconds=settings.timeout_seconds)
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(
+                backend,
+                timeout=timedelta(seconds=settings.timeout_seconds),
+                store=dist.PrefixStore("ranks", parallel.store),
+                rank=parallel.rank,
+                world_size=parallel.world_size,
+            )
             # collectives of background threads (checkpoints) must never interleave with those of training
-            parallel.background_group = dist.new_group(backend="gloo", timeout=timeout)
+            parallel.background_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
             assert dist.get_world_size() == parallel.world_size
         torch.manual_seed(seed)
         return parallel
+
+    def busy(self, what: str) -> AbstractContextManager[Any]:
+        """Around work of this rank for which the others may have to wait, however long: the watchdog lets it be."""
+        return self.watchdog.busy(what) if self.watchdog else nullcontext()
+
+    def on_main(self, what: str, action: Callable[[], Result]) -> Result | None:
+        """Run `action` on rank 0, however long it takes; the others look at a key now and then, outside any collective.
+
+        Returns its result on rank 0, None elsewhere. What it raises is raised on every rank: itself on rank 0,
+        elsewhere UserError with its message if it was one, else RankFailure.
+        """
+        self._solos += 1
+        key = f"on_main/{self._solos}"
+        with self.busy(what):
+            if not self.is_main:
+                self._wait_for_main(key)
+                return None
+            try:
+                result = action()
+            except BaseException as error:
+                if self.store is not None:
+                    with suppress(RuntimeError):  # the store is gone with the others
+                        self.store.set(key, ("user\t" if isinstance(error, UserError) else "other\t") + str(error))
+                raise
+            if self.store is not None:
+                self.store.set(key, "done\t")
+            return result
+
+    def _wait_for_main(self, key: str) -> None:
+        assert self.store is not None
+        while not self.store.check([key]):
+            time.sleep(POLL_SECONDS)
+        kind, _, message = self.store.get(key).decode().partition("\t")
+        if kind == "user":
+            raise UserError(message)
+        if kind != "done":
+            raise RankFailure(f"rank 0 failed: {message}")
 
     def building(self) -> AbstractContextManager[Any]:
         """Where a new model is built: under fsdp2 only rank 0 draws and holds weights, which `prepare` hands round."""
@@ -568,7 +642,7 @@ class _DeepSpeed(Parallel):
         def guarded(*arguments: Any, **keywords: Any) -> None:
             try:
                 write(*arguments, **keywords)
-            except (OSError, RuntimeError) as failure:
+            except Exception as failure:
                 failures.append(failure)
 
         self.engine.checkpoint_engine.save = guarded
@@ -602,9 +676,11 @@ class _DeepSpeed(Parallel):
         zero: Any = self.optimizer
         flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         sizes = {key: shape.numel() for (_, key), shape in shapes.items()}
+        fused = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
         for flat in flats:
+            device = flat.device if fused else torch.device("cpu")  # where AdamW itself would put its `step`
             zero.optimizer.state[flat] = {
-                key: torch.zeros(()) if key == "step" else torch.zeros_like(flat) for key in sizes
+                key: torch.zeros((), device=device) if key == "step" else torch.zeros_like(flat) for key in sizes
             }
         if self.stage < 3:
             zero._hp_optimizer_states_linked = False

@@ -24,7 +24,7 @@ from model import routing
 from model.cache import owned_uses, sees_everyone
 from model.inference.packed import Norm, PackedLayer, Product, rotary
 from model.inference.pool import CallPlan, PagePool, Reader, Run, Writer
-from model.inference.sampling import SamplingParams, choose
+from model.inference.sampling import SamplingParams, choose, score
 from model.inference.scheduler import DepthPolicy, Event, Request, Scheduler, recursion_share
 from model.layers import Tokens
 from model.modeling import MoRForCausalLM, Row
@@ -473,6 +473,8 @@ class Engine:
         ends, begin = [], 0
         for flight in done:
             request, end = flight.request, begin + flight.count
+            if request.params.prompt_logprobs:
+                self._score_prompt(flight, state[begin:end])
             request.done += flight.count
             request.depths[flight.start :] = air.depth[begin:end].tolist()
             begin = end
@@ -481,18 +483,34 @@ class Engine:
         wanting = [flight.request for flight in done if flight.ends]
         return self._next_tokens(wanting, state[torch.tensor(ends, device=state.device)]) if wanting else []
 
+    def _score_prompt(self, flight: Flight, state: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that follow those of a flight. state: [flight.count, D]."""
+        request, first = flight.request, flight.start + 1
+        following = request.prompt[first : first + flight.count]
+        if following:
+            logits = self.head(self.norm(state[: len(following)]))
+            scores = score(logits, following, request.params.logprobs or 0)
+            request.scores |= dict(enumerate(scores, first))
+
     def _next_tokens(self, requests: list[Request], state: Tensor) -> list[Event]:
         """Head and choice. state: [len(requests), D]."""
         began = time.perf_counter()
         logits = self.head(self.norm(state))
         self.statistics.model_seconds += time.perf_counter() - began
-        tokens = choose(logits, [r.params for r in requests], [r.generator for r in requests])
+        params = [request.params for request in requests]
+        tokens = choose(logits, params, [r.generator for r in requests], [r.tokens for r in requests])
         events = []
-        for request, token in zip(requests, tokens, strict=True):
+        for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            if not request.params.max_tokens:  # the prompt's scores are all that was asked for
+                self.scheduler.finish(request, "length")
+                events.append(Event(request, [], "length"))
+                continue
+            if request.params.logprobs is not None:
+                request.scores[len(request.text)] = score(logits[i : i + 1], [token], request.params.logprobs)[0]
             ready = request.append(token, self.context)
             if request.finished:
                 self.scheduler.finish(request, request.finished)
             if ready or request.finished:
                 events.append(Event(request, ready, request.finished))
-        self.statistics.generated_tokens += len(tokens)
+            self.statistics.generated_tokens += 1
         return events

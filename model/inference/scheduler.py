@@ -11,7 +11,7 @@ from model.cache import sees_everyone
 from model.config import MoRConfig
 from model.flops import capacities
 from model.inference.pool import PagePool, Run
-from model.inference.sampling import SamplingParams
+from model.inference.sampling import SamplingParams, TokenScore
 from model.sharing import applications
 
 
@@ -73,7 +73,8 @@ class Request:
     text: prompt and generated ids; done: how many of them passed all layers since the last (re)start; depths:
     recursions that each of the `done` executed; tokens: the generated ids without a stop sequence; released: how many
     of those were handed out; runs: pages of all tokens, then one run per recursion; places: positions of their tokens.
-    finished: `stop`, `length`, `cancelled` or "" while it lives.
+    finished: `stop`, `length`, `cancelled` or "" while it lives. scores: position -> log-probability of its token,
+    where the parameters ask for it, a stop sequence's tokens included; the first token of a prompt has none.
     """
 
     order: int
@@ -90,6 +91,7 @@ class Request:
     running: bool = False
     finished: str = ""
     preemptions: int = 0
+    scores: dict[int, TokenScore] = field(default_factory=dict)
 
     def append(self, token: int, context: int) -> list[int]:
         """Take in a generated token; returns the tokens that can be handed out, and sets `finished` at the end."""
@@ -155,8 +157,11 @@ class Scheduler:
         outside = [token for token in prompt if not (isinstance(token, int) and 0 <= token < vocabulary)]
         if outside:
             raise ValueError(f"prompt: token id {outside[0]!r} is outside the vocabulary of {vocabulary}")
-        if len(prompt) >= context:
+        if len(prompt) > context:
             raise ValueError(f"prompt: {len(prompt)} tokens leave no room in the context of {context}; shorten it")
+        biased = [token for token in params.logit_bias if not 0 <= token < vocabulary]
+        if biased:
+            raise ValueError(f"logit_bias: token id {biased[0]!r} is outside the vocabulary of {vocabulary}")
         total = min(len(prompt) + params.max_tokens, context)
         pages, pages_each = self.everyone.pages_for(total), self.recursed.pages_for(total) * len(self.ragged)
         if pages > self.everyone.pages or pages_each > self.recursed.pages:
@@ -168,8 +173,7 @@ class Scheduler:
             raise QueueFull(f"{len(self.waiting)} requests wait already")
         runs = [Run() for _ in range(1 + self.config.num_recursions)]
         places: list[list[int]] = [[] for _ in runs]
-        generator = random.Random(params.seed)
-        request = Request(next(self._orders), prompt, params, generator, list(prompt), runs, places)
+        request = Request(next(self._orders), prompt, params, params.generator(), list(prompt), runs, places)
         self.waiting.append(request)
         return request
 

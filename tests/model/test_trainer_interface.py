@@ -127,3 +127,50 @@ def test_the_trainer_of_transformers_trains(name, tmp_path: Path):
     loaded = MoRForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", ["vanilla", "expert", "token"])
+def test_the_trainer_of_transformers_evaluates_predicts_and_keeps_the_best(name, tmp_path: Path):
+    model = build(name)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
+    assert trainer.label_names == ["labels"]
+    trainer.train()
+    measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(measured) == 2 and trainer.state.best_metric == min(measured)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(measured), rel=1e-5)
+    predicted = trainer.predict(Rows())
+    assert predicted.metrics["test_loss"] == pytest.approx(min(measured), rel=1e-5)
+    assert predicted.predictions.shape == (16, *batch().shape[1:], model.config.vocab_size)
+    with torch.no_grad():
+        rows = torch.stack([Rows()[i]["input_ids"] for i in range(16)])
+        torch.testing.assert_close(torch.from_numpy(predicted.predictions), model.eval()(rows).logits)
+
+
+def test_rows_packed_as_transformers_packs_them_are_documents():
+    """Positions that start anew, without a mask; and keywords for other models change nothing."""
+    model, ids = build("expert").eval(), batch()
+    documents = (torch.arange(24) >= 10).long().expand(2, -1)
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)
+    with torch.no_grad():
+        expected = model(ids, document_ids=documents, position_ids=positions).logits
+        assert torch.equal(model(ids, position_ids=positions, seq_idx=None, max_length_q=14).logits, expected)
+        assert torch.equal(
+            model.model(ids, position_ids=positions, max_length_q=14).last_hidden_state,
+            model.model(ids, document_ids=documents, position_ids=positions).last_hidden_state,
+        )
+        assert not torch.equal(model(ids).logits, expected)
