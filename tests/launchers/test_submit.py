@@ -210,7 +210,7 @@ def test_status_shows_every_run_with_its_task(
     (tmp_path / "out" / "other-seed0" / "requeue").touch()
     assert main(["--status", str(path), f"overrides.{data[0]}"]) == 0
     shown = capsys.readouterr().out
-    assert "1 finished, 1 stopped, 2 not started" in shown
+    assert "2 not started, 1 finished, 1 stopped" in shown
 
 
 def test_batch_that_does_not_divide_is_refused(data: list[str]) -> None:
