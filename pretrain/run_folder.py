@@ -1,5 +1,5 @@
-"""What a run writes into its directory besides metrics and checkpoints: config.yaml, run.json, last_checkpoint (it
-outlives the checkpoints). And what is set aside where a run begins anew. Rank 0 only."""
+"""What a run writes into its directory besides metrics and checkpoints: config.yaml, run.json and last_checkpoint (it
+outlives them). And what is set aside where a run begins anew. Rank 0 only."""
 
 from __future__ import annotations
 
