@@ -127,7 +127,8 @@ class Trainer:
         self.peak_flops = settings.metrics.peak_flops or peak_flops(parallel.device)
         torch.manual_seed(settings.seed)
         self.model = make_model(settings, self.config, parallel)
-        self.model.set_recompute(settings.recompute)
+        blocks = parallel.settings.activation_checkpointing and settings.recompute == "none"
+        self.model.set_recompute("block" if blocks else settings.recompute)
         if settings.compile:
             self.model.compile_layers()
         parallel.prepare(self.model, lambda module: make_optimizer(module, settings))

@@ -20,7 +20,8 @@ from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
 from pretrain.checkpoint import BrokenSave, Checkpoints, Outcome, committed, folder_of
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from tests.helpers.experiments import ROUTED
 
 CONFIG = MoRConfig(**ROUTED["mor_token"], vocab_size=50, max_position_embeddings=16, balancing="loss_free")
