@@ -16,7 +16,7 @@ from rich.table import Table
 from data_prep.settings import Plain, Settings, UserError, describe, load, typed
 from model.config import MoRConfig
 from pretrain.data import Manifest
-from pretrain.parallel import ParallelSettings
+from pretrain.parallel_settings import ParallelSettings
 from pretrain.schedule import ScheduleKind
 
 # Fields of LlamaConfig that say something about a model to train; the rest of its fields serve the library.
@@ -258,6 +258,10 @@ class ExperimentSettings(Settings):
     def _consistent(self) -> Self:
         if len(self.budget.totals) > 1 and self.schedule.kind != "trapezoid":
             raise ValueError("schedule.kind: several budgets need a trapezoid, whose plateau they share")
+        if self.parallel.mixed_precision == "bf16" and self.precision == "fp32":
+            raise ValueError(
+                "precision is fp32, and parallel.mixed_precision bf16: give both the same, or no to the last"
+            )
         return self
 
 
