@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -40,10 +41,12 @@ from rich.table import Table
 from data_prep.settings import Settings, UserError, load, merge, read_yaml, run_command
 from model.config import MoRConfig
 from model.flops import unique_parameters
+from model.hardware import describe, device_here
 from pretrain.budget import Plan, plan
 from pretrain.config import ExperimentSettings, Flops, differing_keys, make_model_config, read_settings
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
+from pretrain.precision import of_comparison, refused_or_slow
 from pretrain.report import write_report
 from pretrain.stop import REQUEUE, REQUEUE_FILE
 
@@ -77,6 +80,9 @@ class CompareSettings(Settings):
     at_once: int = Field(1, gt=0, description="local runs that go on at the same time")
     threads: int | None = Field(
         None, gt=0, description="CPU threads of a run; null shares the cores among at_once runs"
+    )
+    mix_precisions: bool = Field(
+        False, description="let runs differ in precision; the report then shows each precision apart"
     )
     accelerate: list[str] = Field(
         ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"],
@@ -145,12 +151,13 @@ def _event(folder: Path) -> str | None:
 # --- the plan ---------------------------------------------------------------------------------------------------
 
 
-def plan_runs(compare: CompareSettings) -> list[PlannedRun]:
+def plan_runs(compare: CompareSettings, gpus: bool | None = None) -> list[PlannedRun]:
     """Every run of the grid, seeds outermost, so that a first answer for all models comes early.
 
     A run's directory is named by model, convention (where it is not `exact`) and seed: two comparisons with one output
-    folder share the runs that they have in common.
+    folder share the runs that they have in common. Where the precision is `auto` it is decided here, once for all runs.
 
+    gpus: whether the runs will have any; None: where they run here, as this machine, under Slurm as `submit` asks for.
     Raises UserError where a run's settings are wrong or its directory belongs to another configuration.
     """
     runs = []
@@ -175,9 +182,30 @@ def plan_runs(compare: CompareSettings) -> list[PlannedRun]:
                 ]
                 settings = read_settings(compare.experiment, arguments[2:])
                 runs.append(PlannedRun(label, settings, arguments))
+    runs = with_precision(compare, runs, will_have_gpus(compare) if gpus is None else gpus)
     for run in runs:
         require_same_configuration(run)
     return runs
+
+
+def with_precision(compare: CompareSettings, runs: Sequence[PlannedRun], gpus: bool) -> list[PlannedRun]:
+    """The runs with `auto` decided: for all alike, or for each where they may differ."""
+    if all(run.settings.precision != "auto" for run in runs):
+        return list(runs)
+    together = None if compare.mix_precisions else of_comparison([run.folder for run in runs], gpus)
+    result = []
+    for run in runs:
+        precision = together or of_comparison([run.folder], gpus)
+        settings = run.settings.model_copy(update={"precision": precision})
+        result.append(PlannedRun(run.label, settings, [*run.arguments, f"precision={precision}"]))
+    return result
+
+
+def will_have_gpus(compare: CompareSettings) -> bool:
+    """Whether the runs will have GPUs: this machine's, or those that launchers/submit.py asks for unless told 0."""
+    if compare.scheduler == "local":
+        return torch.cuda.is_available()
+    return not re.search(r"--gpus-per-node[= ]0\b", " ".join(compare.submit))
 
 
 def model_file(compare: CompareSettings, name: str, model: str | dict[str, Any]) -> str:
@@ -446,9 +474,25 @@ def read_compare(path: Path, overrides: Sequence[str]) -> CompareSettings:
     return load(CompareSettings, path, overrides)
 
 
+def shown_apart(compare: CompareSettings) -> bool:
+    """Whether the comparison asks for runs that cannot stand in one table."""
+    return compare.mix_precisions or len({entry.convention for entry in compare.budgets}) > 1
+
+
+def say_precision(runs: Sequence[PlannedRun], console: Console) -> None:
+    """What the runs are computed in, and a warning where that is slow. UserError where this machine cannot."""
+    for precision in sorted({run.settings.precision for run in runs}):
+        device = device_here()
+        assert precision != "auto"
+        text = f"precision: {precision} on {describe(device)}{refused_or_slow(precision, device)}"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> int:
     """Run what is missing here, then report; returns the exit code."""
     missing = [run for run in runs if not run.finished()]
+    if missing:
+        say_precision(missing, console)
     console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -460,7 +504,7 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
             done,
             compare.output / compare.report,
             published=compare.published,
-            allow_mixed=len({entry.convention for entry in compare.budgets}) > 1,
+            allow_mixed=shown_apart(compare),
             baseline=compare.baseline,
             console=console,
         )

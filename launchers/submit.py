@@ -36,11 +36,12 @@ from dataclasses import asdict, dataclass
 
 from data_prep.settings import UserError, run_command
 from launchers import status
-from launchers.compare import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare
+from launchers.compare import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare, shown_apart
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
 from pretrain.data import accumulation_steps
 from pretrain.parallel_settings import ParallelSettings, resolve_strategy
+from pretrain.precision import expected
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOGS = "runs/slurm"
@@ -84,12 +85,14 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
         check(runs[number].settings, options)
     report = [f"--baseline={compare.baseline}"] if compare.baseline else []
     report += ["--published"] if compare.published else []
-    report += ["--allow-mixed"] if len({entry.convention for entry in compare.budgets}) > 1 else []
+    report += ["--allow-mixed"] if shown_apart(compare) else []
     named = [f"--job-name={compare.output.name}", f"--output={LOGS}/%x-%A_%a.log"]
     tasks = ",".join(map(str, missing)) + (f"%{options.at_once}" if options.at_once else "")
     jobs = prepare_jobs(runs[0].settings, options) if missing else []
     if missing:
         arguments = ["--compare", options.compare, *options.overrides, f"overrides.{world_size(options)}"]
+        if len(decided := {runs[number].settings.precision for number in missing}) == 1:
+            arguments.append(f"overrides.precision={decided.pop()}")  # once, and not on each task's node
         wanted = resources(options, [runs[number].settings for number in missing])
         array = [*named, f"--array={tasks}", *wanted, "launchers/compare_array.sbatch", *arguments]
         jobs.append(Job("compare", array, ("afterok", "prepare") if jobs else None))
@@ -102,7 +105,7 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
 def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[PlannedRun]]:
     """The comparison and its runs; the place of a run in the list is its task in the array."""
     compare = read_compare(Path(options.compare), options.overrides)
-    return compare, plan_runs(compare)
+    return compare, plan_runs(compare, options.gpus_per_node > 0)
 
 
 def prepare_jobs(settings: ExperimentSettings, options: argparse.Namespace) -> list[Job]:
@@ -133,11 +136,12 @@ def check(settings: ExperimentSettings, options: argparse.Namespace) -> None:
     if not options.gpus_per_node or memory.total <= options.gpu_memory * GIB:
         return
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(memory).items() if size >= GIB / 20)
+    precision = expected(settings.precision, options.gpus_per_node > 0)
     raise UserError(
         f"{settings.name}: a rank needs about {memory.total / GIB:.1f} GiB, a GPU has {options.gpu_memory:g} GiB "
         f"(--gpu-memory); in GiB: {parts}. This is for {ranks(options)} ranks, strategy "
         f"{strategy_of(settings, options).strategy}, micro-batches of {micro_size} sequences, recompute "
-        f"{settings.recompute}, {settings.precision}. {what_fits(settings, options)}"
+        f"{settings.recompute}, {precision}. {what_fits(settings, options)}"
     )
 
 
@@ -179,7 +183,7 @@ def estimate(settings: ExperimentSettings, options: argparse.Namespace) -> Memor
         min_unit_parameters=parallel.min_unit_parameters,
         offload_optimizer=parallel.offload_optimizer,
         micro_batches=settings.batch.size // (micro_size * world_size),
-        precision=settings.precision,
+        precision=expected(settings.precision, options.gpus_per_node > 0),
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
     )
@@ -397,7 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*read_comparison(options)[1][options.print_run].arguments, sep="\n")
     elif options.status:
         settings = read_compare(Path(options.status), options.overrides)
-        status.show(settings, plan_runs(settings), REPOSITORY / LOGS)
+        status.show(settings, plan_runs(settings, options.gpus_per_node > 0), REPOSITORY / LOGS)
     elif options.config:
         submit(plan_run(options), options.dry_run)
     elif options.compare:

@@ -89,6 +89,13 @@ def packs(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and cpu().packs_bf16)
 
 
+def loading_dtype(saved: torch.dtype, device: torch.device) -> torch.dtype:
+    """In what to load weights unless told: as saved, but fp32 for 16 bits where the device does not multiply those."""
+    if device.type == "cpu" and (saved == torch.float16 or (saved == torch.bfloat16 and not cpu().multiplies_bf16)):
+        return torch.float32
+    return torch.float32 if saved == torch.bfloat16 and not multiplies_bf16(device) else saved
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16, so that bf16 is worth its rounding."""
     if device.type == "cuda":
@@ -102,6 +109,11 @@ def auto_precision(device: torch.device) -> tuple[Precision, str]:
     if multiplies_bf16(device):
         return "bf16", f"{name} multiplies bf16 in hardware"
     return "fp32", f"{name} does not multiply bf16 in hardware"
+
+
+def device_here() -> torch.device:
+    """An accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def describe(device: torch.device) -> str:

@@ -226,8 +226,10 @@ class ExperimentSettings(Settings):
     batch: BatchSettings = Field(description="how large a step is")
     optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="AdamW")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="the learning rate over the budget")
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="bf16: autocast over fp32 parameters; or fp32"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto",
+        description="bf16: autocast over fp32 parameters; or fp32; auto: bf16 on GPUs and CPUs that multiply it in "
+        "hardware, else fp32. An existing run goes on in its own",
     )
     recompute: Literal["none", "block", "recursion", "selective"] = Field(
         default="none", description="which activations are computed again in the backward pass, to save memory"

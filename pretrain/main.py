@@ -25,6 +25,7 @@ from data_prep.settings import UserError, run_command
 from pretrain.config import DataSettings, ExperimentSettings, print_config, read_settings
 from pretrain.data import Manifest
 from pretrain.parallel import Parallel, RunFailed
+from pretrain.precision import settle
 from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.trainer import Trainer
 
@@ -63,6 +64,7 @@ def train(settings: ExperimentSettings, restart: bool = False) -> int:
     parallel = Parallel.start(
         settings.parallel, settings.precision, settings.seed, first=lambda: prepare_data(settings.data)
     )
+    settings = settle(settings, parallel, restart)
     trainer = Trainer(settings, Manifest.read(settings.data.folder), parallel)
     try:
         code = trainer.run(restart)

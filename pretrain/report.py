@@ -84,7 +84,7 @@ def statement(results: Results) -> str:
     return (
         f"Corpus: {results['corpus']} (data {short(results['data_fingerprint'])}). Tokenizer: {results['vocab_size']} "
         f"tokens ({short(results['tokenizer_fingerprint'])}). Sequences of {results['sequence_length']} tokens, "
-        f"{masking}. FLOPs: `{results['convention']}` convention{attention}. Seeds: {seeds}; {spread}. "
+        f"{masking}. Precision: {results['precision']}. FLOPs: `{results['convention']}` convention{attention}. Seeds: {seeds}; {spread}. "
         f"Losses are nats per token on the validation split. Evaluation: {results['evaluation']}."
     )
 
@@ -320,11 +320,23 @@ def conventions_table(results: Results) -> Table:
 
 def runs_table(results: Results) -> Table:
     """One row per run."""
-    header = ["model", "seed", "FLOPs", "tokens", "steps", "validation loss, causal", "top-k", "seconds", "finished"]
+    header = [
+        "model",
+        "seed",
+        "precision",
+        "FLOPs",
+        "tokens",
+        "steps",
+        "validation loss, causal",
+        "top-k",
+        "seconds",
+        "finished",
+    ]
     rows = [
         [
             row["variant"],
             str(row["seed"]),
+            row["precision"],
             f"{row['flops']:.6g}",
             f"{row['tokens']:,}",
             f"{row['steps']:,}",

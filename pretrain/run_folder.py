@@ -112,6 +112,7 @@ def describe_run(
         "seed": settings.seed,
         "unique_parameters": unique_parameters(config),
         "effective_parameters": effective_parameters(config),
+        "precision": settings.precision,
         "convention": settings.budget.convention,
         "attention": "causal work; document boundaries ignored",
         "corpus": manifest.corpus,

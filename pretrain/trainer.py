@@ -47,6 +47,7 @@ from pretrain.lock import RunLock
 from pretrain.metrics import METRICS, LossSpikes, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
 from pretrain.parallel import Parallel, RunFailed
 from pretrain.plan import Plan, RunState, make_plans
+from pretrain.precision import settle
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE, StopRequest
 from pretrain.timing import rank_spread, traced
 from pretrain.validation import Validation
@@ -93,6 +94,8 @@ class Trainer:
 
     def __init__(self, settings: ExperimentSettings, manifest: Manifest, parallel: Parallel) -> None:
         """Build model, optimizer and loader. Raises UserError where settings, data and ranks contradict each other."""
+        if settings.precision == "auto":
+            settings = settle(settings, parallel)
         self.settings, self.manifest, self.parallel = settings, manifest, parallel
         if settings.evaluation.tasks and parallel.settings.strategy in ("fsdp2", "zero3"):
             raise UserError(
@@ -157,6 +160,20 @@ class Trainer:
                 if not self.fit(plan):
                     return self.stop.exit_code
         return 0
+
+    def rehearse(self, steps: int, folder: Path) -> list[float]:
+        """Take a few real steps without a run directory: nothing is written, no budget is spent. Returns the seconds
+        of each, on this rank. Collective. folder: any that exists.
+        """
+        self.stop, self.plan = StopRequest(folder), self.plans[0]
+        self.checkpoints = self.checkpoints_of(replace(self.plan, settings=self.settings))
+        seconds = []
+        for _ in range(steps):
+            before = self.state.seconds
+            self.training_step()
+            seconds.append(self.state.seconds - before)
+        self.loader.close()
+        return seconds
 
     def fit(self, plan: Plan) -> bool:
         """Train one run directory from where it stands to its end; False if a stop was asked for first."""
@@ -403,7 +420,7 @@ class Trainer:
             folder=rule.task_folder,
             batch_size=self.validation.micro_size,
             limit=rule.task_limit,
-            precision=self.settings.precision,
+            precision=self.parallel.precision,
         )
         hook.remove()
         self.parallel.model.train()
@@ -493,6 +510,7 @@ class Trainer:
         snapshot: dict[str, Any] = {}
         if found is not None:
             snapshot = self.checkpoints.load(parallel, found)
+            self.require_precision(found, snapshot)
             self.state, self.spikes = RunState(**snapshot["run"]), LossSpikes(**snapshot.get("loss_spikes", {}))
             self.loader.load_state(snapshot["loader"])
         elif plan is not self.plans[0]:
@@ -506,6 +524,15 @@ class Trainer:
             self.output.say(f"goes on from {found}")
         if found is None and plan.settings.evaluation.at_start:
             self.validate()
+
+    def require_precision(self, checkpoint: Any, snapshot: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained in another precision, as one that was copied here may be."""
+        before, now = snapshot.get("settings", {}).get("precision"), self.settings.precision
+        if before not in (None, "auto", now):
+            raise UserError(
+                f"{checkpoint}: was trained in {before}, this run in {now}; a run goes on in the precision that it was "
+                f"started with: give precision={before} and another run_dir, or remove this checkpoint"
+            )
 
     def open_output(self) -> Output:
         """Where the run's figures go; on rank 0."""

@@ -58,7 +58,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--depth", default="adaptive", help="adaptive (the router decides), uniform:N or cap:N recursions per token")
     add("--max-batch", type=int, default=32, help="requests that run at once (default %(default)s)")
     add("--kv-tokens", type=int, default=16384, help="tokens that keys and values are held for (default %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    kinds = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="auto", choices=kinds, help="auto: as saved; 16 bits as float32 where they are slow")
     add("--device", help="default: an accelerator if there is one")
 
 

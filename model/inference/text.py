@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
+from model import hardware
+from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
 
 
@@ -17,7 +20,8 @@ def load_checkpoint(
 ) -> tuple[MoRForCausalLM, Tokenizer]:
     """Model and tokenizer of a `from_pretrained` folder that holds `tokenizer.json` too.
 
-    dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`. device: None takes an accelerator if there is one.
+    dtype: `auto` (as saved, but fp32 for 16 bits that the device does not multiply in hardware), `float32`, `bfloat16`
+    or `float16`. device: None takes an accelerator if there is one.
     Raises ValueError that names what is missing.
     """
     folder = Path(folder)
@@ -36,10 +40,27 @@ def load_checkpoint(
             f"checkpoint: {folder} holds no tokenizer.json; copy it from the prepared data of its training"
         )
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = MoRForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    place = hardware.device_here() if device is None else torch.device(device)
+    model = MoRForCausalLM.from_pretrained(folder, dtype=_dtype(folder, dtype, place)).to(place)
     return model, tokenizer
+
+
+def _dtype(folder: Path, asked: str, device: torch.device) -> str | torch.dtype:
+    """In what to load weights; says so where that is not as they were saved, or where what was asked for is slow."""
+    if asked == "bfloat16":
+        hardware.require_bf16(device)
+        if not hardware.multiplies_bf16(device):
+            print(f"warning: {hardware.describe(device)} multiplies no bf16: slow; --dtype float32", file=sys.stderr)
+    if asked != "auto":
+        return asked
+    saved = MoRConfig.from_pretrained(folder).dtype
+    if not isinstance(saved, torch.dtype):
+        return "auto"
+    loaded = hardware.loading_dtype(saved, device)
+    if loaded != saved:
+        where = hardware.describe(device)
+        print(f"{folder}: saved in {saved}, loaded in {loaded}: {where} does not multiply it", file=sys.stderr)
+    return loaded
 
 
 def end_of_text(model: MoRForCausalLM) -> list[list[int]]:
