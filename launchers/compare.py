@@ -39,6 +39,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from data_prep.settings import Settings, UserError, load, merge, read_yaml, run_command
+from launchers.estimate import Pace, time_left
 from model.config import MoRConfig
 from model.flops import unique_parameters
 from model.hardware import describe, device_here
@@ -49,6 +50,7 @@ from pretrain.metrics import last_line
 from pretrain.precision import of_comparison, refused_or_slow
 from pretrain.report import write_report
 from pretrain.stop import REQUEUE, REQUEUE_FILE
+from pretrain.timing import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.5
@@ -113,6 +115,12 @@ class PlannedRun:
         assert flops is not None  # a comparison always gives FLOPs
         return flops if isinstance(flops, list) else [flops]
 
+    @property
+    def work(self) -> float:
+        """FLOPs of the whole run: a trunk, and what each branch adds to it."""
+        plateau = 1 - self.settings.schedule.decay_share if len(self.budgets) > 1 else 0.0
+        return self.budgets[-1] * plateau + sum(self.budgets) * (1 - plateau)
+
     def folders(self) -> list[Path]:
         """The run directories that hold results: the run's own, or those of its branches."""
         if len(self.budgets) == 1:
@@ -137,11 +145,10 @@ class PlannedRun:
         if len(self.budgets) == 1:
             return min(1.0, spent / self.budgets[0])
         plateau = 1 - self.settings.schedule.decay_share
-        work = self.budgets[-1] * plateau + sum(self.budgets) * (1 - plateau)
         for folder, budget in zip(self.folders(), self.budgets):
             line = last_line(folder / "metrics.jsonl")
             spent += max(0.0, line["flops"] - plateau * budget) if line else 0
-        return min(1.0, spent / work)
+        return min(1.0, spent / self.work)
 
 
 def _event(folder: Path) -> str | None:
@@ -310,11 +317,14 @@ def plans_of(run: PlannedRun) -> list[tuple[MoRConfig, Plan]]:
 class LocalRuns:
     """Runs planned runs as processes, `compare.at_once` together.
 
-    log_folder: a log per run. failed, stopped: labels, filled as runs end.
+    log_folder: a log per run. waiting: runs to start yet. paces: how fast runs that were started go, by label.
+    failed, stopped: labels, filled as runs end.
     """
 
     compare: CompareSettings
     progress: Progress
+    waiting: list[PlannedRun] = field(default_factory=list)
+    paces: dict[str, Pace] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     _running: dict[int, tuple[PlannedRun, subprocess.Popen[bytes], TaskID]] = field(default_factory=dict)
@@ -325,23 +335,31 @@ class LocalRuns:
 
     def run_all(self, runs: Sequence[PlannedRun]) -> None:
         """Run all to their ends. On Ctrl-C, stop every run, wait for its checkpoint, and raise KeyboardInterrupt."""
-        waiting = list(runs)
-        said = time.monotonic()
+        self.waiting = list(runs)
+        said, told = time.monotonic(), False
+        whole = self.progress.add_task(f"all {len(runs)} runs", total=None, text="", visible=bool(runs))
         try:
-            while waiting or self._running:
+            while self.waiting or self._running:
                 for slot in range(self.compare.at_once):
-                    if slot not in self._running and waiting:
-                        self._start(slot, waiting.pop(0))
+                    if slot not in self._running and self.waiting:
+                        self._start(slot, self.waiting.pop(0))
                 time.sleep(POLL_SECONDS)
                 for slot, (run, process, task) in list(self._running.items()):
                     self._show(run, task)
                     if process.poll() is not None:
                         del self._running[slot]
                         self._ended(run, process.returncode, task)
+                left = self._time_left()
+                if left is not None and self._running and not told:
+                    self._say(f"all {len(runs)} runs: about {duration(left)}, by the first measured steps")
+                    told = True
+                self.progress.update(whole, text="" if left is None else f"about {duration(left)} left")
                 if not self.progress.console.is_terminal and time.monotonic() - said > PLAIN_LINE_SECONDS:
                     said = time.monotonic()
                     for run, _, _ in self._running.values():
-                        self._say(f"{run.label}: {run.share():.0%}")
+                        self._say(f"{run.label}: {run.share():.0%}{self._left(run)}")
+                    if left is not None:
+                        self._say(f"all {len(runs)} runs: about {duration(left)} left")
         finally:
             self._stop_running()
 
@@ -363,6 +381,7 @@ class LocalRuns:
                 cwd=ROOT,
                 start_new_session=True,
             )
+        self.paces[run.label] = Pace(run.work, time.monotonic())
         task = self.progress.add_task(run.label, total=1.0, text="starting")
         self._running[slot] = (run, process, task)
         if not self.progress.console.is_terminal:
@@ -373,10 +392,24 @@ class LocalRuns:
         if line is not None:
             loss = line.get("validation_loss", line.get("loss"))
             shown = f"step {line['step']}  loss {loss:.4f}" if loss is not None else f"step {line['step']}"
-            self.progress.update(task, completed=run.share(), text=shown)
+            share = run.share()
+            self.paces[run.label].saw(time.monotonic(), share, line.get("seconds") or 0.0)
+            self.progress.update(task, completed=share, text=shown + self._left(run))
+
+    def _left(self, run: PlannedRun) -> str:
+        """What is told of the time that a run still takes, once its first steps are measured."""
+        left = self.paces[run.label].left(time.monotonic())
+        return "" if left is None else f", about {duration(left)} left"
+
+    def _time_left(self) -> float | None:
+        """Seconds until all runs have ended."""
+        running = [self.paces[run.label] for run, _, _ in self._running.values()]
+        waiting = [run.work for run in self.waiting]
+        return time_left(time.monotonic(), list(self.paces.values()), running, waiting, self.compare.at_once)
 
     def _ended(self, run: PlannedRun, code: int, task: TaskID) -> None:
         if code == 0 and run.finished():
+            self.paces[run.label].ended = time.monotonic()
             lines = [last_line(folder / "metrics.jsonl") or {} for folder in run.folders()]
             losses = ", ".join(f"{line['validation_loss']:.4f}" for line in lines)
             self.progress.update(task, completed=1.0, text=f"validation loss {losses}")

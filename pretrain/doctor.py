@@ -25,7 +25,7 @@ import torch
 
 from data_prep.settings import UserError, run_command
 from model.flops import training_flops
-from model.hardware import PRECISIONS, describe, require_bf16
+from model.hardware import PRECISIONS, auto_precision, describe, require_bf16
 from model.memory import training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
 from pretrain.data import Manifest
@@ -200,15 +200,16 @@ def check_precision(parallel: Parallel, settings: ExperimentSettings | None) -> 
     """What `auto` takes here and why, and what the experiment will be computed in, where that is something else."""
 
     def decide() -> tuple[bool, str]:
-        auto = decided("auto", None, parallel.device, "")[1]
+        auto, reason = auto_precision(parallel.device)
+        text = f"auto takes {auto}: {reason}"
         if settings is None:
-            return True, f"auto takes {auto}"
+            return True, text
         before = recorded(settings.run_dir)
         try:
-            text = decided(settings.precision, before, parallel.device, str(settings.run_dir))[1]
+            own = decided(settings.precision, before, parallel.device, str(settings.run_dir))[1]
         except UserError as error:
             return False, str(error)
-        return True, f"{text}; auto takes {auto}" if text != auto else f"auto takes {auto}"
+        return True, text if settings.precision == "auto" and before is None else f"{own}; {text}"
 
     return Finding("precision", *parallel.gather(parallel.on_main("deciding the precision", decide))[0])
 

@@ -84,7 +84,8 @@ def statement(results: Results) -> str:
     return (
         f"Corpus: {results['corpus']} (data {short(results['data_fingerprint'])}). Tokenizer: {results['vocab_size']} "
         f"tokens ({short(results['tokenizer_fingerprint'])}). Sequences of {results['sequence_length']} tokens, "
-        f"{masking}. Precision: {results['precision']}. FLOPs: `{results['convention']}` convention{attention}. Seeds: {seeds}; {spread}. "
+        f"{masking}. Precision: {results['precision']}. FLOPs: `{results['convention']}` convention{attention}. "
+        f"Seeds: {seeds}; {spread}. "
         f"Losses are nats per token on the validation split. Evaluation: {results['evaluation']}."
     )
 
