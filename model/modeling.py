@@ -31,6 +31,7 @@ from . import routing
 from .attention import NAMESPACE
 from .cache import MoRCache
 from .config import MoRConfig
+from .depth import stages_of
 from .layers import DecoderLayer, KeyValue, LMHead, Tokens, chunk_rows, cross_entropy_sum, gather_rows
 from .relaxation import RelaxedLinear
 from .routing import Router, RoutingRecord
@@ -172,6 +173,7 @@ class MoRModel(MoRPreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config, i in shared) for i in range(num_unique_layers(config)))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.layout = stages_of(config)
         self.segments = segments(config)
         self.capacities = list(config.capacity_factors or ())
         self.activation, self.alpha = str(config.router_activation), float(config.router_alpha or 0.0)

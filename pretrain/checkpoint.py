@@ -8,9 +8,9 @@ A checkpoint is a folder `step-00000050/`:
     state.json        what the trainer gave: schedule, data position, FLOPs, tracker id, configuration, versions
     COMMITTED.json    format, step, ranks, and size and sha256 of every other file
 
-It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker is passed
-over for the one before; one whose files do not match its marker is set aside as `step-00000050.damaged` and never
-counted. Removal takes the marker first. All ranks must see the same folder.
+It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker is
+passed over for the one before; one whose files do not match its marker is set aside as `step-00000050.damaged` and
+never counted. Removal takes the marker first. All ranks must see the same folder.
 """
 
 from __future__ import annotations
@@ -598,7 +598,10 @@ def convert(source: Path, target: Path, format: Literal["consolidated", "sharded
 
 
 def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given."""
+    """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given.
+
+    It is written beside and renamed when whole.
+    """
     from model.config import MoRConfig
     from model.modeling import MoRForCausalLM
 
@@ -609,11 +612,19 @@ def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
     tied = set(model.state_dict()) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
     if unexpected or set(missing) - tied:
         raise UserError(f"{source}: weights do not fit its config.json: {sorted(set(missing) - tied) + unexpected}")
-    model.save_pretrained(target)
+    partial, replaced = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "replaced"))
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
     if tokenizer is not None:
         from transformers import PreTrainedTokenizerFast
 
-        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(target)
+        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(partial)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    partial.rename(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,7 +35,8 @@ from pretrain.checkpoint import MARKER, committed, export, random_state, set_ran
 from pretrain.config import ExperimentSettings, read_settings
 from pretrain.data import Manifest
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from pretrain.run_folder import versions
 from pretrain.validation import Validation
 

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from model import routing
-from model.cache import owned_uses, sees_everyone
+from model.cache import owned_uses
+from model.depth.layout import Use
 from model.inference.packed import Norm, PackedLayer, Product, rotary
 from model.inference.pool import CallPlan, PagePool, Reader, Run, Writer
 from model.inference.sampling import SamplingParams, choose, score
-from model.inference.scheduler import DepthPolicy, Event, Request, Scheduler, recursion_share
+from model.inference.scheduler import DepthPolicy, Event, Request, Scheduler, gate_share
 from model.layers import Tokens
 from model.modeling import MoRForCausalLM, Row
-from model.sharing import Application, applications
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class Engine:
         self._lay_out()
         self.layers = [PackedLayer(layer) for layer in self.inner.layers]
         self.norm, self.head = Norm(self.inner.norm), Product(model.lm_head)
-        share, pages = recursion_share(config, self.policy), -(-kv_tokens // page_size)
+        share, pages = gate_share(config, self.policy), -(-kv_tokens // page_size)
         layers = len(self.block[0]) if share else 0
         self.everyone = PagePool(config, len(self.layer_of_use), pages, page_size, model.dtype, model.device)
         self.recursed = PagePool(config, layers, round(pages * share), page_size, model.dtype, model.device)
@@ -154,21 +154,23 @@ class Engine:
 
     def _lay_out(self) -> None:
         """Which layers stand before, in and after the block, and which layer of the pool each depth reads."""
-        config, segments = self.config, self.inner.segments
-        self.block: list[list[Application]] = []
-        self.after: list[Application] = []
+        config = self.config
+        segments = [list(stage.uses) for stage in self.inner.layout]
+        self.block: list[list[Use]] = []
+        self.after: list[Use] = []
         if config.routing == "none":
             self.before = [use for segment in segments for use in segment if (use.recursion or 0) < self.limit]
         elif config.sharing == "middle_cycle":
             self.before, self.block, self.after = segments[0], segments[1:-1], segments[-1]
         else:
             self.before, self.block = [], segments
-        owned = [use.depth for use in owned_uses(config) if sees_everyone(use, config)]
+        owned = [use.depth for use in owned_uses(config) if use.keys == "everyone"]
         self.layer_of_use = {depth: i for i, depth in enumerate(owned)}
-        first = {use.layer: use.depth for use in reversed(applications(config)) if not use.recursion}
-        self.silent = frozenset(use.depth for use in self.before if use.depth not in self.layer_of_use)
+        self.silent = frozenset(use.depth for use in self.before if use.keys == "none")
         self.reads = self.layer_of_use | {
-            use.depth: self.layer_of_use[first[use.layer]] for use in self.before if use.depth in self.silent
+            use.depth: self.layer_of_use[use.source]
+            for use in self.before
+            if use.source is not None and use.depth in self.silent
         }
         # One call of the block serves every recursion, unless recursions have weights of their own.
         self.apart = config.relaxation != "none" or not config.share_norms
@@ -248,7 +250,7 @@ class Engine:
                 self.statistics.preemptions += 1
         self._retain(lambda flight: flight.request.running)
 
-    def _call(self, uses: list[Application], hidden: Tensor, positions: Tensor, plan: CallPlan) -> Tensor:
+    def _call(self, uses: list[Use], hidden: Tensor, positions: Tensor, plan: CallPlan) -> Tensor:
         """Apply layers to packed tokens. hidden: [N, D]; positions: [N]."""
         began = time.perf_counter()
         cos, sin = self.inner.rotary_emb(hidden, positions[None])

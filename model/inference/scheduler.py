@@ -7,12 +7,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from model.cache import sees_everyone
 from model.config import MoRConfig
+from model.depth import stages_of
 from model.flops import capacities
 from model.inference.pool import PagePool, Run
 from model.inference.sampling import SamplingParams, TokenScore
-from model.sharing import applications
 
 
 class QueueFull(Exception):
@@ -52,18 +51,16 @@ class DepthPolicy:
         return config.num_recursions if self.recursions is None else self.recursions
 
 
-def ragged_recursions(config: MoRConfig, policy: DepthPolicy) -> list[int]:
-    """Recursions whose keys and values lie apart, for the tokens that entered them alone."""
-    if config.routing == "none" or config.kv_strategy == "shared":
-        return []
-    apart = {use.recursion for use in applications(config) if not sees_everyone(use, config)}
-    return [r for r in range(policy.limit(config)) if r in apart]
+def ragged_gates(config: MoRConfig, policy: DepthPolicy) -> list[int]:
+    """Gates whose tokens' keys and values lie apart, those of the tokens that they let in alone."""
+    gated = [stage for stage in stages_of(config) if stage.gate is not None and stage.uses[0].keys == "entered"]
+    return sorted(stage.gate for stage in gated if stage.gate is not None and stage.gate < policy.limit(config))
 
 
-def recursion_share(config: MoRConfig, policy: DepthPolicy) -> float:
-    """Expected tokens in those recursions for each token of text, by the configured capacities."""
-    expected = [1.0] * config.num_recursions if policy.mode == "uniform" else [float(c) for c in capacities(config)]
-    return sum(expected[r] for r in ragged_recursions(config, policy))
+def gate_share(config: MoRConfig, policy: DepthPolicy) -> float:
+    """Expected tokens behind those gates for each token of text, by the configured capacities."""
+    uniform = policy.mode == "uniform"
+    return sum(1.0 if uniform else float(capacities(config)[gate]) for gate in ragged_gates(config, policy))
 
 
 @dataclass(eq=False)
@@ -138,7 +135,7 @@ class Scheduler:
         max_waiting: int | None,
     ):
         self.config, self.everyone, self.recursed = config, everyone, recursed
-        self.share, self.ragged = recursion_share(config, policy), ragged_recursions(config, policy)
+        self.share, self.ragged = gate_share(config, policy), ragged_gates(config, policy)
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.waiting: list[Request] = []
         self.running: list[Request] = []

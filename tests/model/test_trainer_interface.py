@@ -10,14 +10,15 @@ from transformers import Trainer, TrainingArguments
 
 from model import MoRForCausalLM
 from model.layers import DecoderLayer
-from tests.model.test_modeling import VARIANTS, batch, build, gradients
+from tests.helpers.variants import TRAINING
+from tests.model.test_modeling import batch, build, gradients
 
 
 def shifted(ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
 
 
-@pytest.mark.parametrize("name", ["vanilla", "expert", "token"])
+@pytest.mark.parametrize("name", ["vanilla", "expert-z", "token-z"])
 def test_shift_labels_are_targets(name):
     """Alone or in place of labels, in every loss term, with the number of items that the caller counts."""
     model, ids = build(name), batch()
@@ -32,7 +33,7 @@ def test_shift_labels_are_targets(name):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"every_n_layers": 2}], ids=str)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_standard_checkpointing_changes_nothing(name, options):
     """Losses, auxiliary ones too, and gradients are identical, and the layers it covers run again."""
     model, ids = build(name), batch()
@@ -58,7 +59,7 @@ def test_standard_checkpointing_changes_nothing(name, options):
 
 
 def test_standard_checkpointing_is_the_policy_block():
-    model = build("expert")
+    model = build("expert-z")
     model.gradient_checkpointing_enable()
     assert model.is_gradient_checkpointing and model.model.recompute == "block"
     assert all(layer.gradient_checkpointing for layer in model.units())
@@ -85,7 +86,7 @@ def test_recomputation_keeps_no_cache():
 
 def test_hooks_of_a_layer_stay_outside_its_checkpoint():
     """Those of FSDP2 gather and free weights; a second run would gather them again."""
-    model, ids, calls = build("recursive"), batch(), []
+    model, ids, calls = build("recursive-norms"), batch(), []
     model.set_recompute("block")
     layer = model.units()[1]
     assert isinstance(layer, DecoderLayer)
@@ -103,7 +104,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("name", ["vanilla", "expert", "token"])
+@pytest.mark.parametrize("name", ["vanilla", "expert-z", "token-z"])
 def test_the_trainer_of_transformers_trains(name, tmp_path: Path):
     """Accumulation and checkpointing on: the loss falls, and the checkpoint loads and continues."""
     model = build(name)
