@@ -70,10 +70,18 @@ class Decoder:
 
     def feed(self, ids: Sequence[int], last: bool = False) -> str:
         """Take in tokens; returns the whole characters that they complete, and everything if they are the `last`."""
-        self.ids += ids
+        parts = [self._feed(token) for token in ids]
+        if last and self.ends[-1] < len(self.ids):
+            first, end = self.ends[0], self.ends[-1]
+            parts.append(self._decode(self.ids[first:])[len(self._decode(self.ids[first:end])) :])
+            self._end(len(self.ids))
+        return "".join(parts)
+
+    def _feed(self, token: int) -> str:
+        self.ids.append(token)
         first, end = self.ends[0], self.ends[-1]
         before, text = self._decode(self.ids[first:end]), self._decode(self.ids[first:])
-        if not last and text.endswith("\ufffd"):
+        if text.endswith("\ufffd"):
             return self._cut(before) if len(self.ids) - end > self.cut_at else ""
         self._end(len(self.ids))
         return text[len(before) :]
