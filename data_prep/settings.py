@@ -2,7 +2,8 @@
 
 A settings class is a pydantic model whose fields carry `Field(description=...)`. A YAML file may start from others:
 `extends: other.yaml` at its top, or, wherever a section is expected, the path of a YAML file in place of a mapping.
-Paths in a YAML file are relative to the current folder, the repository's root in every documented command.
+Paths in a YAML file are relative to the current folder, the repository's root in every documented command; YAML
+files are looked for in the repository too, so that `configs/...` is found from everywhere.
 """
 
 from __future__ import annotations
@@ -42,12 +43,21 @@ _Loader.add_implicit_resolver(
 )
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find_yaml(path: str | Path) -> Path:
+    """`path` from the current folder or, where it is not there, from the repository's root."""
+    path = Path(path)
+    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+
+
 def read_yaml(path: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read one YAML mapping, following `extends`. Raises UserError naming the file.
 
     above: the files that led here by `extends`, so that a circle is refused.
     """
-    path = Path(path)
+    path = find_yaml(path)
     chain = (*above, str(path))
     if str(path) in above:
         raise UserError(f"{path}: `extends` goes in a circle: {' -> '.join(chain)}")
