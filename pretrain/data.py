@@ -226,7 +226,7 @@ def _map(path: Path, dtype: torch.dtype) -> npt.NDArray[Any]:
     if address == ctypes.c_void_p(-1).value:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), str(path))
-    pages = (ctypes.c_char * size).from_address(address)
+    pages: Any = (ctypes.c_char * size).from_address(address)
     weakref.finalize(pages, _libc.munmap, address, size)
     mapped = np.frombuffer(pages, str(dtype).removeprefix("torch."), size // dtype.itemsize)
     mapped.flags.writeable = False

@@ -164,9 +164,9 @@ def jsonl(tmp_path, content: bytes, **source):
 
 def test_json_that_python_does_not_convert_is_read_or_named(tmp_path):
     assert jsonl(tmp_path, b'{"text": "x", "n": ' + b"7" * 5000 + b', "m": NaN}\n') == ["x"]
-    with pytest.raises(UserError, match="a.jsonl, line 2: nested too deeply"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: nested too deeply"):
         jsonl(tmp_path, b'{"text": "x"}\n{"text": "y", "n": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n")
-    with pytest.raises(UserError, match="a.jsonl, line 1: the key 'text' stands twice"):
+    with pytest.raises(UserError, match=r"a.jsonl, line 1: the key 'text' stands twice"):
         jsonl(tmp_path, b'{"text": "x", "text": "y"}\n')
     assert jsonl(tmp_path, b'{"text": "x", "n": {"text": "y"}}\n') == ["x"]
     assert jsonl(tmp_path, b'{"doc": {"text": "x"}}\n{"doc": null}\n{"doc.text": "y"}\n', field="doc.text") == [

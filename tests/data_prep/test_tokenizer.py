@@ -153,6 +153,6 @@ def test_the_folder_of_a_tokenizer_names_its_end_of_text(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
     assert eos_token_of(TokenizerSettings(load=str(tmp_path))) == "</s>"
     assert eos_token_of(TokenizerSettings(load=str(tmp_path), eos_token="a")) == "a"
-    with pytest.raises(UserError, match="no tokenizer.json in this folder"):
-        (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no tokenizer.json in this folder"):
         load_tokenizer(str(tmp_path / "empty"))
