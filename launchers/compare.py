@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from data_prep.settings import Settings, UserError, build, merge, parse_overrides, read_yaml, run_command
+from data_prep.settings import Settings, UserError, load, merge, read_yaml, run_command
 from model.config import MoRConfig
 from model.flops import unique_parameters
 from pretrain.budget import Plan, plan
@@ -416,8 +416,7 @@ def submit_command(compare: CompareSettings, config: Path, overrides: Sequence[s
 
 def read_compare(path: Path, overrides: Sequence[str]) -> CompareSettings:
     """Read a comparison and its `key=value` overrides. Raises UserError that names the file and the key."""
-    values = merge(read_yaml(path), parse_overrides(overrides))
-    return build(CompareSettings, values, str(path))
+    return load(CompareSettings, path, overrides)
 
 
 def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> int:

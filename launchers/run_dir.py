@@ -8,7 +8,7 @@ if __name__ == "__main__":  # run by path: import from the repository, not from 
 
 import argparse
 
-from data_prep.settings import UserError, merge, parse_overrides, read_yaml, run_command
+from data_prep.settings import UserError, expand, merge, parse_overrides, read_yaml, run_command
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     settings = merge(read_yaml(options.config), parse_overrides(options.overrides))
     if not settings.get("run_dir"):
         raise UserError(f"{options.config}: key 'run_dir' is required")
-    print(settings["run_dir"])
+    print(expand(str(settings["run_dir"])))
     return 0
 
 

@@ -30,7 +30,7 @@ from launchers.compare import CompareSettings, PlannedRun, data_shape, plan_runs
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
 from pretrain.data import accumulation_steps
-from pretrain.parallel import ParallelSettings, resolve_strategy
+from pretrain.parallel_settings import ParallelSettings, resolve_strategy
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOGS = "runs/slurm"

@@ -1,13 +1,13 @@
-"""Key-value caches for generation: a token holds keys and values only for the recursions that it entered.
+"""Key-value caches for generation: a token holds keys and values only for the stages that it entered.
 
 Shapes: B batch, T positions at hand, S positions of a row so far (padding included), K query slots of a row, N tokens
-that entered a recursion, packed over the batch, C the most tokens of a row that entered it, H query heads,
+that passed a gate, packed over the batch, C the most tokens of a row that passed it, H query heads,
 Hkv key/value heads, Dh head dimension.
 
 `MoRCache` is a transformers `Cache`. Layers that see every token are transformers' own `DynamicLayer` [B, Hkv, S, Dh];
-layers of a routed recursion are `RaggedLayer` [N, Hkv, Dh], whose bookkeeping one `RaggedIndex` per recursion holds.
-With `kv_strategy` "shared" the deeper recursions own nothing and read the first one's layers; with "shared_update" they
-own the keys and values that replace the first one's at the places of the tokens that entered (paper section 2.2.2).
+layers that hold the tokens that passed a gate alone are `RaggedLayer` [N, Hkv, Dh], whose bookkeeping one `RaggedIndex`
+per gate holds. Uses of layers with a `source` read that use's keys; where they compute some of their own, these replace
+the source's at the positions of the tokens that entered (paper section 2.2.2).
 """
 
 from __future__ import annotations
@@ -19,20 +19,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from .config import MoRConfig
+from .depth import stages_of
+from .depth.layout import Use
 from .layers import Tokens, attend
-from .sharing import Application, applications
 
 
-def sees_everyone(use: Application, config: MoRConfig) -> bool:
-    """Whether a layer computes keys and values of every token, at this depth."""
-    if use.recursion is None or config.routing == "none":
-        return True
-    return use.recursion == 0 and (config.routing == "token_choice" or config.kv_strategy != "recursion_wise")
-
-
-def owned_uses(config: MoRConfig) -> list[Application]:
-    """The uses of layers that hold keys and values of their own: all but the deeper recursions of `shared`."""
-    return [use for use in applications(config) if not (config.kv_strategy == "shared" and use.recursion)]
+def owned_uses(config: MoRConfig) -> list[Use]:
+    """The uses of layers that hold keys and values of their own."""
+    return [use for stage in stages_of(config) for use in stage.uses if use.keys != "none"]
 
 
 def kv_bytes_per_token(config: MoRConfig, bytes_per_value: int) -> int:
@@ -42,13 +36,17 @@ def kv_bytes_per_token(config: MoRConfig, bytes_per_value: int) -> int:
 
 
 def kv_bytes(config: MoRConfig, entered: list[int], everyone: int, bytes_per_value: int) -> int:
-    """Bytes of keys and values. entered: tokens held per recursion (Nr); everyone: tokens held by the other layers."""
-    tokens = (everyone if sees_everyone(use, config) else entered[use.recursion or 0] for use in owned_uses(config))
-    return sum(tokens) * kv_bytes_per_token(config, bytes_per_value)
+    """Bytes of keys and values. entered: tokens held per gate [G]; everyone: tokens held by the other layers."""
+    tokens = 0
+    for stage in stages_of(config):
+        for use in stage.uses:
+            ragged = use.keys == "entered" and stage.gate is not None
+            tokens += 0 if use.keys == "none" else entered[stage.gate or 0] if ragged else everyone
+    return tokens * kv_bytes_per_token(config, bytes_per_value)
 
 
 class RaggedIndex:
-    """Which tokens a recursion holds: `rows` and `places` [N] in order of arrival.
+    """Which tokens the stage of a gate holds: `rows` and `places` [N] in order of arrival.
 
     `table` [B, C] lists each row's tokens; `valid` [B, C] is False where a row holds fewer than C. Places count from 0
     over a row, padding included.
@@ -88,7 +86,7 @@ class RaggedIndex:
 
 
 class RaggedLayer(CacheLayerMixin):
-    """Keys and values [N, Hkv, Dh] of the tokens that entered one recursion, in one layer."""
+    """Keys and values [N, Hkv, Dh] of the tokens that passed one gate, in one layer."""
 
     is_croppable = True
     keys: Any
@@ -138,28 +136,32 @@ class RaggedLayer(CacheLayerMixin):
 class MoRCache(Cache):
     """Cache of every architecture and KV strategy, for causal routing.
 
-    Rows may be padded on either side: padding takes no place in routed recursions, and is masked elsewhere.
+    Rows may be padded on either side: padding takes no place in ragged layers, and is masked elsewhere.
     """
 
     layers: list[Any]
 
     def __init__(self, config: MoRConfig):
         self.config = config
-        self.indices = {r: RaggedIndex() for r in range(config.num_recursions)}
+        stages = stages_of(config)
+        self.indices = {s.gate: RaggedIndex() for s in stages if s.gate is not None and s.uses[0].keys == "entered"}
+        # What queries of a gate's stage look at: its own tokens alone, or every token.
+        self._sees_all = {stage.gate: stage.sees_all for stage in stages}
         layers: list[Any] = []
         own: dict[int, int] = {}
-        for use in owned_uses(config):
-            own[use.depth] = len(layers)
-            layers.append(
-                DynamicLayer() if sees_everyone(use, config) else RaggedLayer(self.indices[use.recursion or 0])
-            )
+        for stage in stages:
+            for use in stage.uses:
+                if use.keys == "none":
+                    continue
+                own[use.depth] = len(layers)
+                index = self.indices.get(-1 if stage.gate is None else stage.gate)
+                layers.append(DynamicLayer() if index is None else RaggedLayer(index))
         super().__init__(layers=layers)
-        first = {use.layer: own[use.depth] for use in reversed(applications(config)) if not use.recursion}
-        # depth -> the layer that it writes (or None), the layer of the first recursion that it reads (or None)
-        shares = config.kv_strategy != "recursion_wise"
+        # depth -> the layer that it writes (or None), the layer that it reads beside or instead of it (or None)
         self._plan = {
-            use.depth: (own.get(use.depth), first[use.layer] if shares and use.recursion else None)
-            for use in applications(config)
+            use.depth: (own.get(use.depth), None if use.source is None else own[use.source])
+            for stage in stages
+            for use in stage.uses
         }
         self.batch = 0
         self.seen = 0
@@ -177,16 +179,15 @@ class MoRCache(Cache):
         """Count the positions of a finished forward pass."""
         self.seen += length
 
-    def enter(self, recursion: int, flat: Tensor, tokens: Tokens, length: int) -> Tensor | None:
-        """Note which tokens enter a recursion; returns its queries' mask [B, 1, K, C], None if keys are shared.
+    def enter(self, gate: int, flat: Tensor, tokens: Tokens, length: int) -> Tensor | None:
+        """Note which tokens pass a gate; returns its queries' mask [B, 1, K, C], None if they see every token.
 
         flat: [N] ascending b * T + t of the tokens at hand; length: T.
         """
         assert tokens.index is not None
-        strategy = self.config.kv_strategy
-        if strategy == "recursion_wise" or (strategy == "shared_update" and recursion):
-            self.indices[recursion].append(flat // length, flat % length + self.seen, self.batch)
-        return self.indices[recursion].mask(tokens.index + self.seen) if strategy == "recursion_wise" else None
+        if gate in self.indices:
+            self.indices[gate].append(flat // length, flat % length + self.seen, self.batch)
+        return None if self._sees_all[gate] else self.indices[gate].mask(tokens.index + self.seen)
 
     def writers(self, depth: int, count: int) -> int:
         """How many of `count` rows of hidden states, from the first, store keys and values at this depth."""
@@ -213,7 +214,7 @@ class MoRCache(Cache):
         return tokens.from_slots(attend(query, key, value, tokens.mask, self.config, False).transpose(1, 2))
 
     def _replaced(self, own: int, first: int) -> tuple[Tensor, Tensor]:
-        """The first recursion's keys and values, replaced where a token entered this recursion. [B, Hkv, S, Dh]."""
+        """The source's keys and values, replaced where a token entered this stage. [B, Hkv, S, Dh]."""
         index, deeper, shared = self.layers[own].index, self.layers[own], self.layers[first]
         key, value = shared.keys.clone(), shared.values.clone()
         key[index.rows, :, index.places] = deeper.keys
@@ -271,9 +272,9 @@ class MoRCache(Cache):
             index.keep(chosen, index.rows[chosen], self.batch)
             self._keep(r, chosen)
 
-    def _keep(self, recursion: int, chosen: Tensor) -> None:
+    def _keep(self, gate: int, chosen: Tensor) -> None:
         for layer in self.layers:
-            if isinstance(layer, RaggedLayer) and layer.index is self.indices[recursion]:
+            if isinstance(layer, RaggedLayer) and layer.index is self.indices[gate]:
                 layer.keep(chosen)
 
     def reset(self) -> None:

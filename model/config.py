@@ -57,6 +57,8 @@ class MoRConfig(LlamaConfig):
     """
 
     model_type = "mor"
+    # What the outputs hold beside tensors: the Trainer's `evaluate` and `predict` leave it out.
+    keys_to_ignore_at_inference = ["past_key_values", "losses", "routing"]  # noqa: RUF012
     # Llama's plans name its modules and what goes between them; none was made for shared layers and routed tokens.
     base_model_tp_plan = None  # type: ignore[assignment]
     base_model_pp_plan = None  # type: ignore[assignment]

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.dynamic_module_utils import custom_object_save
 
 from .config import MoRConfig
 from .modeling import MoRForCausalLM
@@ -114,7 +114,36 @@ def save_for_hub(model: MoRForCausalLM, output: Path) -> None:
         model.save_pretrained(output)
     finally:
         del model.config.auto_map
-    custom_object_save(model, output)
+    for name, source in flat_sources().items():
+        (output / name).write_text(source, encoding="utf-8")
+
+
+def flat_sources() -> dict[str, str]:
+    """The code that the model needs as transformers reads it, in one folder without packages: file name -> text.
+
+    A module of a package, `depth/base.py`, becomes `depth_base.py`, the package itself `depth.py`.
+    """
+    package = Path(__file__).parent
+    found: dict[str, str] = {}
+    wanted = ["modeling"]
+    while wanted:
+        module = wanted.pop()
+        file = package / (module.replace(".", "/") + ".py")
+        inside = module.rpartition(".")[0]  # the package whose names one dot reaches
+        if not file.exists():
+            file, inside = file.with_suffix("") / "__init__.py", module
+        name = module.replace(".", "_") + ".py"
+        if name in found:
+            continue
+
+        def flat(match: re.Match[str], inside: str = inside) -> str:
+            above = inside.split(".")[: len(inside.split(".")) + 1 - len(match[2])] if inside else []
+            target = ".".join([*above, *match[3].split(".")])
+            wanted.append(target)
+            return f"{match[1]}from .{target.replace('.', '_')} import"
+
+        found[name] = re.sub(r"^( *)from (\.+)([\w.]+) import", flat, file.read_text("utf-8"), flags=re.MULTILINE)
+    return found
 
 
 def save_tokenizer(source: Path, output: Path, config: MoRConfig | LlamaConfig) -> None:

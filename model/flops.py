@@ -22,10 +22,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .config import MoRConfig
-from .sharing import applications, num_unique_layers, segments
+from .depth import method_of, stages_of
+from .depth.layout import Stage
+from .sharing import applications, num_unique_layers
 
 Convention = Literal["exact", "paper", "palm", "six_n"]
 CONVENTIONS: tuple[str, ...] = get_args(Convention)
@@ -35,26 +37,30 @@ Number = int | Fraction
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass of tokens through consecutive layers: the unshared layers, or one recursion.
+    """Tokens that pass the layers of one stage.
 
-    layers: number of layers passed. queries: tokens that pass. keys: tokens whose keys and values are computed.
-    pairs: causal (query, key) pairs of one attention layer. dense: queries times the keys that each could attend to.
+    queries: tokens that pass. keys: tokens whose keys and values are computed, mean over the layers. pairs: causal
+    (query, key) pairs of one attention layer. dense: queries times the keys that each could attend to.
     """
 
-    layers: int
+    stage: Stage
     queries: Number
     keys: Number
     pairs: Number
     dense: Number
 
+    @property
+    def layers(self) -> int:
+        return len(self.stage.uses)
+
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch makes a model execute. tokens: B * T. offered: tokens that routers score, summed over routers."""
+    """What a batch makes a model execute. tokens: B * T. offered: tokens that each gate scores, [G]."""
 
     tokens: Number
     passes: tuple[Pass, ...]
-    offered: Number
+    offered: tuple[Number, ...]
 
 
 @dataclass(frozen=True)
@@ -80,71 +86,87 @@ def recursion_layers(config: MoRConfig) -> int:
 
 
 def capacities(config: MoRConfig) -> list[Fraction]:
-    """Share of the tokens in each recursion: 1 without routing, the given c_r, or (Nr - r + 1) / Nr.
-
-    For token-choice this is the expectation under perfect balance.
-    """
-    depth = config.num_recursions
-    if config.routing == "none":
-        return [Fraction(1)] * depth
-    if config.routing == "expert_choice" and config.capacity_factors is not None:
-        return [Fraction(c).limit_denominator(10**6) for c in config.capacity_factors]
-    return [Fraction(depth - r, depth) for r in range(depth)]
+    """Expected share of the tokens at each gate; where nothing is routed, 1 for each recursion."""
+    return method_of(config).shares(config) or [Fraction(1)] * config.num_recursions
 
 
 def work_of(
-    config: MoRConfig, sequence_length: int, num_sequences: int, counts: Sequence[Number], pairs: Sequence[Number]
+    config: MoRConfig,
+    sequence_length: int,
+    num_sequences: int,
+    counts: Sequence[Number],
+    pairs: Sequence[Number],
+    offered: Sequence[Number] | None = None,
 ) -> Work:
-    """The work of a batch whose recursion r processes counts[r] tokens and pairs[r] causal pairs, summed over B.
+    """The work of a batch that passes counts[g] tokens and pairs[g] causal pairs through the stage of gate g.
 
-    Linear in (num_sequences, counts, pairs). `counts` and `pairs` are ignored where nothing is routed. With shared keys
-    the first recursion computes every token, since deeper ones need all keys: counts[0] is B * T there.
+    All summed over B; a stage that is computed for every token counts B * T of them. offered: tokens that each gate
+    scores; None: those that follow from the counts. Linear in all of these and in num_sequences. `counts` and `pairs`
+    are ignored where nothing is routed.
     """
-    tokens = num_sequences * sequence_length
+    method, tokens = method_of(config), num_sequences * sequence_length
     all_pairs = num_sequences * (sequence_length * (sequence_length + 1) // 2)
-    unshared = Pass(unshared_layers(config), tokens, tokens, all_pairs, tokens * sequence_length)
-    if config.num_recursions == 1:
-        return Work(tokens, (unshared,), 0)
-    if config.routing == "none":
-        counts, pairs = [tokens] * config.num_recursions, [all_pairs] * config.num_recursions
-    recursions = []
-    for r, (queries, causal) in enumerate(zip(counts, pairs, strict=True)):
-        if config.kv_strategy == "recursion_wise":
-            keys, dense = queries, 2 * causal - queries  # the sum of n^2, from the sum of n(n + 1) / 2
-        else:
-            deeper = queries if config.kv_strategy == "shared_update" else 0
-            keys, dense = deeper if r else tokens, queries * sequence_length
-        recursions.append(Pass(recursion_layers(config), queries, keys, causal, dense))
-    offered: Number = tokens
-    if config.routing == "expert_choice":  # each router scores the tokens that the recursion before it selected
-        own = config.kv_strategy == "recursion_wise"
-        offered += counts[0] if own else num_sequences * _selected(config, 0, sequence_length)
-        offered += sum(counts[1:-1])
-    return Work(tokens, (unshared, *recursions), 0 if config.routing == "none" else offered)
+    passes = []
+    for stage in method.stages(config):
+        queries, causal = (tokens, all_pairs) if stage.gate is None else (counts[stage.gate], pairs[stage.gate])
+        of_use: dict[str, Number] = {"everyone": tokens, "entered": queries, "none": 0}
+        keys = sum(of_use[use.keys] for use in stage.uses) * Fraction(1, len(stage.uses))
+        # Without the others' keys: the sum of n^2, from the sum of n(n + 1) / 2.
+        dense = queries * sequence_length if stage.sees_all else 2 * causal - queries
+        passes.append(Pass(stage, queries, keys, causal, dense))
+    if offered is None:
+        offered = _offered(config, sequence_length, num_sequences, counts)
+    return Work(tokens, tuple(passes), tuple(offered))
 
 
-def _selected(config: MoRConfig, recursion: int, sequence_length: int) -> int:
-    """Tokens that expert-choice selects: max(1, floor(c_r T)) in floating point, as the model computes it."""
-    assert config.capacity_factors is not None
-    return max(1, int(config.capacity_factors[recursion] * sequence_length))
+def _offered(config: MoRConfig, length: int, num_sequences: int, counts: Sequence[Number]) -> list[Number]:
+    """Tokens that each gate scores, from those that the gate before let in."""
+    method = method_of(config)
+    gated = sorted((s for s in method.stages(config) if s.gate is not None), key=lambda stage: stage.gate or 0)
+    if not gated or not method.nested:
+        return [num_sequences * length for _ in gated]
+    # A stage that is computed for every token tells nothing of how many were let in.
+    let_in = [
+        num_sequences * method.selected(config, g, length) if stage.whole else counts[g]
+        for g, stage in enumerate(gated[:-1])
+    ]
+    return [num_sequences * length, *let_in]
 
 
 def expected_work(config: MoRConfig, sequence_length: int, num_sequences: int, *, whole: bool = True) -> Work:
     """The work of a batch under the configured capacities, or under perfect balance for token-choice.
 
-    whole: take max(1, floor(c_r T)) tokens in each recursion, as expert-choice does; else exactly c_r T.
+    whole: take max(1, floor(c_r T)) tokens at each gate, as expert-choice does; else exactly c_r T.
     """
-    own = config.kv_strategy == "recursion_wise"
-    counts: list[Number] = []
-    pairs: list[Number] = []
-    for r, capacity in enumerate(capacities(config)):
-        n: Number = capacity * sequence_length
-        if whole and config.routing == "expert_choice":
-            n = _selected(config, r, sequence_length) if own or r else sequence_length
-        attended = n + 1 if own else sequence_length + 1
-        counts.append(num_sequences * n)
-        pairs.append(num_sequences * n * Fraction(attended, 2))
-    return work_of(config, sequence_length, num_sequences, counts, pairs)
+    method, shares = method_of(config), method_of(config).shares(config)
+    entered: list[Number] = [method.selected(config, g, sequence_length) for g in range(len(shares))]
+    return routed_work(
+        config, sequence_length, num_sequences, entered if whole else [c * sequence_length for c in shares]
+    )
+
+
+def entered_of(config: MoRConfig, depth_shares: Sequence[float], sequence_length: int) -> list[float]:
+    """Tokens of a sequence behind each gate, from the shares of tokens by the number of gates that they passed."""
+    gates = range(gates_of(config))
+    if not method_of(config).nested:  # which of the gates it was, the number does not say
+        return [sequence_length * sum(d * share for d, share in enumerate(depth_shares)) / len(gates)] * len(gates)
+    return [sequence_length * sum(depth_shares[gate + 1 :]) for gate in gates]
+
+
+def routed_work(config: MoRConfig, sequence_length: int, num_sequences: int, entered: Sequence[Number | float]) -> Work:
+    """The work of a batch in which each sequence lets `entered[g]` tokens in at gate g; keys and pairs follow."""
+    counts: list[Any] = [0] * len(entered)
+    pairs: list[Any] = [0] * len(entered)
+    for stage in stages_of(config):
+        if stage.gate is not None:
+            n: Any = sequence_length if stage.whole else entered[stage.gate]
+            attended = sequence_length if stage.sees_all else n
+            counts[stage.gate] = num_sequences * n
+            pairs[stage.gate] = num_sequences * n * (attended + 1) * Fraction(1, 2)
+    before: list[Any] = [sequence_length] * len(entered)
+    if method_of(config).nested:
+        before[1:] = entered[:-1]
+    return work_of(config, sequence_length, num_sequences, counts, pairs, [num_sequences * n for n in before])
 
 
 # --- the equations, one per kind of module ------------------------------------------------------------------------
@@ -172,15 +194,6 @@ def projection_shapes(config: MoRConfig) -> dict[str, tuple[int, int]]:
     q, kv = attention_widths(config)
     attention = {"q_proj": (h, q), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (q, h)}
     return attention | {"gate_proj": (h, f), "up_proj": (h, f), "down_proj": (f, h)}
-
-
-def router_shapes(config: MoRConfig) -> list[tuple[int, int]]:
-    """(inputs, outputs) of the matrices of one router; empty where none is learned."""
-    if config.routing == "none" or config.router == "random":
-        return []
-    h = config.hidden_size
-    outputs = config.num_recursions if config.routing == "token_choice" else 1
-    return [(h, outputs)] if config.router == "linear" else [(h, 2 * h), (2 * h, outputs)]
 
 
 def projection_tokens(name: str, passed: Pass) -> Number:
@@ -226,33 +239,30 @@ def dora_norm_flops(config: MoRConfig) -> int:
 def forward_flops(config: MoRConfig, work: Work, attention: Literal["causal", "full"] = "causal") -> dict[str, Number]:
     """Forward FLOPs of each component. attention: `full` counts every key that a query could attend to (dense)."""
     flops: dict[str, Number] = dict.fromkeys([*projection_shapes(config), "attention", "relaxation"], 0)
-    for r, passed in enumerate(work.passes):
+    for passed in work.passes:
         for name, shape in projection_shapes(config).items():
             flops[name] += passed.layers * linear_flops(projection_tokens(name, passed), *shape)
         pairs = passed.dense if attention == "full" else passed.pairs
         flops["attention"] += passed.layers * attention_flops(config, pairs)
-        if r > 0:  # deltas stand on shared layers only
+        if passed.stage.shared:  # deltas stand on shared layers only
             flops["relaxation"] += passed.layers * relaxation_flops(config, passed)
-    router = sum((linear_flops(work.offered, *shape) for shape in router_shapes(config)), 0)
-    flops["router"] = router
-    flops["aux_router"] = router if config.routing == "expert_choice" and config.selection == "aux_router" else 0
+    flops |= {"router": 0, "aux_router": 0}
+    for scorer in method_of(config).scorers(config):
+        scored = sum(linear_flops(work.offered[scorer.gate], *shape) for shape in scorer.shapes)
+        flops[scorer.name] = flops.get(scorer.name, 0) + scored
     flops["head"] = linear_flops(work.tokens, config.hidden_size, config.vocab_size)
     return flops
 
 
-def _router_learns(config: MoRConfig) -> bool:
-    """Whether a gradient reaches the main router: through the gate, or through a loss on its scores."""
-    trained = config.selection == "aux_loss" if config.routing == "expert_choice" else config.balancing == "loss"
-    return config.gating == "weighted" or trained or config.z_loss_coefficient > 0
-
-
 def backward_flops(config: MoRConfig, work: Work, forward: dict[str, Number]) -> dict[str, Number]:
-    """Twice the forward FLOPs (gradients of both factors), but none towards the auxiliary router's detached input."""
+    """Twice the forward FLOPs (gradients of both factors), but none towards what a scorer's gradient does not reach."""
     flops = {name: 2 * value for name, value in forward.items()}
-    if forward["aux_router"]:
-        flops["aux_router"] -= linear_flops(work.offered, *router_shapes(config)[0])
-    if not _router_learns(config):
-        flops["router"] = 0
+    for scorer in method_of(config).scorers(config):
+        offered = work.offered[scorer.gate]
+        if not scorer.to_weights:
+            flops[scorer.name] -= 2 * sum(linear_flops(offered, *shape) for shape in scorer.shapes)
+        elif not scorer.to_input:
+            flops[scorer.name] -= linear_flops(offered, *scorer.shapes[0])
     return flops
 
 
@@ -266,17 +276,19 @@ def recompute_flops(config: MoRConfig, work: Work, forward: dict[str, Number], p
     flops: dict[str, Number] = dict.fromkeys(forward, 0)
     if policy not in ("block", "recursion"):
         return flops
-    flops |= {name: value for name, value in forward.items() if name not in ("router", "aux_router", "head")}
+    scorers = {scorer.name for scorer in method_of(config).scorers(config)}
+    flops |= {name: value for name, value in forward.items() if name not in {*scorers, "head"}}
     h, f = config.hidden_size, config.intermediate_size
     targeted = config.relaxation in ("lora", "dora") and "down_proj" in config.lora_targets
-    for stretch in segments(config) if policy == "recursion" else [[use] for use in applications(config)]:
-        last = stretch[-1]
-        queries = work.passes[0 if last.recursion is None else last.recursion + 1].queries
+    stretches = (
+        (p, use) for p in work.passes for use in (p.stage.uses[-1:] if policy == "recursion" else p.stage.uses)
+    )
+    for passed, last in stretches:
         if last.recursion is None or not targeted:
             scaled = policy == "recursion" and config.relaxation == "recursion_encoding" and last.encoding is not None
-            flops["down_proj"] -= 0 if scaled else linear_flops(queries, f, h)
+            flops["down_proj"] -= 0 if scaled else linear_flops(passed.queries, f, h)
         elif config.relaxation == "lora":
-            flops["relaxation"] -= linear_flops(queries, delta_rank(config, (f, h)), h)
+            flops["relaxation"] -= linear_flops(passed.queries, delta_rank(config, (f, h)), h)
     return flops
 
 
@@ -358,46 +370,62 @@ def training_flops(
     counts: Sequence[int] | None = None,
     pairs: Sequence[int] | None = None,
     convention: str = "exact",
+    offered: Sequence[int] | None = None,
 ) -> int:
     """FLOPs of one training step on a batch of `num_sequences` sequences.
 
-    counts, pairs: tokens and causal pairs of each recursion, summed over the batch (`RoutingRecord`); without them,
-    those expected from the capacities. Raises ValueError for an unknown convention or counts of the wrong length.
+    counts, pairs, offered: of each gate, summed over the batch (`RoutingRecord`); without them, those expected from the
+    capacities. Raises ValueError for an unknown convention or counts of the wrong length.
     """
     total = _total(convention)
     if counts is None or pairs is None:
         if counts is not None or pairs is not None:
             raise ValueError("counts and pairs: give both or neither")
         return round(total(config, expected_work(config, sequence_length, num_sequences, whole=convention != "paper")))
-    if config.routing != "none" and not len(counts) == len(pairs) == config.num_recursions:
-        raise ValueError(f"counts, pairs: expected {config.num_recursions} numbers each, one per recursion")
-    return round(total(config, work_of(config, sequence_length, num_sequences, counts, pairs)))
+    _check_counts(gates_of(config), counts, pairs)
+    return round(total(config, work_of(config, sequence_length, num_sequences, counts, pairs, offered)))
+
+
+def gates_of(config: MoRConfig) -> int:
+    """G, the number of gates; 0 where nothing is routed."""
+    return len(method_of(config).shares(config))
+
+
+def _check_counts(gates: int, counts: Sequence[int], pairs: Sequence[int]) -> None:
+    if gates and not len(counts) == len(pairs) == gates:
+        raise ValueError(f"counts, pairs: expected {gates} numbers each, one per gate")
 
 
 class StepFlops:
     """`training_flops` of actual routing, for a loop: the same integer by one dot product (microseconds).
 
-    Every convention is linear in (num_sequences, counts, pairs), so its coefficients are its values on unit vectors.
+    Every convention is linear in what `work_of` takes, so its coefficients are its values on unit vectors.
     """
 
     def __init__(self, config: MoRConfig, sequence_length: int, convention: str = "exact") -> None:
-        total, depth = _total(convention), config.num_recursions
-        units = [[int(i == j) for j in range(2 * depth + 1)] for i in range(2 * depth + 1)]
-        works = [work_of(config, sequence_length, u[0], u[1 : depth + 1], u[depth + 1 :]) for u in units]
-        values = [int(total(config, work)) for work in works]
-        self._sequence, self._count, self._pair = values[0], values[1 : depth + 1], values[depth + 1 :]
-        self._recursions = 0 if config.routing == "none" else depth
+        total, gates = _total(convention), gates_of(config)
+        self._config, self._length, self._gates = config, sequence_length, gates
+        size = 1 + 3 * gates
+        units = [[int(i == j) for j in range(size)] for i in range(size)]
+        cuts = [slice(1 + i * gates, 1 + (i + 1) * gates) for i in range(3)]
+        works = [work_of(config, sequence_length, unit[0], *(unit[cut] for cut in cuts)) for unit in units]
+        self._coefficients = [int(total(config, work)) for work in works]
 
-    def __call__(self, num_sequences: int, counts: Sequence[int] = (), pairs: Sequence[int] = ()) -> int:
-        """FLOPs of a step; `counts` and `pairs` [Nr] summed over its batch, left out where nothing is routed."""
-        if self._recursions and not len(counts) == len(pairs) == self._recursions:
-            raise ValueError(f"counts, pairs: expected {self._recursions} numbers each, one per recursion")
-        flops = self._sequence * num_sequences
-        for coefficient, count in zip(self._count, counts):
-            flops += coefficient * count
-        for coefficient, pair in zip(self._pair, pairs):
-            flops += coefficient * pair
-        return flops
+    def __call__(
+        self,
+        num_sequences: int,
+        counts: Sequence[int] = (),
+        pairs: Sequence[int] = (),
+        offered: Sequence[int] | None = None,
+    ) -> int:
+        """FLOPs of a step; `counts`, `pairs`, `offered` [G] summed over its batch, left out where nothing is routed."""
+        _check_counts(self._gates, counts, pairs)
+        if offered is None:
+            offered = [int(n) for n in _offered(self._config, self._length, num_sequences, counts)]
+        values = [num_sequences]
+        if self._gates:
+            values += [*counts, *pairs, *offered]
+        return sum(coefficient * value for coefficient, value in zip(self._coefficients, values, strict=True))
 
 
 def flops_per_token(
@@ -416,20 +444,19 @@ def flops_per_token(
 def decode_flops(config: MoRConfig, context_length: int) -> float:
     """Expected forward FLOPs of one new token that finds `context_length` tokens in the cache, itself included.
 
-    By the `exact` convention. A token reaches recursion r with probability c_r and finds c_r of the context there, or
-    all of it under shared keys.
+    By the `exact` convention. A token reaches the stage of a gate with the share c that it lets in, and finds c of the
+    context there, or all of it where keys are of everyone.
     """
-    keys = Fraction(context_length)
-    passes = [Pass(unshared_layers(config), 1, 1, keys, keys)]
-    for r, share in enumerate(capacities(config) if config.num_recursions > 1 else []):
-        own = config.kv_strategy == "recursion_wise"
-        attended = share * keys * (share if own else 1)
-        computed = share if own or config.kv_strategy == "shared_update" else Fraction(r == 0)
-        passes.append(Pass(recursion_layers(config), share, computed, attended, attended))
-    offered: Number = 1 if config.routing != "none" else 0
-    if config.routing == "expert_choice":
-        offered += sum(capacities(config)[:-1])
-    return float(sum(forward_flops(config, Work(1, tuple(passes), offered)).values()))
+    method, shares, keys = method_of(config), method_of(config).shares(config), Fraction(context_length)
+    passes = []
+    for stage in method.stages(config):
+        share = Fraction(1) if stage.gate is None or stage.whole else shares[stage.gate]
+        attended = share * keys * (1 if stage.sees_all else share)
+        of_use = {"everyone": Fraction(1), "entered": share, "none": Fraction(0)}
+        computed = sum((of_use[use.keys] for use in stage.uses), Fraction(0)) / len(stage.uses)
+        passes.append(Pass(stage, share, computed, attended, attended))
+    offered = [Fraction(1), *shares[:-1]] if method.nested else [Fraction(1)] * len(shares)
+    return float(sum(forward_flops(config, Work(1, tuple(passes), tuple(offered))).values()))
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -459,11 +486,8 @@ def relaxation_parameters(config: MoRConfig) -> int:
 
 
 def router_parameters(config: MoRConfig) -> int:
-    """Of all routers: one per recursion for expert-choice (two with an auxiliary one), one for token-choice."""
-    one = sum(inputs * outputs for inputs, outputs in router_shapes(config))
-    if config.routing != "expert_choice":
-        return one
-    return one * config.num_recursions * (2 if config.selection == "aux_router" else 1)
+    """Of everything that scores tokens."""
+    return sum(scorer.parameters for scorer in method_of(config).scorers(config))
 
 
 def _parameters(config: MoRConfig, layers: int, norm_layers: int, embeddings: bool) -> int:

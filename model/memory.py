@@ -15,12 +15,12 @@ from fractions import Fraction
 from typing import Literal
 
 from .config import MoRConfig
+from .depth import method_of, stages_of
 from .flops import (
     Pass,
     Recompute,
     Work,
     attention_widths,
-    capacities,
     effective_parameters,
     expected_work,
     layer_parameters,
@@ -101,13 +101,12 @@ def layer_activation_bytes(config: MoRConfig, passed: Pass, precision: Precision
     return round(passed.queries * per_query + passed.keys * per_key)
 
 
-def mask_bytes(config: MoRConfig, passed: Pass, recursion: int, precision: Precision, document_masking: bool) -> int:
+def mask_bytes(passed: Pass, precision: Precision, document_masking: bool) -> int:
     """The dense mask, a value for each query and key, that attention keeps in one layer; causal needs none.
 
-    Documents need one everywhere, shared keys wherever the queries are a selection (from the second recursion on).
+    Documents need one everywhere, keys of everyone wherever the queries are a selection.
     """
-    selection = recursion > 1 and config.routing != "none" and config.kv_strategy != "recursion_wise"
-    if not (document_masking or selection):
+    if not (document_masking or (passed.stage.selects and passed.stage.sees_all)):
         return 0
     return round(passed.dense) * (BF16 if precision == "bf16" else FP32)
 
@@ -130,14 +129,17 @@ def activation_bytes(
     tokens, h = num_sequences * sequence_length, config.hidden_size
     size = BF16 if precision == "bf16" else FP32
     q, kv = attention_widths(config)
+    method = method_of(config)
     saved, stretches = 0, [0]
-    for r, passed in enumerate(work.passes):
-        packed = config.routing == "token_choice" and r > 1
+    for passed in work.passes:
+        packed = passed.stage.selects and not method.fixed
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
-        layer += mask_bytes(config, passed, r, precision, document_masking)
+        layer += mask_bytes(passed, precision, document_masking)
         inputs = round(passed.queries * h * FP32)
         products = round(passed.queries * (2 * q + 2 * h + 2 * config.intermediate_size) + passed.keys * 2 * kv) * size
-        whole = recompute == "recursion" and r > 0  # the recursion, not the layer, is the stretch that is recomputed
+        whole = (
+            recompute == "recursion" and passed.stage.shared
+        )  # the recursion, not the layer, is the stretch that is recomputed
         if passed.layers:
             stretches.append(layer * (passed.layers if whole else 1))
         saved += {
@@ -146,16 +148,16 @@ def activation_bytes(
             "block": passed.layers * inputs,
             "recursion": inputs if whole else passed.layers * inputs,
         }[recompute]
-        if r > 0 and config.routing != "none":
+        if passed.stage.gate is not None:
             saved += round(passed.queries) * h * FP32  # the block's output, for the gradient of its gate
     shared_keys = 0
-    if config.kv_strategy != "recursion_wise" and recompute != "none":
-        shared_keys = (
-            recursion_layers(config) * tokens * 2 * kv * size
-        )  # they outlive their stretch, then their gradients
+    if recompute != "none":  # keys that later stages read outlive their stretch, then their gradients do
+        sources = {use.source for passed in work.passes for use in passed.stage.uses if use.source is not None}
+        shared_keys = len(sources) * tokens * 2 * kv * size
     saved += shared_keys
-    if config.routing == "expert_choice":  # inputs of the deeper routers; the first one's is the first layer's
-        saved += round(work.offered - tokens) * h * FP32
+    # Inputs of the deeper gates' scorers; the first one's is the first layer's. Detached copies are no more.
+    deeper = {scorer.gate for scorer in method.scorers(config) if scorer.gate > 0}
+    saved += round(sum(work.offered[gate] for gate in deeper)) * h * FP32
     saved += 2 * tokens * h * FP32 + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
     if precision == "bf16" and recompute == "none":
         saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
@@ -312,10 +314,9 @@ def kv_cache_bytes_per_token(config: MoRConfig, bytes_per_value: int = BF16) -> 
     In the recursions, against vanilla: (Nr + 1) / (2 Nr) with `recursion_wise` keys of routed models, 1 / Nr with
     `shared`. `shared_update` keeps the replaced keys beside the first recursion's, as much as `recursion_wise`.
     """
-    recursions = sum(capacities(config)) if config.num_recursions > 1 else Fraction(0)
-    if config.kv_strategy == "shared":
-        recursions = Fraction(1)
-    elif config.kv_strategy == "shared_update":  # the first recursion computes every token, whatever its capacity
-        recursions += 1 - capacities(config)[0]
-    layers = unshared_layers(config) + recursion_layers(config) * recursions
+    shares, layers = method_of(config).shares(config), Fraction(0)
+    for stage in stages_of(config):
+        for use in stage.uses:
+            entered = Fraction(1) if stage.gate is None else shares[stage.gate]
+            layers += {"everyone": Fraction(1), "entered": entered, "none": Fraction(0)}[use.keys]
     return float(layers * 2 * attention_widths(config)[1] * bytes_per_value)

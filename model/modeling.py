@@ -31,6 +31,7 @@ from . import routing
 from .attention import NAMESPACE
 from .cache import MoRCache
 from .config import MoRConfig
+from .depth import stages_of
 from .layers import DecoderLayer, KeyValue, LMHead, Tokens, chunk_rows, cross_entropy_sum, gather_rows
 from .relaxation import RelaxedLinear
 from .routing import Router, RoutingRecord
@@ -172,6 +173,7 @@ class MoRModel(MoRPreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config, i in shared) for i in range(num_unique_layers(config)))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.layout = stages_of(config)
         self.segments = segments(config)
         self.capacities = list(config.capacity_factors or ())
         self.activation, self.alpha = str(config.router_activation), float(config.router_alpha or 0.0)
@@ -210,8 +212,10 @@ class MoRModel(MoRPreTrainedModel):
         routing_only: bool = False,
         max_recursions: int | None = None,
         output_hidden_states: bool | None = None,
+        **kwargs: Any,
     ) -> MoRModelOutput:
-        """Shapes and meanings as in `MoRForCausalLM.forward`."""
+        """Shapes and meanings as in `MoRForCausalLM.forward`; further keywords, which wrappers pass to every base model
+        of transformers, mean nothing here."""
         if max_recursions is not None and not 1 <= max_recursions <= self.config.num_recursions:
             raise ValueError(
                 f"max_recursions: {max_recursions} does not fit 1 to {self.config.num_recursions} recursions"
@@ -222,6 +226,8 @@ class MoRModel(MoRPreTrainedModel):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mode = self._mode(routing_mode)
+        if position_ids is not None and document_ids is None and attention_mask is None and past_key_values is None:
+            document_ids = None if use_cache else _packed_documents(position_ids, hidden.shape[0])
         cache = self._cache(past_key_values, use_cache, mode, document_ids)
         row = self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, cache)
         row.routing_only, row.max_recursions = routing_only, max_recursions
@@ -661,6 +667,15 @@ class _Trace:
     selected: list[Tensor] = field(default_factory=list)
 
 
+def _packed_documents(position_ids: Tensor, rows: int) -> Tensor | None:
+    """[B, T] documents of rows packed as transformers' collators pack them: positions start anew with each. None where
+    every row is one document."""
+    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not starts.any():
+        return None
+    return F.pad(starts.long().cumsum(1), (1, 0)).expand(rows, -1)
+
+
 def _places(active: Tensor) -> Tensor:
     """Ascending places of the True entries of a flat mask; [0] where there is none."""
     places = active.nonzero().squeeze(1)
@@ -720,7 +735,6 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         *,
         targets: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         document_ids: Tensor | None = None,
         step: int | None = None,
         routing_mode: str | None = None,
@@ -737,8 +751,10 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         attention_mask: [B, T], 0 for padding, which is never selected and changes nothing for the other tokens.
         labels: [B, T], -100 ignored; the model shifts them (position t predicts labels t+1).
         targets: [B, T], labels already shifted; exclusive with `labels`.
-        shift_labels: what transformers calls targets; as there, it replaces `labels` where both are given.
-        document_ids: [B, T] non-decreasing; tokens attend, and compete for slots, within their document only.
+        shift_labels: what transformers calls targets; as there, it replaces `labels` where both are given. A keyword
+            outside the signature, by whose names the Trainer tells what it takes for labels.
+        document_ids: [B, T] non-decreasing; tokens attend, and compete for slots, within their document only. Without
+            them, attention_mask and cache, position_ids that start anew start a document, as in transformers.
         step: optimizer steps done before this one, needed while a warm-up runs; None: warm-ups are over.
         routing_mode: overrides `config.routing_mode` at evaluation; training always selects by top-k.
         num_items_in_batch: number of labels of the global batch. The LM sum is divided by it, and every other loss, a
@@ -749,7 +765,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         max_recursions: no token executes more recursions than this, 1 to Nr (test-time depth, Fig. 5c); None: Nr.
         return_logits: None returns logits unless training with labels; False never makes them.
         """
-        given, shifted = _shift(labels, targets, shift_labels)
+        given, shifted = _shift(labels, targets, kwargs.get("shift_labels"))
         output = self.model(
             input_ids,
             attention_mask,

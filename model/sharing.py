@@ -3,9 +3,13 @@
 L is the effective depth (`num_hidden_layers`), Nr the number of recursions (`num_recursions`).
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from .config import MoRConfig
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import MoRConfig
 
 
 @dataclass(frozen=True)

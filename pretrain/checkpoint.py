@@ -8,9 +8,9 @@ A checkpoint is a folder `step-00000050/`:
     state.json        what the trainer gave: schedule, data position, FLOPs, tracker id, configuration, versions
     COMMITTED.json    format, step, ranks, and size and sha256 of every other file
 
-It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker, or
-whose files do not match it, is passed over for the one before. Removal takes the marker first. All ranks must see the
-same folder.
+It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker is
+passed over for the one before; one whose files do not match its marker is set aside as `step-00000050.damaged` and
+never counted. Removal takes the marker first. All ranks must see the same folder.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ import os
 import random
 import re
 import shutil
+import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial as partial_call
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -39,10 +40,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from data_prep.settings import UserError, run_command
+from pretrain.dcp_reader import SafeReader, read_metadata
 from pretrain.parallel import Parallel, read_deepspeed
+from pretrain.stop import disk_error
 
 MARKER = "COMMITTED.json"
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")  # one process
@@ -52,6 +55,22 @@ T = TypeVar("T")
 
 class SaveError(Exception):
     """A checkpoint could not be written; what was there before is untouched. Raised on every rank alike."""
+
+
+class BrokenSave(Exception):
+    """The ranks could not agree on what became of a save: the run cannot go on. What was there before is untouched."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a save, the same on every rank. error: why it was not written, in words; None where it was."""
+
+    step: int
+    error: str | None = None
+
+    @property
+    def written(self) -> bool:
+        return self.error is None
 
 
 @dataclass(frozen=True)
@@ -123,6 +142,38 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Staging:
+    """Host memory for copies of tensors, allocated once (pinned for a GPU) and filled anew by every save of a run."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def copy(self, tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Copies of `tensors`, of which a DTensor's is of this rank's shard; valid until the next call.
+
+        On a GPU they travel in a stream of their own, beside the passes, and have arrived when this returns.
+        """
+        on_gpu = device.type == "cuda"
+        if on_gpu and self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        with torch.no_grad(), torch.cuda.stream(self._stream) if on_gpu else nullcontext():
+            copies = {name: self._copy(name, tensor, on_gpu) for name, tensor in tensors.items()}
+        if self._stream is not None:
+            self._stream.synchronize()
+        return copies
+
+    def _copy(self, name: str, tensor: Tensor, pin: bool) -> Tensor:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        buffer = self.buffers.get(name)
+        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+            buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
+            self.buffers[name] = buffer
+        buffer.copy_(local, non_blocking=pin)
+        # DTensor.from_local would carry the buffer back to the device of the mesh.
+        return DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
@@ -131,6 +182,7 @@ class Checkpoints:
         at a time, and nothing may change the tensors until `wait_for_copy` returns: the next forward and backward pass
         run beside the copy, the update waits for it.
     report: receives one line for each event worth knowing (a save that failed, a checkpoint passed over).
+    written: called on rank 0, maybe in the background, with the step of each checkpoint once it is whole.
     """
 
     def __init__(
@@ -140,102 +192,133 @@ class Checkpoints:
         milestone_every: int = 0,
         asynchronous: bool = True,
         report: Callable[[str], None] = print,
+        written: Callable[[int], None] = lambda step: None,
     ) -> None:
         if keep < 1:
             raise ValueError(f"keep must be at least 1 (given: {keep})")
         self.folder = Path(folder)
-        self.keep, self.milestone_every, self.asynchronous, self.report = keep, milestone_every, asynchronous, report
+        self.keep, self.milestone_every, self.asynchronous = keep, milestone_every, asynchronous
+        self.report, self.written = report, written
         self.failures = 0
+        self.staging = Staging()
+        self._outcome: Outcome | None = None
+        self._told = True  # whether a failure in `_outcome` has been reported
+        self._broken: BaseException | None = None  # what ended the thread where the ranks could not agree
         self._thread: threading.Thread | None = None
-        self._message: str | None = None
-        self._stager: DefaultStager | None = None
+        self._parallel: Parallel | None = None
         self._copied = threading.Event()
         self._copied.set()
 
     # saving ---------------------------------------------------------------------------------------------------------
 
-    def save(self, parallel: Parallel, state: dict[str, Any], step: int) -> None:
+    def save(self, parallel: Parallel, state: dict[str, Any], step: int) -> Outcome | None:
         """Write a checkpoint of `step`; collective. `state`: anything JSON holds, the same on every rank.
 
-        A save that fails (a full disk) is reported and counted in `failures`; earlier checkpoints are untouched.
+        Returns what became of it, or None while it is under way in the background: `wait` tells then. A save that
+        fails, for whatever reason, is reported and counted in `failures`; earlier checkpoints are untouched.
         """
         self.wait()
+        self._parallel = parallel
         partial = folder_of(self.folder, step).with_suffix(".partial")
         try:
-            _together(parallel, lambda: _begin(parallel, partial, state))
-            _together(parallel, lambda: torch.save(random_state(), partial / f"random-{parallel.rank:05d}.pt"))
-            write = self._write_tensors(parallel, partial / "tensors")
+            with parallel.busy(f"beginning checkpoint {partial.stem}"):
+                _together(parallel, lambda: _begin(parallel, partial, state))
+                _together(parallel, lambda: torch.save(random_state(), partial / f"random-{parallel.rank:05d}.pt"))
+                tensors = self._write_tensors(parallel, partial / "tensors")
         except SaveError as error:
-            self._give_up(parallel, partial, error)
-            return
-        finish = partial_call(self._commit, parallel, partial, step, write)
-        if write is None:
-            finish()
-            self.wait()
-        else:
-            self._thread = threading.Thread(target=finish, name="checkpoint")
-            self._thread.start()
+            self._give_up(parallel, partial, step, error)
+            return self.wait()
+        if tensors is None:
+            with parallel.busy(f"writing checkpoint {partial.stem}"):
+                self._commit(parallel, partial, step, None)
+            return self.wait()
+        self._thread = threading.Thread(
+            target=self._in_background, args=(parallel, partial, step, tensors), name="checkpoint"
+        )
+        self._thread.start()
+        return None
 
-    def wait(self) -> None:
-        """Wait for the save that is under way, if any, and report how it went."""
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self) -> Outcome | None:
+        """Wait for the save that is under way, if any, and report it if it failed.
+
+        Returns what became of the last save, None if there was none. Raises BrokenSave where the ranks lost each other.
+        """
+        if self._thread is not None and self._parallel is not None:
+            with self._parallel.busy("waiting for a checkpoint to be written"):
+                self._thread.join()
             self._thread = None
-        if self._message is not None:
-            self.report(self._message)
-            self._message = None
+        if self._broken is not None:
+            error, self._broken = self._broken, None
+            raise BrokenSave(self._tell()) from error
+        if self._outcome is not None and not self._told:
+            self._told = True
+            self.report(self._tell())
+        return self._outcome
 
-    def wait_for_copy(self) -> None:
-        """Wait until the tensors of the save that is under way, if any, are copied and may change again."""
-        self._copied.wait()
+    def _tell(self) -> str:
+        assert self._outcome is not None
+        name = folder_of(self.folder, self._outcome.step).name
+        return f"checkpoint {name} was not written, the ones before are intact: {self._outcome.error}"
 
-    def _write_tensors(self, parallel: Parallel, folder: Path) -> Callable[[], None] | None:
-        """Write the tensors; or return what copies and writes them in the background, which then owns the group."""
+    def wait_for_copy(self) -> Outcome | None:
+        """Wait until the tensors of the save that is under way, if any, are copied and may change again.
+
+        Returns None while that save is being written, else as `wait` does, so that a failure is told at the next step.
+        """
+        if self._parallel is not None and not self._copied.is_set():
+            with self._parallel.busy("copying a checkpoint"):
+                self._copied.wait()
+        return None if self._thread is not None and self._thread.is_alive() else self.wait()
+
+    def _write_tensors(self, parallel: Parallel, folder: Path) -> dict[str, Tensor] | None:
+        """Write the tensors; or return those that the background shall copy and write, which then owns the group."""
         if parallel.checkpoint_format == "deepspeed":
             _together(parallel, lambda: parallel.save_native(folder))
             return None
-        arguments: dict[str, Any] = {
-            "checkpoint_id": folder,
-            "process_group": parallel.background_group,
-            "no_dist": parallel.background_group is None,
-        }
-        tensors = named_tensors(parallel)
+        tensors = _together(parallel, lambda: named_tensors(parallel))
         if not self.asynchronous:
-            _together(parallel, lambda: dcp.save(tensors, **arguments))
+            _together(parallel, lambda: _write_sharded(parallel, folder, tensors))
             return None
         if parallel.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # the copy, in a stream of its own, must find the update done
         self._copied.clear()
-
-        def copy_and_write() -> None:
-            try:
-                copies = self._copy(parallel, tensors)
-            finally:
-                self._copied.set()
-            dcp.save(copies, **arguments)
-
-        return copy_and_write
+        return tensors
 
     def _copy(self, parallel: Parallel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors in host memory, whose buffers (pinned for a GPU) serve every save of the run."""
-        on_gpu = parallel.device.type == "cuda"
-        if self._stager is None:
-            self._stager = DefaultStager(StagingOptions(on_gpu, False, False, False))
-        with torch.cuda.stream(torch.cuda.Stream(parallel.device)) if on_gpu else nullcontext():
-            return self._stager.stage(tensors)  # type: ignore[return-value]  # not a future, staging is synchronous
+        """The tensors in host memory; from then on they may change."""
+        return self.staging.copy(tensors, parallel.device)
 
-    def _commit(self, parallel: Parallel, partial: Path, step: int, write: Callable[[], None] | None) -> None:
-        """The part of a save that may run in the background: the tensors, digest, mark, rename, prune."""
+    def _in_background(self, parallel: Parallel, partial: Path, step: int, tensors: dict[str, Tensor]) -> None:
+        """The thread of a save: whatever ends it is kept for the main thread."""
         try:
-            if write is not None:
-                _together(parallel, write)
+            self._commit(parallel, partial, step, tensors)
+        except BaseException as error:
+            self._broken, self._outcome = error, Outcome(step, f"{type(error).__name__}: {error}")
+        finally:
+            self._copied.set()
+
+    def _commit(self, parallel: Parallel, partial: Path, step: int, tensors: dict[str, Tensor] | None) -> None:
+        """The part of a save that may run in the background: the tensors, digest, mark, rename, prune."""
+
+        def copy() -> dict[str, Tensor]:
+            try:
+                return self._copy(parallel, tensors or {})
+            finally:
+                self._copied.set()
+
+        try:
+            if tensors is not None:
+                copies = _together(parallel, copy)
+                _together(parallel, lambda: _write_sharded(parallel, partial / "tensors", copies))
             files: dict[str, tuple[int, str]] = {}
             for share in parallel.gather(_together(parallel, lambda: _digest(parallel, partial)), background=True):
                 files.update(share)
             marker = Marker(step, parallel.checkpoint_format, parallel.settings.strategy, parallel.world_size, files)
             _together(parallel, lambda: self._publish(parallel, partial, marker))
         except SaveError as error:
-            self._give_up(parallel, partial, error)
+            self._give_up(parallel, partial, step, error)
+        else:
+            self._outcome = Outcome(step)
 
     def _publish(self, parallel: Parallel, partial: Path, marker: Marker) -> None:
         if not parallel.is_main:
@@ -243,39 +326,60 @@ class Checkpoints:
         marker.write(partial)
         final = folder_of(self.folder, marker.step)
         replaced = final.with_suffix(".replaced")
-        if final.exists():  # the same step again: after a damaged checkpoint was passed over
+        if final.exists():  # the same step again; should this be cut short, `latest` takes the old one back
             final.rename(replaced)
         partial.rename(final)
         _sync_folder(self.folder)
+        self.written(marker.step)
         remove(replaced)
-        for step, folder in committed(self.folder)[: -self.keep]:
+        self._prune(marker.step)
+
+    def _prune(self, written: int) -> None:
+        """Remove the checkpoints before the one of step `written` that neither `keep` nor a milestone holds.
+
+        Later ones do not count: they are of a past that the run went back from, or whoever left them knows why.
+        """
+        until_now = [(step, folder) for step, folder in committed(self.folder) if step <= written]
+        for step, folder in until_now[: -self.keep]:
             if not (self.milestone_every and step % self.milestone_every == 0):
                 remove(folder)
 
-    def _give_up(self, parallel: Parallel, partial: Path, error: SaveError) -> None:
+    def _give_up(self, parallel: Parallel, partial: Path, step: int, error: SaveError) -> None:
         self.failures += 1
-        self._message = f"checkpoint {partial.stem} was not written, the ones before are intact: {error}"
+        self._outcome, self._told = Outcome(step, str(error)), False
         if parallel.is_main:
             remove(partial)
 
     # loading --------------------------------------------------------------------------------------------------------
 
     def latest(self, parallel: Parallel) -> Path | None:
-        """The newest checkpoint that is whole, or None; collective. Others are passed over with a message."""
+        """The newest checkpoint that is whole, or None; collective. Damaged ones are set aside with a message."""
         self.wait()
-        names = parallel.gather([folder.name for _, folder in reversed(committed(self.folder))])[0]
         if parallel.is_main:
-            for left in [*self.folder.glob("step-*.partial"), *self.folder.glob("step-*.replaced")]:
-                self.report(f"{left}: left by a save that was interrupted; removed")
-                remove(left)
+            self._tidy()
+        names = parallel.gather([folder.name for _, folder in reversed(committed(self.folder))], background=True)[0]
         for name in names:
-            faults = parallel.gather(verify(self.folder / name, parallel.rank, parallel.world_size))
+            with parallel.busy(f"verifying {name}"):
+                fault = verify(self.folder / name, parallel.rank, parallel.world_size)
+                faults = parallel.gather(fault, background=True)
             fault = next((f for f in faults if f is not None), None)
             if fault is None:
                 return self.folder / name
             if parallel.is_main:
-                self.report(f"{self.folder / name}: passed over, {fault}")
+                aside = _set_aside(self.folder / name)
+                self.report(f"{self.folder / name}: passed over, {fault}; set aside as {aside.name}")
         return None
+
+    def _tidy(self) -> None:
+        """Take back what was being replaced, and remove what else a save or a conversion left when it was cut short."""
+        for left in self.folder.glob("step-*.replaced"):
+            if not left.with_suffix("").exists():
+                self.report(f"{left}: its replacement was interrupted; taken back")
+                left.rename(left.with_suffix(""))
+        for kind in ("partial", "replaced", "consolidated"):
+            for left in self.folder.glob(f"step-*.{kind}"):
+                self.report(f"{left}: left by a save that was interrupted; removed")
+                remove(left)
 
     def load(self, parallel: Parallel, path: Path) -> dict[str, Any]:
         """Fill model, optimizer and this rank's generators from `path`; returns the trainer's state. Collective.
@@ -288,14 +392,15 @@ class Checkpoints:
         native = marker.format == parallel.checkpoint_format
         if native and marker.format == "deepspeed":
             native = (marker.strategy, marker.world_size) == (parallel.settings.strategy, parallel.world_size)
-        if native and marker.format == "deepspeed":
-            parallel.load_native(path / "tensors")
-        elif native:
-            _load_sharded(parallel, path / "tensors")
-        elif marker.format == "consolidated":
-            _load_consolidated(parallel, path / "tensors")
-        else:
-            self._load_converted(parallel, path)
+        with parallel.busy(f"loading {path.name}"):
+            if native and marker.format == "deepspeed":
+                parallel.load_native(path / "tensors")
+            elif native:
+                _load_sharded(parallel, path / "tensors")
+            elif marker.format == "consolidated":
+                _load_consolidated(parallel, path / "tensors")
+            else:
+                self._load_converted(parallel, path)
         own = path / f"random-{parallel.rank:05d}.pt"
         if marker.world_size == parallel.world_size and own.is_file():
             set_random_state(torch.load(own, weights_only=True))
@@ -308,12 +413,20 @@ class Checkpoints:
         between = path.with_suffix(".consolidated")
         if parallel.is_main:
             self.report(f"{path}: converted for {parallel.settings.strategy} on {parallel.world_size} ranks")
-            convert(path, between, "consolidated")
-        parallel.barrier()
+        parallel.on_main(f"converting {path.name}", lambda: convert(path, between, "consolidated"))
         _load_consolidated(parallel, between / "tensors")
-        parallel.barrier()
+        parallel.gather(None, background=True)  # every rank has read it
         if parallel.is_main:
             remove(between)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that it is neither counted nor lost; returns its new place."""
+    number, aside = 1, folder.with_suffix(".damaged")
+    while aside.exists():
+        number += 1
+        aside = folder.with_suffix(f".damaged-{number}")
+    return folder.rename(aside)
 
 
 def _begin(parallel: Parallel, partial: Path, state: dict[str, Any]) -> None:
@@ -340,17 +453,36 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _write_sharded(parallel: Parallel, folder: Path, tensors: dict[str, Tensor]) -> None:
+    group = parallel.background_group
+    dcp.save(tensors, checkpoint_id=folder, process_group=group, no_dist=group is None)
+
+
 def _together(parallel: Parallel, action: Callable[[], T]) -> T:
-    """Run `action` on every rank; if it failed on any, raise SaveError on all, naming ranks and causes."""
+    """Run `action` on every rank; if it failed on any, in whatever way, raise SaveError on all with ranks and causes.
+
+    `action` must meet no other rank, or fail on all alike: a rank that fails comes here at once.
+    """
     result, error = None, None
     try:
         result = action()
-    except (OSError, RuntimeError, CheckpointException) as failure:
-        error = f"{type(failure).__name__}: {failure}"
+    except (Exception, CheckpointException) as failure:
+        error = _in_words(failure, parallel.rank)
     errors = parallel.gather(error, background=True)
-    if any(errors):
+    if any(e is not None for e in errors):
         raise SaveError("; ".join(f"rank {rank}: {e}" for rank, e in enumerate(errors) if e))
     return result  # type: ignore[return-value]
+
+
+def _in_words(failure: BaseException, rank: int) -> str:
+    """A failure in one line. The trace of what no disk explains goes to stderr, for it is a fault of the program."""
+    if isinstance(failure, CheckpointException):  # the same on every rank: each tells its own part
+        own = failure.failures.get(rank)
+        return _in_words(own[0], rank) if own else ""
+    if disk := disk_error(failure):
+        return disk
+    traceback.print_exception(failure, file=sys.stderr)
+    return f"{type(failure).__name__}: {failure}"
 
 
 # generators -----------------------------------------------------------------------------------------------------------
@@ -405,13 +537,16 @@ def _allocate(parallel: Parallel, shapes: dict[str, torch.Size], path: Path) -> 
 
 
 def _sharded_shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    try:
+        entries = read_metadata(folder / ".metadata").state_dict_metadata
+    except (OSError, ValueError) as error:
+        raise UserError(str(error)) from None
     return {n: (e.size, e.properties.dtype) for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
 
 
 def _load_sharded(parallel: Parallel, folder: Path) -> None:
     _allocate(parallel, {name: shape for name, (shape, _) in _sharded_shapes(folder).items()}, folder)
-    dcp.load(named_tensors(parallel), checkpoint_id=folder, process_group=parallel.background_group)
+    dcp.load(named_tensors(parallel), storage_reader=SafeReader(folder), process_group=parallel.background_group)
 
 
 def _load_consolidated(parallel: Parallel, folder: Path) -> None:
@@ -440,7 +575,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if format == "consolidated":
         return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
     tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _sharded_shapes(folder).items()}
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
     return tensors
 
 
@@ -463,7 +598,10 @@ def convert(source: Path, target: Path, format: Literal["consolidated", "sharded
 
 
 def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given."""
+    """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given.
+
+    It is written beside and renamed when whole.
+    """
     from model.config import MoRConfig
     from model.modeling import MoRForCausalLM
 
@@ -474,11 +612,19 @@ def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
     tied = set(model.state_dict()) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
     if unexpected or set(missing) - tied:
         raise UserError(f"{source}: weights do not fit its config.json: {sorted(set(missing) - tied) + unexpected}")
-    model.save_pretrained(target)
+    partial, replaced = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "replaced"))
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
     if tokenizer is not None:
         from transformers import PreTrainedTokenizerFast
 
-        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(target)
+        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(partial)
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    partial.rename(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -13,10 +13,10 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.settings import Settings, UserError, describe, load
+from data_prep.settings import Plain, Settings, UserError, describe, load, typed
 from model.config import MoRConfig
 from pretrain.data import Manifest
-from pretrain.parallel import ParallelSettings
+from pretrain.parallel_settings import ParallelSettings
 from pretrain.schedule import ScheduleKind
 
 # Fields of LlamaConfig that say something about a model to train; the rest of its fields serve the library.
@@ -63,6 +63,7 @@ def _whole(value: Any) -> Any:
 
 
 Flops = Annotated[int, BeforeValidator(_whole)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataSettings(Settings):
@@ -117,7 +118,7 @@ class BatchSettings(Settings):
 
 class OptimizerSettings(Settings):
     learning_rate: float = Field(default=3e-3, gt=0, description="peak learning rate of AdamW")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="decay of AdamW's first and second moment")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="decay of AdamW's first and second moment")
     epsilon: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(
         default=0.1, ge=0, description="decoupled decay of matrices; norms and biases do not decay"
@@ -213,9 +214,11 @@ class InitializeSettings(Settings):
 class ExperimentSettings(Settings):
     """One training run."""
 
-    name: str = Field(description="the run's name in reports and in W&B")
+    name: str = Field(min_length=1, description="the run's name in reports and in W&B")
     run_dir: Path = Field(description="the run's directory: config.yaml, run.json, metrics.jsonl, checkpoints/, final/")
-    seed: int = Field(default=0, ge=0, description="seed of the initial weights, the order of the data and every draw")
+    seed: int = Field(
+        default=0, ge=0, lt=2**40, description="seed of the initial weights, the order of the data and every draw"
+    )
     model: dict[str, Any] = Field(description="configs/model/*.yaml, or fields of MoRConfig")
     initialize_from: InitializeSettings | None = Field(default=None, description="start from a trained vanilla model")
     data: DataSettings = Field(description="the prepared data")
@@ -249,12 +252,16 @@ class ExperimentSettings(Settings):
                 near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
                 raise ValueError(f"unknown key {key!r}; nearest valid: {', '.join(near)}")
         make_model_config(fields)
-        return fields
+        return typed_model_fields(fields)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(self.budget.totals) > 1 and self.schedule.kind != "trapezoid":
             raise ValueError("schedule.kind: several budgets need a trapezoid, whose plateau they share")
+        if self.parallel.mixed_precision == "bf16" and self.precision == "fp32":
+            raise ValueError(
+                "precision is fp32, and parallel.mixed_precision bf16: give both the same, or no to the last"
+            )
         return self
 
 
@@ -263,10 +270,27 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Exp
     return load(ExperimentSettings, path, overrides, sections=("model", "parallel"))
 
 
+def typed_model_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of MoRConfig as its annotations say: a fraction where a whole number was written, a switch for `yes`."""
+    hints: dict[str, Any] = {}
+    for cls in reversed(MoRConfig.__mro__):
+        hints |= {
+            name: hint for name, hint in vars(cls).get("__annotations__", {}).items() if not isinstance(hint, str)
+        }
+    return {name: typed(_plain(value), hints.get(name, Any)) for name, value in fields.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A value whose texts may be read as something else."""
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return Plain(value) if isinstance(value, str) else value
+
+
 def make_model_config(fields: dict[str, Any]) -> MoRConfig:
     """Build a MoRConfig; ValueError names the field that is wrong."""
     try:
-        return MoRConfig(**fields)
+        return MoRConfig(**typed_model_fields(fields))
     except StrictDataclassError as error:
         raise ValueError(" ".join(str(error.__cause__ or error).split())) from None
 

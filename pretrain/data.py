@@ -458,6 +458,13 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         order = sample_order(positions, len(self._blocks), self.seed).reshape(-1, size)
         return [_micro_batch(self._blocks, indices, self.document_masking, size) for indices in order.tolist()]
 
+    def stand_in(self) -> list[MicroBatch]:
+        """Micro-batches shaped as real ones that predict nothing: what a rank whose data failed ends its step with."""
+        shape = (self.micro_batch_size, self.manifest.sequence_length)
+        ids = torch.full(shape, self.manifest.eos_token_id)
+        documents = number_documents(ids, self.manifest.eos_token_id) if self.document_masking else None
+        return [MicroBatch(ids, torch.full(shape, -100), documents, 0)] * self.accumulation_steps
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: JSON values, the same on every rank."""
         return {

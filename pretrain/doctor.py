@@ -24,7 +24,8 @@ from data_prep.settings import UserError, run_command
 from model.memory import training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
 from pretrain.data import Manifest
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from pretrain.run_folder import versions
 
 MEBIBYTE, GIBIBYTE = 2**20, 2**30

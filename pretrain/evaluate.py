@@ -31,11 +31,12 @@ from data_prep.settings import Settings, UserError, load, run_command
 from model.config import MoRConfig
 from model.inference.text import load_checkpoint
 from model.modeling import MoRForCausalLM
-from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state
+from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state, verify
 from pretrain.config import ExperimentSettings, read_settings
 from pretrain.data import Manifest
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from pretrain.run_folder import versions
 from pretrain.validation import Validation
 
@@ -116,6 +117,8 @@ def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Pat
         return
     if settings is None:
         raise UserError(f"{folder}: a training checkpoint outside its run directory; export it first")
+    if fault := verify(folder):
+        raise UserError(f"{folder}: {fault}; use another checkpoint of the run")
     with tempfile.TemporaryDirectory() as temporary:
         export(folder, Path(temporary), settings.data.folder / "tokenizer.json")
         yield Path(temporary)

@@ -22,13 +22,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from data_prep.settings import Settings, build, describe, parse_overrides, read_yaml, run_command
+from data_prep.settings import Settings, describe, load, read_yaml, run_command
 from model.config import MoRConfig
 from model.flops import Recompute, breakdown, effective_parameters, expected_work, training_flops, unique_parameters
 from model.memory import communication, training_memory
 from pretrain.config import make_model_config
 from pretrain.metrics import PEAK_FLOPS
-from pretrain.parallel import ParallelSettings
+from pretrain.parallel_settings import ParallelSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2_keep", "fsdp2_hybrid")
@@ -207,7 +207,7 @@ def row(cluster: Cluster, world: int, name: str, config: MoRConfig) -> str:
 
 def main() -> int:
     """Print the page for the `key=value` on the command line."""
-    cluster = build(Cluster, parse_overrides(sys.argv[1:]), "command line")
+    cluster = load(Cluster, None, sys.argv[1:])
     print("\n".join(page(cluster)))
     return 0
 

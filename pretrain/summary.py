@@ -126,11 +126,9 @@ def inference_costs(variant: Variant) -> dict[str, float]:
     length = int(variant.runs[0].facts["sequence_length"])
     shares = [run.validations[-1].get("validation_depth_shares") for run in variant.runs]
     work = flops.expected_work(config, length, 1)
-    if config.routing != "none" and all(shares):
+    if flops.gates_of(config) and all(shares):
         mean = [sum(column) / len(shares) for column in zip(*shares)]
-        counts = [sum(mean[depth:]) * length for depth in range(1, config.num_recursions + 1)]
-        keys = counts if config.kv_strategy == "recursion_wise" else [length] * config.num_recursions
-        work = flops.work_of(config, length, 1, counts, [n * (k + 1) / 2 for n, k in zip(counts, keys)])
+        work = flops.routed_work(config, length, 1, flops.entered_of(config, mean, length))
     return {
         "inference_flops_per_token": float(sum(flops.forward_flops(config, work).values())) / length,
         "kv_bytes_per_token": kv_cache_bytes_per_token(config),

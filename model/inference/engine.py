@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from model import routing
-from model.cache import owned_uses, sees_everyone
+from model.cache import owned_uses
+from model.depth.layout import Use
 from model.inference.packed import Norm, PackedLayer, Product, rotary
 from model.inference.pool import CallPlan, PagePool, Reader, Run, Writer
-from model.inference.sampling import SamplingParams, choose
-from model.inference.scheduler import DepthPolicy, Event, Request, Scheduler, recursion_share
+from model.inference.sampling import SamplingParams, choose, score
+from model.inference.scheduler import DepthPolicy, Event, Request, Scheduler, gate_share
 from model.layers import Tokens
 from model.modeling import MoRForCausalLM, Row
-from model.sharing import Application, applications
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class Engine:
         self._lay_out()
         self.layers = [PackedLayer(layer) for layer in self.inner.layers]
         self.norm, self.head = Norm(self.inner.norm), Product(model.lm_head)
-        share, pages = recursion_share(config, self.policy), -(-kv_tokens // page_size)
+        share, pages = gate_share(config, self.policy), -(-kv_tokens // page_size)
         layers = len(self.block[0]) if share else 0
         self.everyone = PagePool(config, len(self.layer_of_use), pages, page_size, model.dtype, model.device)
         self.recursed = PagePool(config, layers, round(pages * share), page_size, model.dtype, model.device)
@@ -154,21 +154,23 @@ class Engine:
 
     def _lay_out(self) -> None:
         """Which layers stand before, in and after the block, and which layer of the pool each depth reads."""
-        config, segments = self.config, self.inner.segments
-        self.block: list[list[Application]] = []
-        self.after: list[Application] = []
+        config = self.config
+        segments = [list(stage.uses) for stage in self.inner.layout]
+        self.block: list[list[Use]] = []
+        self.after: list[Use] = []
         if config.routing == "none":
             self.before = [use for segment in segments for use in segment if (use.recursion or 0) < self.limit]
         elif config.sharing == "middle_cycle":
             self.before, self.block, self.after = segments[0], segments[1:-1], segments[-1]
         else:
             self.before, self.block = [], segments
-        owned = [use.depth for use in owned_uses(config) if sees_everyone(use, config)]
+        owned = [use.depth for use in owned_uses(config) if use.keys == "everyone"]
         self.layer_of_use = {depth: i for i, depth in enumerate(owned)}
-        first = {use.layer: use.depth for use in reversed(applications(config)) if not use.recursion}
-        self.silent = frozenset(use.depth for use in self.before if use.depth not in self.layer_of_use)
+        self.silent = frozenset(use.depth for use in self.before if use.keys == "none")
         self.reads = self.layer_of_use | {
-            use.depth: self.layer_of_use[first[use.layer]] for use in self.before if use.depth in self.silent
+            use.depth: self.layer_of_use[use.source]
+            for use in self.before
+            if use.source is not None and use.depth in self.silent
         }
         # One call of the block serves every recursion, unless recursions have weights of their own.
         self.apart = config.relaxation != "none" or not config.share_norms
@@ -248,7 +250,7 @@ class Engine:
                 self.statistics.preemptions += 1
         self._retain(lambda flight: flight.request.running)
 
-    def _call(self, uses: list[Application], hidden: Tensor, positions: Tensor, plan: CallPlan) -> Tensor:
+    def _call(self, uses: list[Use], hidden: Tensor, positions: Tensor, plan: CallPlan) -> Tensor:
         """Apply layers to packed tokens. hidden: [N, D]; positions: [N]."""
         began = time.perf_counter()
         cos, sin = self.inner.rotary_emb(hidden, positions[None])
@@ -473,6 +475,8 @@ class Engine:
         ends, begin = [], 0
         for flight in done:
             request, end = flight.request, begin + flight.count
+            if request.params.prompt_logprobs:
+                self._score_prompt(flight, state[begin:end])
             request.done += flight.count
             request.depths[flight.start :] = air.depth[begin:end].tolist()
             begin = end
@@ -481,18 +485,34 @@ class Engine:
         wanting = [flight.request for flight in done if flight.ends]
         return self._next_tokens(wanting, state[torch.tensor(ends, device=state.device)]) if wanting else []
 
+    def _score_prompt(self, flight: Flight, state: Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that follow those of a flight. state: [flight.count, D]."""
+        request, first = flight.request, flight.start + 1
+        following = request.prompt[first : first + flight.count]
+        if following:
+            logits = self.head(self.norm(state[: len(following)]))
+            scores = score(logits, following, request.params.logprobs or 0)
+            request.scores |= dict(enumerate(scores, first))
+
     def _next_tokens(self, requests: list[Request], state: Tensor) -> list[Event]:
         """Head and choice. state: [len(requests), D]."""
         began = time.perf_counter()
         logits = self.head(self.norm(state))
         self.statistics.model_seconds += time.perf_counter() - began
-        tokens = choose(logits, [r.params for r in requests], [r.generator for r in requests])
+        params = [request.params for request in requests]
+        tokens = choose(logits, params, [r.generator for r in requests], [r.tokens for r in requests])
         events = []
-        for request, token in zip(requests, tokens, strict=True):
+        for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
+            if not request.params.max_tokens:  # the prompt's scores are all that was asked for
+                self.scheduler.finish(request, "length")
+                events.append(Event(request, [], "length"))
+                continue
+            if request.params.logprobs is not None:
+                request.scores[len(request.text)] = score(logits[i : i + 1], [token], request.params.logprobs)[0]
             ready = request.append(token, self.context)
             if request.finished:
                 self.scheduler.finish(request, request.finished)
             if ready or request.finished:
                 events.append(Event(request, ready, request.finished))
-        self.statistics.generated_tokens += len(tokens)
+            self.statistics.generated_tokens += 1
         return events

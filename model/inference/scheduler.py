@@ -7,12 +7,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from model.cache import sees_everyone
 from model.config import MoRConfig
+from model.depth import stages_of
 from model.flops import capacities
 from model.inference.pool import PagePool, Run
-from model.inference.sampling import SamplingParams
-from model.sharing import applications
+from model.inference.sampling import SamplingParams, TokenScore
 
 
 class QueueFull(Exception):
@@ -52,18 +51,16 @@ class DepthPolicy:
         return config.num_recursions if self.recursions is None else self.recursions
 
 
-def ragged_recursions(config: MoRConfig, policy: DepthPolicy) -> list[int]:
-    """Recursions whose keys and values lie apart, for the tokens that entered them alone."""
-    if config.routing == "none" or config.kv_strategy == "shared":
-        return []
-    apart = {use.recursion for use in applications(config) if not sees_everyone(use, config)}
-    return [r for r in range(policy.limit(config)) if r in apart]
+def ragged_gates(config: MoRConfig, policy: DepthPolicy) -> list[int]:
+    """Gates whose tokens' keys and values lie apart, those of the tokens that they let in alone."""
+    gated = [stage for stage in stages_of(config) if stage.gate is not None and stage.uses[0].keys == "entered"]
+    return sorted(stage.gate for stage in gated if stage.gate is not None and stage.gate < policy.limit(config))
 
 
-def recursion_share(config: MoRConfig, policy: DepthPolicy) -> float:
-    """Expected tokens in those recursions for each token of text, by the configured capacities."""
-    expected = [1.0] * config.num_recursions if policy.mode == "uniform" else [float(c) for c in capacities(config)]
-    return sum(expected[r] for r in ragged_recursions(config, policy))
+def gate_share(config: MoRConfig, policy: DepthPolicy) -> float:
+    """Expected tokens behind those gates for each token of text, by the configured capacities."""
+    uniform = policy.mode == "uniform"
+    return sum(1.0 if uniform else float(capacities(config)[gate]) for gate in ragged_gates(config, policy))
 
 
 @dataclass(eq=False)
@@ -73,7 +70,8 @@ class Request:
     text: prompt and generated ids; done: how many of them passed all layers since the last (re)start; depths:
     recursions that each of the `done` executed; tokens: the generated ids without a stop sequence; released: how many
     of those were handed out; runs: pages of all tokens, then one run per recursion; places: positions of their tokens.
-    finished: `stop`, `length`, `cancelled` or "" while it lives.
+    finished: `stop`, `length`, `cancelled` or "" while it lives. scores: position -> log-probability of its token,
+    where the parameters ask for it, a stop sequence's tokens included; the first token of a prompt has none.
     """
 
     order: int
@@ -90,6 +88,7 @@ class Request:
     running: bool = False
     finished: str = ""
     preemptions: int = 0
+    scores: dict[int, TokenScore] = field(default_factory=dict)
 
     def append(self, token: int, context: int) -> list[int]:
         """Take in a generated token; returns the tokens that can be handed out, and sets `finished` at the end."""
@@ -136,7 +135,7 @@ class Scheduler:
         max_waiting: int | None,
     ):
         self.config, self.everyone, self.recursed = config, everyone, recursed
-        self.share, self.ragged = recursion_share(config, policy), ragged_recursions(config, policy)
+        self.share, self.ragged = gate_share(config, policy), ragged_gates(config, policy)
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -155,8 +154,11 @@ class Scheduler:
         outside = [token for token in prompt if not (isinstance(token, int) and 0 <= token < vocabulary)]
         if outside:
             raise ValueError(f"prompt: token id {outside[0]!r} is outside the vocabulary of {vocabulary}")
-        if len(prompt) >= context:
+        if len(prompt) > context:
             raise ValueError(f"prompt: {len(prompt)} tokens leave no room in the context of {context}; shorten it")
+        biased = [token for token in params.logit_bias if not 0 <= token < vocabulary]
+        if biased:
+            raise ValueError(f"logit_bias: token id {biased[0]!r} is outside the vocabulary of {vocabulary}")
         total = min(len(prompt) + params.max_tokens, context)
         pages, pages_each = self.everyone.pages_for(total), self.recursed.pages_for(total) * len(self.ragged)
         if pages > self.everyone.pages or pages_each > self.recursed.pages:
@@ -168,8 +170,7 @@ class Scheduler:
             raise QueueFull(f"{len(self.waiting)} requests wait already")
         runs = [Run() for _ in range(1 + self.config.num_recursions)]
         places: list[list[int]] = [[] for _ in runs]
-        generator = random.Random(params.seed)
-        request = Request(next(self._orders), prompt, params, generator, list(prompt), runs, places)
+        request = Request(next(self._orders), prompt, params, params.generator(), list(prompt), runs, places)
         self.waiting.append(request)
         return request
 

@@ -31,7 +31,8 @@ from rich.table import Table
 from data_prep.settings import merge, read_yaml
 from pretrain import run_folder
 from pretrain.config import ExperimentSettings
-from pretrain.trainer import RunState, Trainer
+from pretrain.plan import RunState
+from pretrain.trainer import Trainer
 from tests.benchmarks.bench_loader import write_random_folder
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import read_lines, trainer_for

@@ -1,9 +1,24 @@
 """Settings: composition, overrides, and messages that name the file, the key and the nearest valid names."""
 
+from pathlib import Path
+from typing import Any, Literal
+
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import Field
 
-from data_prep.settings import Settings, UserError, describe, load, parse_overrides, read_yaml, run_command
+from data_prep.settings import (
+    PathText,
+    Settings,
+    UserError,
+    describe,
+    load,
+    parse_overrides,
+    read_yaml,
+    run_command,
+)
 
 
 class Inner(Settings):
@@ -14,6 +29,23 @@ class Inner(Settings):
 class Outer(Settings):
     inner: Inner = Field(Inner(), description="the inner part")
     seed: int = Field(0, description="seed of everything random")
+
+
+class Kinds(Settings):
+    """One field of each kind that a value may have."""
+
+    text: str = Field("", description="text")
+    whole: int = Field(0, description="a whole number")
+    fraction: float = Field(0.0, description="a fraction")
+    switch: bool = Field(False, description="a switch")
+    word: Literal["on", "off", "1"] = Field("on", description="a word")
+    maybe: float | None = Field(None, description="a fraction, or none")
+    either: int | list[int] = Field(0, description="one or several")
+    fractions: list[float] = Field([], description="fractions")
+    pair: tuple[float, str] = Field((0.0, ""), description="a fraction and a text")
+    place: Path = Field(Path("."), description="a path")
+    pattern: PathText = Field("", description="a path as text")
+    anything: dict[str, Any] = Field({}, description="no schema")
 
 
 def test_files_extend_one_another_and_the_command_line_wins(tmp_path, monkeypatch):
@@ -97,3 +129,121 @@ def test_a_users_mistake_is_a_message_and_an_exit_code(capsys, error, code):
         run_command(main)
     assert stopped.value.code == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+# The schema says what a value is
+
+
+@pytest.mark.parametrize("text", ["123", "1e3", "010", "2024-01-01", "1:30", "1_000", "on", "off", "yes", "true", ".5"])
+def test_a_text_stays_what_was_typed(text: str):
+    assert load(Kinds, None, [f"text={text}"]).text == text
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("fraction=1", "fraction", 1.0),
+        ("fraction=1e-3", "fraction", 1e-3),
+        ("whole=1_000", "whole", 1000),
+        ("whole=1e3", "whole", 1000),
+        ("whole=010", "whole", 10),
+        ("switch=on", "switch", True),
+        ("switch=No", "switch", False),
+        ("word=off", "word", "off"),
+        ("word=1", "word", "1"),
+        ("maybe=2", "maybe", 2.0),
+        ("maybe=~", "maybe", None),
+        ("either=[1e2, 2]", "either", [100, 2]),
+        ("either=16.5e18", "either", 16_500_000_000_000_000_000),
+        ("fractions=[1, 1, 1]", "fractions", [1.0, 1.0, 1.0]),
+        ("pair=[1, 2]", "pair", (1.0, "2")),
+        ("anything={a: off, b: 1, c: 010, d: 1:30, e: true}", "anything",
+         {"a": "off", "b": 1, "c": 10, "d": "1:30", "e": True}),
+    ],
+)  # fmt: skip
+def test_a_value_is_what_its_field_is(override: str, key: str, value: Any):
+    found = getattr(load(Kinds, None, [override]), key)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("fraction=inf", "fraction: .*finite"),
+        ("fraction=.nan", "fraction: .*finite"),
+        ("fraction=1e999", "fraction: .*finite"),
+        ("whole=1e999999999", "whole"),
+        ("whole=0x1F", "whole: .*integer.*0x1F"),
+        ("whole=true", "whole: .*integer.*true"),
+        ("fraction=1:30", "fraction: .*number.*1:30"),
+        ("fraction=2024-01-01", "fraction"),
+        ("place=$NOT_SET_ANYWHERE/x", r"place: \$NOT_SET_ANYWHERE .*not set"),
+        ("whole=[1", "whole=.*cannot be read"),
+        ("whole={a: 1, a: 2}", "'a' is given twice"),
+        ("a..b=1", "expected key=value"),
+        ("=1", "expected key=value"),
+    ],
+)
+def test_what_cannot_have_been_meant_is_one_line(override: str, words: str):
+    with pytest.raises(UserError, match=words) as caught:
+        load(Kinds, None, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_are_expanded(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("CORPUS", str(tmp_path))
+    built = load(Kinds, None, ["place=~/runs", "pattern=$CORPUS/*.txt"])
+    assert built.place == tmp_path / "runs" and built.pattern == f"{tmp_path}/*.txt"
+    (tmp_path / "base.yaml").write_text("whole: 3\n")
+    (tmp_path / "top.yaml").write_text("extends: ${CORPUS}/base.yaml\n")
+    assert load(Kinds, "$CORPUS/top.yaml").whole == 3
+
+
+def test_a_key_that_a_file_says_twice_is_refused_by_file_line_and_key(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("whole: 1\nanything: {a: 1}\nwhole: 2\n")
+    with pytest.raises(UserError, match=r"x\.yaml: .*'whole' is given twice \(line 3, column 1\)$"):
+        load(Kinds, path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["inner.rate=2", "inner=two.yaml"], r"'inner=two\.yaml' drops 'inner\.rate=2'.*put inner=two\.yaml first"),
+        (["inner.rate=2", "inner=null"], "drops 'inner.rate=2'"),
+        (["inner=null", "inner.rate=2"], "drops 'inner=null'"),
+    ],
+)
+def test_overrides_that_drop_each_other_by_their_order_are_refused(overrides, words):
+    with pytest.raises(UserError, match=words):
+        load(Outer, None, overrides, sections=["inner"])
+
+
+WORDS = st.from_regex(r"[A-Za-z0-9_.+-]{1,12}", fullmatch=True).filter(
+    lambda text: text not in ("null", "Null", "NULL", "~", "-") and not text.startswith(("---", "..."))
+)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(WORDS)
+def test_no_word_is_changed_on_its_way_to_a_text(text: str):
+    assert load(Kinds, None, [f"text={text}", "anything={a: x}"]).text == text
+
+
+@given(st.builds(dict, text=WORDS, whole=st.integers(), fraction=FINITE, switch=st.booleans(), maybe=st.none() | FINITE,
+                 fractions=st.lists(FINITE | st.integers(-(2**53), 2**53), max_size=3)))  # fmt: skip
+def test_what_is_dumped_is_read_back(values: dict[str, Any]):
+    built = Kinds.model_validate(values)
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in values.items()]
+    assert load(Kinds, None, [text.removesuffix("...\n") for text in overrides]) == built
+
+
+@given(st.text(max_size=30), st.sampled_from(["text", "whole", "switch", "fractions", "place", "anything", "either"]))
+def test_any_text_is_a_value_or_one_users_error(text: str, key: str):
+    refused = ""
+    try:
+        load(Kinds, None, [f"{key}={text}"])
+    except UserError as error:
+        refused = str(error)
+    assert not refused or key in refused

@@ -11,6 +11,7 @@ from pretrain.config import ExperimentSettings
 from pretrain.data import Manifest
 from pretrain.parallel import Parallel
 from pretrain.trainer import Trainer
+from tests.helpers.variants import EXPERT, RECURSIVE, TOKEN
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -21,9 +22,9 @@ TINY: dict[str, Any] = {
 }
 ROUTED = {
     "vanilla": TINY,
-    "recursive": TINY | {"num_recursions": 3},
-    "mor_expert": TINY | {"num_recursions": 3, "routing": "expert_choice"},
-    "mor_token": TINY | {"num_recursions": 3, "routing": "token_choice"},
+    "recursive": TINY | RECURSIVE,
+    "mor_expert": TINY | EXPERT,
+    "mor_token": TINY | TOKEN,
 }
 
 

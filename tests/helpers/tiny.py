@@ -9,33 +9,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
+from tests.helpers.variants import VARIANTS
 
 VOCABULARY = 41
-# name -> fields of the configuration, every architecture with every KV strategy that it allows
-VARIANTS: dict[str, dict] = {
-    "vanilla": {"num_recursions": 1},
-    "recursive": {"num_recursions": 3},
-    "recursive-shared": {"num_recursions": 3, "kv_strategy": "shared", "sharing": "middle_sequence"},
-    **{
-        f"{name}-{kv}": {"num_recursions": 3, "kv_strategy": kv, **fields}
-        for name, fields in {
-            "expert": {"routing": "expert_choice"},
-            "expert-aux": {
-                "routing": "expert_choice",
-                "selection": "aux_router",
-                "capacity_factors": [0.8, 0.6, 0.4],
-                "sharing": "cycle",
-                "num_hidden_layers": 6,
-            },
-            "token": {"routing": "token_choice"},
-        }.items()
-        for kv in ("recursion_wise", "shared", "shared_update")
-    },
-    "expert-random": {"num_recursions": 3, "routing": "expert_choice", "router": "random"},
-    "expert-lora": {"num_recursions": 2, "routing": "expert_choice", "relaxation": "lora", "lora_rank": 4},
-    "token-encoding": {"num_recursions": 2, "routing": "token_choice", "relaxation": "recursion_encoding"},
-    "expert-norms": {"num_recursions": 2, "routing": "expert_choice", "share_norms": False},
-}
 
 
 def tiny_config(variant: str, **fields) -> MoRConfig:
@@ -47,7 +23,7 @@ def tiny_config(variant: str, **fields) -> MoRConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-        "num_hidden_layers": 2 + 2 * VARIANTS[variant]["num_recursions"],
+        "num_hidden_layers": 2 + 2 * VARIANTS[variant].get("num_recursions", 1),
         "eos_token_id": 0,
         "pad_token_id": 0,
         "initializer_range": 0.15,

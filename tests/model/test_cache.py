@@ -9,14 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.cache import MoRCache, kv_bytes, owned_uses, sees_everyone
+from model.cache import MoRCache, kv_bytes, owned_uses
 from model.flops import capacities
 from model.memory import kv_cache_bytes_per_token
-from tests.helpers.tiny import VARIANTS, VOCABULARY, tiny_config, tiny_model
+from tests.helpers.tiny import VOCABULARY, tiny_config, tiny_model
+from tests.helpers.variants import GENERATING
 
 LOGITS = {"rtol": 1e-5, "atol": 1e-6}  # router scores are fp32 in a model that is fp64 elsewhere
 LAW = settings(deadline=None, max_examples=2, derandomize=True)
-variants = pytest.mark.parametrize("variant", VARIANTS)
+variants = pytest.mark.parametrize("variant", GENERATING)
 
 
 def random_ids(seed: int, batch: int, length: int) -> torch.Tensor:
@@ -82,7 +83,7 @@ def test_padding_and_company_change_nothing(variant, seed, short, long, left):
         assert torch.equal(depth[i, real], alone_depth[0])
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name.startswith(("expert", "token"))])
+@pytest.mark.parametrize("variant", [name for name in GENERATING if name.startswith(("expert", "token"))])
 def test_depths_vary_so_that_the_laws_mean_something(variant):
     model = tiny_model(variant, 1)
     depth = at_once(model, random_ids(1, 2, 40))[1]
@@ -97,7 +98,7 @@ def test_memory_is_what_was_entered(variant):
     config = model.config
     entered = [int((depth > r).sum()) for r in range(config.num_recursions)]
     assert cache.memory_bytes() == kv_bytes(config, entered, 23, bytes_per_value=8)
-    by_hand = sum(23 if sees_everyone(use, config) else entered[use.recursion or 0] for use in owned_uses(config)) * (
+    by_hand = sum(23 if use.keys == "everyone" else entered[use.recursion or 0] for use in owned_uses(config)) * (
         2 * 2 * 8 * 8
     )
     assert cache.memory_bytes() == by_hand

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from model import MoRConfig, MoRForCausalLM
+from tests.helpers import variants
+from tests.helpers.variants import EXPERT, SEEING, VARIANTS
 
 BASE = {
     "vocab_size": 61,
@@ -20,24 +22,7 @@ BASE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-EXPERT = {"num_recursions": 3, "routing": "expert_choice"}
-TOKEN = {"num_recursions": 3, "routing": "token_choice"}
-VARIANTS = {
-    "vanilla": {},
-    "recursive": {"num_recursions": 3},
-    "recursive-shared": {"num_recursions": 3, "kv_strategy": "shared"},
-    "expert": EXPERT,
-    "expert-cycle": EXPERT | {"sharing": "cycle", "num_hidden_layers": 6, "capacity_factors": [0.8, 0.5, 0.3]},
-    "expert-aux-router": EXPERT | {"selection": "aux_router", "router": "mlp"},
-    "expert-shared": EXPERT | {"kv_strategy": "shared", "capacity_factors": [0.8, 0.5, 0.3]},
-    "expert-update": EXPERT | {"kv_strategy": "shared_update"},
-    "expert-random": EXPERT | {"router": "random"},
-    "token": TOKEN,
-    "token-shared": TOKEN | {"kv_strategy": "shared"},
-    "token-update": TOKEN | {"kv_strategy": "shared_update", "balancing": "loss_free"},
-    "token-sigmoid": TOKEN | {"router_activation": "sigmoid", "gating": "additive"},
-}
-ROUTED = [name for name in VARIANTS if name.startswith(("expert", "token"))]
+ROUTED = [name for name in SEEING if name in variants.ROUTED]
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 FEW = settings(deadline=None, max_examples=8)
 
@@ -63,7 +48,7 @@ def logits(model: MoRForCausalLM, ids: torch.Tensor, **changes) -> torch.Tensor:
     return model(ids, use_cache=False, **changes).logits
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", SEEING)
 @FEW
 @given(seed=st.integers(0, 10**6), length=st.integers(2, 24), data=st.data())
 def test_later_tokens_change_nothing(name, seed, length, data):
@@ -76,7 +61,7 @@ def test_later_tokens_change_nothing(name, seed, length, data):
     torch.testing.assert_close(logits(model, ids[:, :keep]), before, **CLOSE)
 
 
-@pytest.mark.parametrize("name", [n for n in VARIANTS if n.startswith("expert")])
+@pytest.mark.parametrize("name", [n for n in SEEING if n.startswith("expert")])
 def test_the_papers_top_k_does_look_ahead(name):
     """The property above is not empty: with top-k, later tokens do change earlier predictions."""
     model, ids = build(name), tokens(3, 2, 24)
@@ -87,7 +72,7 @@ def test_the_papers_top_k_does_look_ahead(name):
 
 
 @pytest.mark.parametrize("mode", ["causal", "topk", "train"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", SEEING)
 @FEW
 @given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(1, 20), min_size=1, max_size=3), data=st.data())
 def test_padding_changes_nothing(name, mode, seed, lengths, data):
@@ -116,7 +101,7 @@ def test_padding_changes_nothing(name, mode, seed, lengths, data):
         model.eval()
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", SEEING)
 @FEW
 @given(seed=st.integers(0, 10**6), lengths=st.lists(st.integers(1, 12), min_size=2, max_size=4))
 def test_documents_in_one_row_do_not_see_each_other(name, seed, lengths):
@@ -156,7 +141,9 @@ def test_documents_compete_for_slots_among_themselves(name, mode, seed, lengths,
         assert torch.equal(first.routing.counts, second.routing.counts)
 
 
-@pytest.mark.parametrize("name", ["expert", "expert-shared", "token", "token-update"])
+@pytest.mark.parametrize(
+    "name", ["expert-recursion_wise", "expert-shared-falling", "token-recursion_wise", "token-free-update"]
+)
 def test_documents_and_padding_together(name):
     """A packed row with padding on the left, its documents equal to themselves in an unpadded row."""
     model, ids = build(name), tokens(5, 1, 20)

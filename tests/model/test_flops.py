@@ -12,6 +12,7 @@ from model.config import MoRConfig
 from model.flops import (
     CONVENTIONS,
     StepFlops,
+    decode_flops,
     effective_parameters,
     flops_per_token,
     recursion_layers,
@@ -243,3 +244,15 @@ def test_mistakes_are_named():
         training_flops(config, 16, 1, counts=[16, 10], pairs=[136, 55])
     with pytest.raises(ValueError, match="expected 3 numbers"):
         StepFlops(config, 16)(1)
+
+
+# --- what two copies of one rule once got wrong ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_strategy", ["shared", "shared_update"])
+def test_decoding_computes_the_first_recursion_of_every_token_under_shared_keys(kv_strategy):
+    """As a whole sequence does: the mean over contexts of 1 to T tokens is the forward pass over T."""
+    config = small(num_recursions=3, routing="expert_choice", kv_strategy=kv_strategy, capacity_factors=[0.5] * 3)
+    length = 16
+    alone = sum(decode_flops(config, context) for context in range(1, length + 1)) / length
+    assert alone == pytest.approx(flops_per_token(config, length, part="forward"), rel=1e-12)

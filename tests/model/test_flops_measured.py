@@ -8,32 +8,9 @@ import torch
 from model.config import MoRConfig
 from model.flops import Work, breakdown, dora_norm_flops, expected_work, measured_flops, unique_parameters, work_of
 from model.modeling import MoRForCausalLM
+from tests.helpers.variants import COUNTED, EXPERT, PROJECTIONS, TOKEN
 
 BATCH, LENGTH = 2, 14
-KV = ("recursion_wise", "shared", "shared_update")
-EXPERT, TOKEN = {"num_recursions": 3, "routing": "expert_choice"}, {"num_recursions": 3, "routing": "token_choice"}
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-RECURSIVE = {"num_recursions": 3}
-SEQUENCE = RECURSIVE | {"sharing": "middle_sequence"}
-CYCLE = {"sharing": "cycle", "num_hidden_layers": 3}
-ROUTERS = ("linear", "mlp", "wide_mlp", "random")
-CASES: list[dict] = [
-    {},
-    {"num_key_value_heads": 4, "tie_word_embeddings": False, "head_dim": 10},
-    *(fields | {"kv_strategy": kv} for fields in (RECURSIVE, SEQUENCE, RECURSIVE | CYCLE) for kv in KV[:2]),
-    SEQUENCE | {"sharing": "sequence", "num_hidden_layers": 3, "kv_strategy": "shared"},
-    RECURSIVE | {"share_norms": False},
-    *(routed | {"kv_strategy": kv, "router": name} for routed in (EXPERT, TOKEN) for kv in KV for name in ROUTERS),
-    *(EXPERT | {"selection": "aux_router", "router": name} for name in ("linear", "mlp")),
-    EXPERT | {"selection": "none", "gating": "additive"},
-    *(EXPERT | {"kv_strategy": kv, "capacity_factors": [0.8, 0.5, 0.2]} for kv in KV),
-    EXPERT | CYCLE | {"z_loss_coefficient": 0.1},
-    TOKEN | {"router_activation": "sigmoid", "balancing": "loss_free", "gating": "additive"},
-    TOKEN | CYCLE | {"balancing": "loss_free"},
-    *(EXPERT | {"relaxation": kind, "lora_targets": PROJECTIONS, "lora_rank": 3} for kind in ("lora", "dora")),
-    TOKEN | {"relaxation": "dora", "lora_dropout": 0.1},
-    *(fields | {"relaxation": "recursion_encoding"} for fields in (EXPERT, SEQUENCE)),
-]
 
 
 def build(fields: dict) -> MoRForCausalLM:
@@ -50,10 +27,14 @@ def executed(config: MoRConfig, record) -> Work:
     work = work_of(config, LENGTH, BATCH, record.counts.sum(0).tolist(), record.pairs.sum(0).tolist())
     if config.routing == "expert_choice":
         return work
-    padded = [work.passes[0]]
-    for passed, slots in zip(work.passes[1:], record.counts.amax(0).tolist(), strict=True):
-        keys = slots if config.kv_strategy == "recursion_wise" else LENGTH
-        padded.append(dataclasses.replace(passed, dense=BATCH * slots * keys))
+    slots = record.counts.amax(0).tolist()
+    padded = []
+    for passed in work.passes:
+        gate, keys = passed.stage.gate, LENGTH
+        if gate is not None:
+            keys = LENGTH if passed.stage.sees_all else slots[gate]
+            passed = dataclasses.replace(passed, dense=BATCH * slots[gate] * keys)
+        padded.append(passed)
     return dataclasses.replace(work, passes=tuple(padded))
 
 
@@ -68,7 +49,7 @@ def step_of(model: MoRForCausalLM, records: list):
     return step
 
 
-@pytest.mark.parametrize("fields", CASES, ids=lambda f: "-".join(map(str, f.values())) or "vanilla")
+@pytest.mark.parametrize("fields", COUNTED, ids=lambda f: "-".join(map(str, f.values())) or "vanilla")
 def test_counted_flops_and_parameters_equal_the_measured(fields):
     model, records = build(fields), []
     assert unique_parameters(model.config) == sum(p.numel() for p in model.parameters())
@@ -86,7 +67,7 @@ def test_counted_flops_and_parameters_equal_the_measured(fields):
         {"num_recursions": 3, "sharing": "middle_sequence"},
         EXPERT | {"kv_strategy": "shared"},
         TOKEN,
-        EXPERT | {"relaxation": "lora", "lora_targets": PROJECTIONS, "lora_rank": 3},
+        EXPERT | {"relaxation": "lora", "lora_targets": list(PROJECTIONS), "lora_rank": 3},
         EXPERT | {"relaxation": "recursion_encoding"},
     ],
 )

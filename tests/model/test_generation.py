@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, set_seed
 
 from model.cache import MoRCache
-from tests.helpers.tiny import VARIANTS, VOCABULARY, tiny_model
+from tests.helpers.tiny import VOCABULARY, tiny_model
+from tests.helpers.variants import GENERATING
 
-variants = pytest.mark.parametrize("variant", VARIANTS)
+variants = pytest.mark.parametrize("variant", GENERATING)
 NEW = 8
 
 

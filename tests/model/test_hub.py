@@ -81,11 +81,15 @@ def test_with_this_repository_the_installed_code_runs(tmp_path: Path) -> None:
     described = json.loads((folder / "config.json").read_text())
     assert described["auto_map"]["AutoModelForCausalLM"] == "modeling.MoRForCausalLM"
     files = {path.name for path in folder.glob("*.py")}
-    assert files == {
-        f"{name}.py"
-        for name in ["attention", "cache", "config", "layers", "modeling", "relaxation", "routing", "sharing"]
-    }
-    assert all((folder / name).read_bytes() == (ROOT / "model" / name).read_bytes() for name in files)
+    top = ["attention", "cache", "config", "layers", "modeling", "relaxation", "routing", "sharing"]
+    inner = {path.stem for path in (ROOT / "model" / "depth").glob("*.py")} - {"__init__"}
+    assert files == {f"{name}.py" for name in [*top, "depth", *(f"depth_{name}" for name in inner)]}
+    for name in top:
+        flat = (folder / f"{name}.py").read_text()
+        assert flat.replace("from .depth_", "from .depth.") == (ROOT / "model" / f"{name}.py").read_text()
+    for name in inner:
+        flat, own = (folder / f"depth_{name}.py").read_text(), (ROOT / "model" / "depth" / f"{name}.py").read_text()
+        assert flat.replace("from .depth_", "from .") == own.replace("from ..", "from .")
     assert AutoConfig.from_pretrained(folder, trust_remote_code=False).architecture == "mor_expert"
     assert type(AutoModel.from_pretrained(folder, trust_remote_code=False)) is MoRModel
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfi
 
 from model import MoRConfig, MoRForCausalLM, MoRModel
 from model.layers import LMHead
+from tests.helpers.variants import TRAINING, VARIANTS
 
 BASE = {
     "vocab_size": 61,
@@ -17,19 +18,6 @@ BASE = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
-}
-EXPERT = {"num_recursions": 3, "routing": "expert_choice", "z_loss_coefficient": 1e-3}
-TOKEN = {"num_recursions": 3, "routing": "token_choice", "z_loss_coefficient": 1e-3}
-VARIANTS = {
-    "vanilla": {},
-    "recursive": {"num_recursions": 3, "share_norms": False},
-    "recursive-encoding": {"num_recursions": 3, "relaxation": "recursion_encoding"},
-    "sequence-shared": {"num_recursions": 3, "sharing": "middle_sequence", "kv_strategy": "shared"},
-    "expert": EXPERT,
-    "expert-update": EXPERT | {"kv_strategy": "shared_update", "selection": "aux_router", "router": "wide_mlp"},
-    "expert-lora": EXPERT | {"relaxation": "lora", "lora_rank": 2, "lora_dropout": 0.1},
-    "token": TOKEN,
-    "token-shared": TOKEN | {"kv_strategy": "shared", "balancing": "loss_free", "relaxation": "dora", "lora_rank": 2},
 }
 
 
@@ -64,7 +52,7 @@ def test_vanilla_is_llama_bit_for_bit(tied):
 
 
 def test_eager_attention_equals_sdpa():
-    for name in ("vanilla", "expert-update", "token"):
+    for name in ("vanilla", "expert-z-update", "token-z"):
         model = build(name).eval()
         expected = model(batch(), routing_mode="topk", document_ids=(torch.arange(24) // 9)[None].expand(2, -1)).logits
         model.set_attn_implementation("eager")
@@ -72,7 +60,7 @@ def test_eager_attention_equals_sdpa():
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_save_and_load(name, tmp_path):
     model = build(name)
     if model.model.router_bias is not None:
@@ -90,7 +78,7 @@ def test_save_and_load(name, tmp_path):
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     build("vanilla").save_pretrained(tmp_path)
-    config = build("expert").config
+    config = build("expert-z").config
     with pytest.raises(
         ValueError, match=r"not the weights of this mor_expert model, 3 missing keys: model.routers.0.weight"
     ):
@@ -98,7 +86,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 
 def test_shared_layers_are_registered_once():
-    model = build("expert")
+    model = build("expert-z")
     names = [name for name, _ in model.named_parameters()]
     assert len(model.units()) == 3 == len({id(unit) for unit in model.units()})
     assert {name.split(".")[2] for name in names if name.startswith("model.layers.")} == {"0", "1", "2"}
@@ -106,7 +94,7 @@ def test_shared_layers_are_registered_once():
 
 
 @pytest.mark.parametrize("policy", ["block", "recursion", "selective", "standard"])
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_recomputation_changes_nothing(name, policy):
     """Losses, auxiliary ones too, and gradients are identical."""
     model, ids = build(name), batch()
@@ -131,7 +119,7 @@ def test_recomputation_changes_nothing(name, policy):
 
 
 @pytest.mark.parametrize("policy", ["block", "recursion", "selective"])
-@pytest.mark.parametrize("name", ["recursive", "expert", "token"])
+@pytest.mark.parametrize("name", ["recursive-norms", "expert-z", "token-z"])
 def test_recomputation_under_autocast_changes_no_gradient(name, policy):
     """A weight that several recursions apply is cast once by autocast's cache, and again where it is recomputed."""
     expected, ids = None, batch()
@@ -192,7 +180,7 @@ def test_fused_head_never_holds_all_logits():
     assert 0 < largest <= 2**24 < 192 * 2**18
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_accumulation_adds_up_to_the_whole_batch(name):
     """With num_items_in_batch (and the global load) the losses and gradients of micro-batches sum to the batch's."""
     model, ids = build(name, lora_dropout=0.0), batch(rows=4)
@@ -212,10 +200,10 @@ def test_accumulation_adds_up_to_the_whole_batch(name):
 
 
 def test_total_is_the_weighted_sum_of_the_parts():
-    output = build("expert", selection_coefficient=0.5)(batch(), labels=batch())
+    output = build("expert-z", selection_coefficient=0.5)(batch(), labels=batch())
     parts = output.losses
     assert output.loss.item() == pytest.approx((parts["lm"] + 0.5 * parts["selection"] + 1e-3 * parts["z"]).item())
-    output = build("token", balancing_coefficient=0.2)(batch(), labels=batch())
+    output = build("token-z", balancing_coefficient=0.2)(batch(), labels=batch())
     parts = output.losses
     assert output.loss.item() == pytest.approx((parts["lm"] + 0.2 * parts["balancing"] + 1e-3 * parts["z"]).item())
 
@@ -234,7 +222,7 @@ def test_labels_and_targets_exclude_each_other():
 
 def test_auxiliary_router_learns_apart_from_the_model():
     """Its loss reaches its own weights and nothing else."""
-    model = build("expert-update")
+    model = build("expert-z-update")
     model(batch(), labels=batch()).losses["selection"].backward()
     reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {name for name, _ in model.named_parameters() if "aux_routers" in name}
@@ -243,7 +231,7 @@ def test_auxiliary_router_learns_apart_from_the_model():
 @pytest.mark.parametrize("kv_strategy", ["recursion_wise", "shared", "shared_update"])
 def test_every_module_runs_though_no_token_goes_deep(kv_strategy):
     """Ranks of a sharded run must run the same modules: one dummy token stands in, and changes nothing."""
-    model = build("token", kv_strategy=kv_strategy, balancing="loss_free", z_loss_coefficient=0.0)
+    model = build("token-z", kv_strategy=kv_strategy, balancing="loss_free", z_loss_coefficient=0.0)
     model.model.router_bias.copy_(torch.tensor([9.0, 0.0, 0.0]))
     calls = []
     model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
@@ -263,7 +251,7 @@ def test_every_module_runs_though_no_token_goes_deep(kv_strategy):
 
 
 def test_balancing_warm_up_takes_the_full_depth():
-    model = build("token", balancing_warmup_steps=3)
+    model = build("token-z", balancing_warmup_steps=3)
     assert model(batch(), step=2).routing.depth.unique().tolist() == [3]
     assert len(model(batch(), step=3).routing.depth.unique()) > 1
     assert len(model(batch()).routing.depth.unique()) > 1
@@ -271,22 +259,24 @@ def test_balancing_warm_up_takes_the_full_depth():
 
 
 def test_capacity_warm_up_narrows():
-    model = build("expert", capacity_warmup_steps=4)
+    model = build("expert-z", capacity_warmup_steps=4)
     counts = [model(batch(), step=step).routing.counts[0].tolist() for step in (0, 2, 4)]
     assert counts == [[24, 24, 24], [24, 20, 16], [24, 16, 8]]
     assert model(batch()).routing.counts[0].tolist() == [24, 16, 8]
 
 
 def test_loss_free_bias_moves_against_the_load():
-    model = build("token", balancing="loss_free", bias_update_rate=0.5)
+    model = build("token-z", balancing="loss_free", bias_update_rate=0.5)
     model.update_router_bias(torch.tensor([0.6, 0.3, 0.1]))
     assert model.model.router_bias.tolist() == pytest.approx([-0.5, 0.5, 0.5])
-    untouched = build("token")
+    untouched = build("token-z")
     untouched.update_router_bias(torch.tensor([0.6, 0.3, 0.1]))
     assert untouched.model.router_bias is None
 
 
-@pytest.mark.parametrize("name", ["vanilla", "recursive", "expert", "expert-update", "token", "token-shared"])
+@pytest.mark.parametrize(
+    "name", ["vanilla", "recursive-norms", "expert-z", "expert-z-update", "token-z", "token-z-shared"]
+)
 def test_bf16_autocast_trains(name):
     model = build(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -302,14 +292,14 @@ def test_bf16_autocast_trains(name):
 
 def test_generation_sees_only_the_past():
     """Greedy decoding equals the arg max of one pass over what it wrote."""
-    model = build("expert").eval()
+    model = build("expert-z").eval()
     written = model.generate(batch(rows=1, length=6), max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert written.shape == (1, 12)
     assert torch.equal(model(written).logits[0, 5:-1].argmax(-1), written[0, 6:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vanilla", "recursive", "sequence-shared", "expert", "expert-update"])
+@pytest.mark.parametrize("name", ["vanilla", "recursive-norms", "recursive-shared", "expert-z", "expert-z-update"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_graph_breaks(name, packed):
     """One graph at fixed shapes, with and without documents, whatever the step."""
@@ -330,7 +320,7 @@ def test_compiles_without_graph_breaks(name, packed):
 def test_token_choice_compiles_once_for_all_lengths(kv_strategy):
     """Every step sends another number of tokens to each depth; after the first steps nothing is compiled again."""
     torch._dynamo.reset()
-    model = build("token", kv_strategy=kv_strategy)
+    model = build("token-z", kv_strategy=kv_strategy)
     compiled = torch.compile(model, backend="aot_eager")
     for i in range(4):
         compiled(batch(i), targets=batch(i)).loss.backward()
@@ -344,7 +334,7 @@ def test_token_choice_compiles_once_for_all_lengths(kv_strategy):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "expert", "expert-update", "token", "token-shared"])
+@pytest.mark.parametrize("name", ["vanilla", "expert-z", "expert-z-update", "token-z", "token-z-shared"])
 def test_masked_attention_by_block_changes_nothing(name, packed, monkeypatch):
     """Keys that no query of a block sees are left out: same loss and gradients as with one block for all."""
     documents = (torch.arange(24) // 10)[None].expand(2, -1) if packed else None
@@ -360,7 +350,7 @@ def test_masked_attention_by_block_changes_nothing(name, packed, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vanilla", "expert", "token-shared"])
+@pytest.mark.parametrize("name", ["vanilla", "expert-z", "token-z-shared"])
 def test_layers_compile_once_for_all_depths(name):
     """Compiled layer by layer the losses stay, and after the first steps nothing is compiled again."""
     torch._dynamo.reset()

@@ -10,14 +10,15 @@ from transformers import Trainer, TrainingArguments
 
 from model import MoRForCausalLM
 from model.layers import DecoderLayer
-from tests.model.test_modeling import VARIANTS, batch, build, gradients
+from tests.helpers.variants import TRAINING
+from tests.model.test_modeling import batch, build, gradients
 
 
 def shifted(ids: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
 
 
-@pytest.mark.parametrize("name", ["vanilla", "expert", "token"])
+@pytest.mark.parametrize("name", ["vanilla", "expert-z", "token-z"])
 def test_shift_labels_are_targets(name):
     """Alone or in place of labels, in every loss term, with the number of items that the caller counts."""
     model, ids = build(name), batch()
@@ -32,7 +33,7 @@ def test_shift_labels_are_targets(name):
 
 
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"every_n_layers": 2}], ids=str)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", TRAINING)
 def test_standard_checkpointing_changes_nothing(name, options):
     """Losses, auxiliary ones too, and gradients are identical, and the layers it covers run again."""
     model, ids = build(name), batch()
@@ -58,7 +59,7 @@ def test_standard_checkpointing_changes_nothing(name, options):
 
 
 def test_standard_checkpointing_is_the_policy_block():
-    model = build("expert")
+    model = build("expert-z")
     model.gradient_checkpointing_enable()
     assert model.is_gradient_checkpointing and model.model.recompute == "block"
     assert all(layer.gradient_checkpointing for layer in model.units())
@@ -85,7 +86,7 @@ def test_recomputation_keeps_no_cache():
 
 def test_hooks_of_a_layer_stay_outside_its_checkpoint():
     """Those of FSDP2 gather and free weights; a second run would gather them again."""
-    model, ids, calls = build("recursive"), batch(), []
+    model, ids, calls = build("recursive-norms"), batch(), []
     model.set_recompute("block")
     layer = model.units()[1]
     assert isinstance(layer, DecoderLayer)
@@ -103,7 +104,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-@pytest.mark.parametrize("name", ["vanilla", "expert", "token"])
+@pytest.mark.parametrize("name", ["vanilla", "expert-z", "token-z"])
 def test_the_trainer_of_transformers_trains(name, tmp_path: Path):
     """Accumulation and checkpointing on: the loss falls, and the checkpoint loads and continues."""
     model = build(name)
@@ -127,3 +128,50 @@ def test_the_trainer_of_transformers_trains(name, tmp_path: Path):
     loaded = MoRForCausalLM.from_pretrained(tmp_path / "checkpoint-12")
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", ["vanilla", "expert", "token"])
+def test_the_trainer_of_transformers_evaluates_predicts_and_keeps_the_best(name, tmp_path: Path):
+    model = build(name)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
+    assert trainer.label_names == ["labels"]
+    trainer.train()
+    measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(measured) == 2 and trainer.state.best_metric == min(measured)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(measured), rel=1e-5)
+    predicted = trainer.predict(Rows())
+    assert predicted.metrics["test_loss"] == pytest.approx(min(measured), rel=1e-5)
+    assert predicted.predictions.shape == (16, *batch().shape[1:], model.config.vocab_size)
+    with torch.no_grad():
+        rows = torch.stack([Rows()[i]["input_ids"] for i in range(16)])
+        torch.testing.assert_close(torch.from_numpy(predicted.predictions), model.eval()(rows).logits)
+
+
+def test_rows_packed_as_transformers_packs_them_are_documents():
+    """Positions that start anew, without a mask; and keywords for other models change nothing."""
+    model, ids = build("expert").eval(), batch()
+    documents = (torch.arange(24) >= 10).long().expand(2, -1)
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None].expand(2, -1)
+    with torch.no_grad():
+        expected = model(ids, document_ids=documents, position_ids=positions).logits
+        assert torch.equal(model(ids, position_ids=positions, seq_idx=None, max_length_q=14).logits, expected)
+        assert torch.equal(
+            model.model(ids, position_ids=positions, max_length_q=14).last_hidden_state,
+            model.model(ids, document_ids=documents, position_ids=positions).last_hidden_state,
+        )
+        assert not torch.equal(model(ids).logits, expected)

@@ -19,8 +19,9 @@ from data_prep.settings import UserError
 from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
-from pretrain.checkpoint import Checkpoints, committed, folder_of
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.checkpoint import BrokenSave, Checkpoints, Outcome, committed, folder_of
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from tests.helpers.experiments import ROUTED
 
 CONFIG = MoRConfig(**ROUTED["mor_token"], vocab_size=50, max_position_embeddings=16, balancing="loss_free")
@@ -185,6 +186,108 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     checkpoints.save(parallel, {}, 3)
     checkpoints.wait()
     assert [number for number, _ in committed(tmp_path)] == [3]
+
+
+@pytest.mark.parametrize("place", ["copy", "write", "digest", "publish"])
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("a bug")], ids=["KeyError", "RuntimeError"])
+def test_whatever_ends_a_save_in_the_background_is_known(
+    place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    parallel = started()
+    messages: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=1, asynchronous=True, report=messages.append)
+    checkpoints.save(parallel, {}, 1)
+    assert checkpoints.wait() == Outcome(1)
+    owner = {"copy": "Checkpoints._copy", "write": "dcp.save", "digest": "_digest", "publish": "Checkpoints._publish"}
+
+    def broken(*arguments: Any, **keywords: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pretrain.checkpoint.{owner[place]}", broken)
+        assert checkpoints.save(parallel, {}, 2) is None
+        checkpoints.wait_for_copy()
+        outcome = checkpoints.wait()
+    assert outcome is not None and outcome.step == 2 and "a bug" in (outcome.error or "")
+    assert checkpoints.failures == 1 and len(messages) == 1 and "step-00000002 was not written" in messages[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    checkpoints.save(parallel, {}, 3)
+    assert checkpoints.wait() == Outcome(3)
+
+
+def test_a_thread_that_ends_without_agreement_is_raised_where_the_main_thread_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The ranks lost each other in the midst of a save: nobody can say what became of it."""
+    parallel, checkpoints = started(), Checkpoints(tmp_path, asynchronous=True)
+    gather, calls = parallel.gather, []
+
+    def lose(value: Any, background: bool = False) -> list[Any]:
+        calls.append(background)
+        if len(calls) == 4:
+            raise ConnectionError("connection closed by peer")
+        return gather(value, background)
+
+    monkeypatch.setattr(parallel, "gather", lose)
+    checkpoints.save(parallel, {}, 1)
+    with pytest.raises(BrokenSave, match=r"step-00000001.*connection closed by peer"):
+        checkpoints.wait()
+    assert committed(tmp_path) == []
+
+
+def test_buffers_are_made_once_and_each_save_holds_its_own_moment(tmp_path: Path):
+    parallel, checkpoints = started(), Checkpoints(tmp_path, keep=9, asynchronous=True)
+    addresses, expected = [], []
+    for number in range(1, 4):
+        checkpoints.save(parallel, {}, number)
+        expected.append({name: tensor.clone() for name, tensor in checkpoint.named_tensors(parallel).items()})
+        checkpoints.wait_for_copy()
+        step(parallel)
+        assert checkpoints.wait() == Outcome(number)
+        addresses.append({name: buffer.data_ptr() for name, buffer in checkpoints.staging.buffers.items()})
+    assert addresses[0] == addresses[1] == addresses[2] and len(set(addresses[0].values())) == len(addresses[0])
+    for number, tensors in enumerate(expected, 1):
+        found = checkpoint.read_tensors(folder_of(tmp_path, number))
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], tensors[name]) for name in found)
+
+
+def test_damaged_checkpoints_are_set_aside_and_never_counted(tmp_path: Path):
+    """Retention once kept a damaged checkpoint of a later step, and removed every good one for its sake."""
+    parallel, (checkpoints, messages) = started(), store(tmp_path, keep=1)
+    checkpoints.save(parallel, {}, 8)
+    Checkpoints(tmp_path, keep=9, asynchronous=False).save(parallel, {}, 10)
+    for _ in range(2):
+        shorten(folder_of(tmp_path, 10))
+        assert checkpoints.latest(parallel) == folder_of(tmp_path, 8)
+        Checkpoints(tmp_path, keep=9, asynchronous=False).save(parallel, {}, 10)
+        assert "set aside as step-00000010.damaged" in messages[-1]
+    shorten(folder_of(tmp_path, 10))
+    assert checkpoints.latest(parallel) == folder_of(tmp_path, 8)
+    checkpoints.save(parallel, {}, 9)
+    assert committed(tmp_path) == [(9, folder_of(tmp_path, 9))]
+    assert checkpoints.latest(parallel) == folder_of(tmp_path, 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000009", "step-00000010.damaged", "step-00000010.damaged-2", "step-00000010.damaged-3",
+    ]  # fmt: skip
+
+
+def test_what_was_just_written_is_never_pruned(tmp_path: Path):
+    parallel = started()
+    store(tmp_path, keep=9)[0].save(parallel, {}, 10)
+    checkpoints, _ = store(tmp_path, keep=1)
+    checkpoints.save(parallel, {}, 9)
+    assert [number for number, _ in committed(tmp_path)] == [9, 10]
+
+
+def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path):
+    """A kill between the two renames of a save of the same step."""
+    parallel, (checkpoints, _) = started(), store(tmp_path, keep=1)
+    checkpoints.save(parallel, {}, 1)
+    folder_of(tmp_path, 1).rename(tmp_path / "step-00000001.replaced")
+    (tmp_path / "step-00000001.partial").mkdir()
+    assert checkpoints.latest(parallel) == folder_of(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_a_checkpoint_of_another_model_is_refused(saved: tuple[Path, list[float]], tmp_path: Path):

@@ -53,12 +53,25 @@ def test_every_experiment_of_the_repository_is_valid(file: Path) -> None:
         ("batch.size=0", ["batch.size", "greater than 0"]),
         ("precision=fp8", ["precision", "bf16", "fp32"]),
         ("seed=-1", ["seed"]),
+        ("seed=1e30", ["seed", "less than"]),
+        ("optimizer.learning_rate=inf", ["optimizer.learning_rate", "finite"]),
+        ("optimizer.betas=[0.9, 1]", ["optimizer.betas.1", "less than 1"]),
+        ("optimizer.betas=[-0.1, 0.9]", ["optimizer.betas.0", "greater than or equal to 0"]),
+        ("checkpoint.every_minutes=.nan", ["checkpoint.every_minutes", "finite"]),
+        ("name=", ["name", "string"]),
     ],
 )
 def test_mistakes_are_named_with_file_key_and_what_would_do(path: Path, override: str, words: list[str]) -> None:
     text = message(path, override)
     for word in [str(path), *words]:
         assert word in text
+
+
+def test_a_models_fields_are_typed_by_its_configuration(path: Path) -> None:
+    routed = ["model.num_recursions=3", "model.routing=expert_choice", "model.capacity_factors=[1,1,1]"]
+    model = read_settings(path, [*routed, "model.tie_word_embeddings=no", "model.router_alpha=1"]).model
+    assert model["capacity_factors"] == [1.0, 1.0, 1.0] and isinstance(model["capacity_factors"][0], float)
+    assert model["tie_word_embeddings"] is False and isinstance(model["router_alpha"], float)
 
 
 def test_budgets_must_rise_and_share_a_plateau(path: Path) -> None:

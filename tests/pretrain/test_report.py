@@ -277,3 +277,20 @@ def test_wandb_receives_the_panels(four, tmp_path):
     while time.monotonic() < until and not all(name in recording.read_bytes() for name in wanted):
         time.sleep(0.1)
     assert all(name in recording.read_bytes() for name in wanted)
+
+
+@pytest.mark.parametrize("kv_strategy", ["shared", "shared_update"])
+def test_inference_cost_of_shared_keys_counts_the_first_recursion_of_every_token(tmp_path, kv_strategy):
+    """Keys of everyone come from states that passed: a token that entered none costs what one of depth 1 does."""
+    costs = []
+    for number, shares in enumerate(([0.5, 0.5, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0])):
+        run = make_run(tmp_path / str(number), "mor_expert_nr3")
+        facts = json.loads((run / "run.json").read_text())
+        facts["model"] |= {"kv_strategy": kv_strategy, "capacity_factors": [0.5, 0.5, 0.5]}
+        (run / "run.json").write_text(json.dumps(facts))
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        changed = [json.dumps(json.loads(line) | {"validation_depth_shares": shares}) + "\n" for line in lines]
+        (run / "metrics.jsonl").write_text("".join(changed))
+        (variant,) = variants([read_run(run)])
+        costs.append(summary.inference_costs(variant)["inference_flops_per_token"])
+    assert costs[0] == pytest.approx(costs[1], rel=0.01)  # the deeper routers were offered fewer

@@ -16,7 +16,8 @@ from model.flops import training_flops
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
 from pretrain.data import Manifest
-from pretrain.trainer import RunState, Trainer, make_optimizer, make_plans
+from pretrain.plan import RunState, make_plans
+from pretrain.trainer import Trainer, make_optimizer
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import ROUTED, figures, read_lines, settings_for, train, trainer_for
 

@@ -14,7 +14,8 @@ import torch
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams
 from model.inference.scheduler import DepthPolicy, QueueFull, Request
-from tests.helpers.tiny import VARIANTS, VOCABULARY, tiny_model
+from tests.helpers.tiny import VOCABULARY, tiny_model
+from tests.helpers.variants import GENERATING
 
 CROWDED = {"max_batch": 6, "kv_tokens": 90, "page_size": 4, "prefill_tokens": 7}
 
@@ -38,7 +39,7 @@ def assert_empty(engine: Engine) -> None:
         assert pool.free_pages() == pool.pages and not pool.runs
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", GENERATING)
 def test_a_crowded_engine_yields_what_decoding_alone_yields(variant):
     """Prompts in chunks, decoding beside them, more requests than slots, a pool that runs out."""
     model, prompts = tiny_model(variant, 1), random_prompts(5, 3)

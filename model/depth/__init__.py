@@ -1,0 +1,26 @@
+"""Ways of spending depth, one to a file: name -> class, in the order of reports."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import DepthMethod
+from .dense import Dense
+from .expert_choice import ExpertChoice
+from .layout import Stage
+from .token_choice import TokenChoice
+
+if TYPE_CHECKING:
+    from ..config import MoRConfig
+
+METHODS: dict[str, type[DepthMethod]] = {"none": Dense, "expert_choice": ExpertChoice, "token_choice": TokenChoice}
+
+
+def method_of(config: MoRConfig) -> type[DepthMethod]:
+    """The way of spending depth that a configuration names."""
+    return METHODS[config.routing]
+
+
+def stages_of(config: MoRConfig) -> tuple[Stage, ...]:
+    """The layout of a configuration."""
+    return method_of(config).stages(config)

@@ -1,0 +1,19 @@
+"""Vanilla and recursive models: every token passes every layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .base import DepthMethod
+from .layout import Stage, looped
+
+if TYPE_CHECKING:
+    from ..config import MoRConfig
+
+
+class Dense(DepthMethod):
+    """No gates."""
+
+    @classmethod
+    def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
+        return looped(config, gated=False, first_takes_all=True)

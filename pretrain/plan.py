@@ -1,0 +1,106 @@
+"""What a run consists of and when it ends: the runs of an experiment, their budgets and their schedules."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_prep.settings import UserError
+from pretrain.config import ExperimentSettings
+from pretrain.schedule import Schedule
+
+
+@dataclass
+class RunState:
+    """How far a run has come.
+
+    flops: in the run's convention. seconds: in training steps, over all resumes, without validation and checkpoints.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    flops: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The end and the schedule of one run directory.
+
+    settings: of this run directory alone. total: the budget, in FLOPs where `in_flops`, else in steps. step_cost: what
+    one step is expected to spend of it. trunk: stop where the cool-down would begin.
+    """
+
+    settings: ExperimentSettings
+    total: int
+    in_flops: bool
+    step_cost: int
+    schedule: Schedule
+    trunk: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.run_dir
+
+    def progress(self, state: RunState) -> float:
+        """Share of the budget spent, 0..1 and at most one step beyond."""
+        return self._spent(state) / self.total
+
+    def goes_on(self, state: RunState) -> bool:
+        """Whether one more step is to be taken."""
+        if self.trunk and self.schedule.cooling(self.progress(state)):
+            return False
+        return 2 * self._spent(state) + self.step_cost <= 2 * self.total
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps that the budget is expected to buy."""
+        return round(self.total / self.step_cost)
+
+    def _spent(self, state: RunState) -> int:
+        return state.flops if self.in_flops else state.step
+
+
+def make_plans(settings: ExperimentSettings, step_flops: int, tokens_per_step: int) -> list[Plan]:
+    """The runs that an experiment consists of: one, or a trunk followed by a branch for each budget.
+
+    step_flops: expected FLOPs of a step, in the budget's convention. Raises UserError for a budget below one step, and
+    where the warm-up does not end before the first branch leaves.
+    """
+    budget, rule = settings.budget, settings.schedule
+    in_flops = budget.flops is not None
+    totals = budget.totals or [budget.steps or round((budget.tokens or 0) / tokens_per_step)]
+    cost = step_flops if in_flops else 1
+    if totals[0] < cost:
+        given = f"budget.flops {totals[0]:.6g}" if in_flops else f"budget.tokens {budget.tokens}"
+        raise UserError(
+            f"{given} is less than one step, which takes {step_flops:.6g} FLOPs ({budget.convention}) and "
+            f"{tokens_per_step} tokens; raise it or lower batch.size"
+        )
+    warmup = rule.warmup_steps if rule.warmup_steps is not None else round(rule.warmup_share * round(totals[0] / cost))
+    plans = []
+    for total in totals:
+        schedule = Schedule(rule.kind, warmup, min(warmup * cost / total, 1.0), rule.decay_share, rule.final_share)
+        plans.append(Plan(settings, total, in_flops, cost, schedule))
+    if len(plans) == 1:
+        return plans
+    if warmup * cost >= (1 - rule.decay_share) * totals[0]:
+        raise UserError(
+            f"schedule.warmup_steps: {warmup} steps are not over where the branch of {totals[0]:.6g} leaves"
+        )
+    branches = [replace(plan, settings=branch_settings(settings, plan.total, warmup)) for plan in plans]
+    return [replace(plans[-1], trunk=True), *branches]
+
+
+def branch_settings(settings: ExperimentSettings, flops: int, warmup_steps: int) -> ExperimentSettings:
+    """Settings of the run that a branch equals: one budget, the trunk's warm-up, a directory of its own."""
+    label = f"{flops:.6g}".replace("+", "")
+    return settings.model_copy(
+        update={
+            "name": f"{settings.name}-{label}",
+            "run_dir": settings.run_dir / "branches" / label,
+            "budget": settings.budget.model_copy(update={"flops": flops}),
+            "schedule": settings.schedule.model_copy(update={"warmup_steps": warmup_steps}),
+        }
+    )

@@ -1,0 +1,126 @@
+"""The variants that property tests run over: one table, name -> fields of the configuration.
+
+A new way of spending depth adds its rows here, and its names to the groups below it; every law then holds it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Fields = dict[str, Any]
+
+KV_STRATEGIES = ("recursion_wise", "shared", "shared_update")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RECURSIVE: Fields = {"num_recursions": 3}
+EXPERT: Fields = RECURSIVE | {"routing": "expert_choice"}
+TOKEN: Fields = RECURSIVE | {"routing": "token_choice"}
+CYCLE: Fields = {"sharing": "cycle", "num_hidden_layers": 6}
+FALLING: Fields = {"capacity_factors": [0.8, 0.5, 0.3]}
+TRAINED: Fields = {"z_loss_coefficient": 1e-3}
+
+VARIANTS: dict[str, Fields] = {
+    "vanilla": {},
+    "recursive": RECURSIVE,
+    "recursive-norms": RECURSIVE | {"share_norms": False},
+    "recursive-encoding": RECURSIVE | {"relaxation": "recursion_encoding"},
+    "recursive-cycle-shared": RECURSIVE | {"kv_strategy": "shared"},
+    "recursive-shared": RECURSIVE | {"kv_strategy": "shared", "sharing": "middle_sequence"},
+    **{f"expert-{kv}": EXPERT | {"kv_strategy": kv} for kv in KV_STRATEGIES},
+    **{
+        f"expert-aux-{kv}": EXPERT
+        | CYCLE
+        | {"kv_strategy": kv, "selection": "aux_router", "capacity_factors": [0.8, 0.6, 0.4]}
+        for kv in KV_STRATEGIES
+    },
+    **{f"token-{kv}": TOKEN | {"kv_strategy": kv} for kv in KV_STRATEGIES},
+    "expert-random": EXPERT | {"router": "random"},
+    "expert-lora": EXPERT | {"num_recursions": 2, "relaxation": "lora", "lora_rank": 4},
+    "expert-norms": EXPERT | {"num_recursions": 2, "share_norms": False},
+    "expert-cycle": EXPERT | CYCLE | FALLING,
+    "expert-aux-mlp": EXPERT | {"selection": "aux_router", "router": "mlp"},
+    "expert-shared-falling": EXPERT | FALLING | {"kv_strategy": "shared"},
+    "expert-z": EXPERT | TRAINED,
+    "expert-z-update": EXPERT
+    | TRAINED
+    | {"kv_strategy": "shared_update", "selection": "aux_router", "router": "wide_mlp"},
+    "expert-z-lora": EXPERT | TRAINED | {"relaxation": "lora", "lora_rank": 2, "lora_dropout": 0.1},
+    "token-encoding": TOKEN | {"num_recursions": 2, "relaxation": "recursion_encoding"},
+    "token-free-update": TOKEN | {"kv_strategy": "shared_update", "balancing": "loss_free"},
+    "token-sigmoid": TOKEN | {"router_activation": "sigmoid", "gating": "additive"},
+    "token-z": TOKEN | TRAINED,
+    "token-z-shared": TOKEN
+    | TRAINED
+    | {"kv_strategy": "shared", "balancing": "loss_free", "relaxation": "dora", "lora_rank": 2},
+}
+
+# Laws of generation: cache, engine, `generate`.
+GENERATING = [
+    "vanilla",
+    "recursive",
+    "recursive-shared",
+    *(f"{kind}-{kv}" for kind in ("expert", "expert-aux", "token") for kv in KV_STRATEGIES),
+    "expert-random",
+    "expert-lora",
+    "token-encoding",
+    "expert-norms",
+]
+# Laws of what a token may see: later tokens, padding, documents.
+SEEING = [
+    "vanilla",
+    "recursive",
+    "recursive-cycle-shared",
+    "expert-recursion_wise",
+    "expert-cycle",
+    "expert-aux-mlp",
+    "expert-shared-falling",
+    "expert-shared_update",
+    "expert-random",
+    "token-recursion_wise",
+    "token-shared",
+    "token-free-update",
+    "token-sigmoid",
+]
+# Laws of training: recomputation, accumulation, saving.
+TRAINING = [
+    "vanilla",
+    "recursive-norms",
+    "recursive-encoding",
+    "recursive-shared",
+    "expert-z",
+    "expert-z-update",
+    "expert-z-lora",
+    "token-z",
+    "token-z-shared",
+]
+ROUTED = [name for name, fields in VARIANTS.items() if fields.get("routing", "none") != "none"]
+
+
+def _counted() -> list[Fields]:
+    cycle = {"sharing": "cycle", "num_hidden_layers": 3}
+    sequence = RECURSIVE | {"sharing": "middle_sequence"}
+    routers = ("linear", "mlp", "wide_mlp", "random")
+    routed = (EXPERT, TOKEN)
+    return [
+        {},
+        {"num_key_value_heads": 4, "tie_word_embeddings": False, "head_dim": 10},
+        *(f | {"kv_strategy": kv} for f in (RECURSIVE, sequence, RECURSIVE | cycle) for kv in KV_STRATEGIES[:2]),
+        sequence | {"sharing": "sequence", "num_hidden_layers": 3, "kv_strategy": "shared"},
+        RECURSIVE | {"share_norms": False},
+        *(f | {"kv_strategy": kv, "router": name} for f in routed for kv in KV_STRATEGIES for name in routers),
+        *(EXPERT | {"selection": "aux_router", "router": name} for name in ("linear", "mlp")),
+        EXPERT | {"selection": "none", "gating": "additive"},
+        *(EXPERT | {"kv_strategy": kv, "capacity_factors": [0.8, 0.5, 0.2]} for kv in KV_STRATEGIES),
+        EXPERT | cycle | {"z_loss_coefficient": 0.1},
+        TOKEN | {"router_activation": "sigmoid", "balancing": "loss_free", "gating": "additive"},
+        TOKEN | cycle | {"balancing": "loss_free"},
+        *(
+            EXPERT | {"relaxation": kind, "lora_targets": list(PROJECTIONS), "lora_rank": 3}
+            for kind in ("lora", "dora")
+        ),
+        TOKEN | {"relaxation": "dora", "lora_dropout": 0.1},
+        *(f | {"relaxation": "recursion_encoding"} for f in (EXPERT, sequence)),
+    ]
+
+
+# Fields of the models whose FLOPs are held against torch's counter.
+COUNTED = _counted()
