@@ -42,7 +42,7 @@ from data_prep.settings import Settings, UserError, load, merge, read_yaml, run_
 from launchers.estimate import Pace, time_left
 from model.config import MoRConfig
 from model.flops import unique_parameters
-from model.hardware import describe, device_here
+from model.hardware import Precision, describe, device_here
 from pretrain.budget import Plan, plan
 from pretrain.config import ExperimentSettings, Flops, differing_keys, make_model_config, read_settings
 from pretrain.main import prepare_data
@@ -99,11 +99,13 @@ class CompareSettings(Settings):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the grid. arguments: what follows `pretrain/main.py` on its command line."""
+    """One run of the grid. arguments: what follows `pretrain/main.py` on its command line. decided: the precision, where
+    the configuration left it to the hardware."""
 
     label: str
     settings: ExperimentSettings
     arguments: list[str]
+    decided: Precision | None = None
 
     @property
     def folder(self) -> Path:
@@ -204,7 +206,8 @@ def with_precision(compare: CompareSettings, runs: Sequence[PlannedRun], gpus: b
     for run in runs:
         precision = together or of_comparison([run.folder], gpus)
         settings = run.settings.model_copy(update={"precision": precision})
-        result.append(PlannedRun(run.label, settings, [*run.arguments, f"precision={precision}"]))
+        arguments = [*run.arguments, f"precision={precision}"]
+        result.append(PlannedRun(run.label, settings, arguments, decided=precision))
     return result
 
 

@@ -91,8 +91,9 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
     jobs = prepare_jobs(runs[0].settings, options) if missing else []
     if missing:
         arguments = ["--compare", options.compare, *options.overrides, f"overrides.{world_size(options)}"]
-        if len(decided := {runs[number].settings.precision for number in missing}) == 1:
-            arguments.append(f"overrides.precision={decided.pop()}")  # once, and not on each task's node
+        decided = {runs[number].decided for number in missing} - {None}
+        if len(decided) == 1:  # here and once, not on each task's node
+            arguments.append(f"overrides.precision={decided.pop()}")
         wanted = resources(options, [runs[number].settings for number in missing])
         array = [*named, f"--array={tasks}", *wanted, "launchers/compare_array.sbatch", *arguments]
         jobs.append(Job("compare", array, ("afterok", "prepare") if jobs else None))

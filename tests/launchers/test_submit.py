@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.settings import UserError
 from launchers import status, submit
 from launchers.compare import plan_runs, read_compare
 from launchers.submit import REPOSITORY, main
+from model import hardware
 from tests.helpers.runs import make_run
 
 SMOKE = ["--config", "configs/experiment/smoke.yaml"]
@@ -167,6 +169,19 @@ def test_comparison_is_an_array_of_what_is_missing_and_a_report(
     assert main([*arguments, "--print-run", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == SMOKE and "seed=1" in printed and f"run_dir={tmp_path}/out/small-seed1" in printed
+
+
+def test_an_array_is_told_the_precision_that_was_decided_for_all(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: list[str]
+) -> None:
+    """On the nodes' hardware and not on that of this machine, nor on each task's: GPUs multiply bf16."""
+    arguments = ["--compare", str(comparison(tmp_path)), "overrides.precision=auto", f"overrides.{data[0]}"]
+    array, _ = dry_run(capsys, *arguments, "--gpus-per-node=1")
+    assert array[-1] == "overrides.precision=bf16"
+    assert main([*arguments, "--gpus-per-node=1", "--print-run", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "precision=bf16"
+    array, _ = dry_run(capsys, *arguments, "--gpus-per-node=0")
+    assert array[-1] == f"overrides.precision={hardware.auto_precision(torch.device('cpu'))[0]}"
 
 
 STAND_INS = {
