@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from . import routing
 from .attention import NAMESPACE
 from .cache import MoRCache
 from .depth.base import DepthMethod
-from .depth.layout import Stage, Use
+from .depth.layout import Stage, Use, last_gate, within
 from .layers import KeyValue, Tokens, gather_rows
 from .routing import RoutingRecord
 
@@ -270,18 +270,10 @@ class Run:
 
     def __post_init__(self) -> None:
         self.method: DepthMethod = self.model.depth
-        self.layout = self._within()
-        self.last = max((stage.gate for stage in self.layout if stage.gate is not None), default=-1)
+        self.layout = within(self.method.layout, self.max_recursions)
+        self.last = last_gate(self.layout)
         self.sources = {use.source for stage in self.layout for use in stage.uses if use.source is not None}
         self.fixed = self.method.fixed and self.mode == "topk"
-
-    def _within(self) -> tuple[Stage, ...]:
-        """The layout without the uses of deeper recursions than are allowed."""
-        if self.max_recursions is None:
-            return self.method.layout
-        limit = self.max_recursions
-        kept = ((s, tuple(use for use in s.uses if (use.recursion or 0) < limit)) for s in self.method.layout)
-        return tuple(replace(stage, uses=uses) for stage, uses in kept if uses)
 
     # What rules may ask -----------------------------------------------------------------------------------------------
 
@@ -300,6 +292,8 @@ class Run:
         """[B, T], False for padding; None: no padding."""
         return self.batch.real
 
+    all_in = False  # whether every token takes all of the depth there is
+
     @property
     def cached(self) -> bool:
         """Whether tokens to come will read keys of the tokens at hand."""
@@ -317,11 +311,11 @@ class Run:
         """Add to a statistic, the mean of what is added."""
         self.figures.setdefault(name, []).append(value.detach())
 
-    def scored(self, logits: Tensor, used: Tensor | None = None) -> None:
-        """Note the raw scores [..., or [..., outputs] of a gate, for the record."""
+    def scored(self, logits: Tensor, used: Tensor | None = None, *, outputs: bool = False) -> None:
+        """Note raw scores for the record: [...] of a gate, or with `outputs` [..., G] of all of them."""
         logits = logits.detach()
         self.scores.append(logits)
-        self.score_means.append(routing.masked_mean(logits, used))
+        self.score_means.append(logits.flatten(0, -2).mean(0) if outputs else routing.masked_mean(logits, used))
 
     def readout(self, x: Tensor) -> Tensor:
         """Norm and head: [..., D] -> logits [..., V]."""
@@ -345,9 +339,8 @@ class Run:
                 continue
             if stage.gate == 0:
                 carry = method.begin(hidden, self)
-            if x is None:
-                x = offered.take(hidden)
-            hidden, x, offered, changed = self._pass(stage, hidden, x, offered, carry)
+            before = offered.take(hidden) if x is None else x
+            hidden, x, offered, changed = self._pass(stage, hidden, before, offered, carry)
             carry = carry | changed
             if not method.nested:
                 offered, x = start, None
@@ -359,7 +352,9 @@ class Run:
                 self.hidden_states.append(hidden)
         return hidden
 
-    def _pass(self, stage: Stage, hidden: Tensor, x: Tensor, offered: Everyone, carry: dict[str, Tensor]):
+    def _pass(
+        self, stage: Stage, hidden: Tensor, x: Tensor, offered: Everyone, carry: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Everyone, dict[str, Tensor]]:
         """One gate and its stage: the states of all, the states of those let in, who they are, what they carry now.
 
         x: states of the tokens offered, in their shape.
@@ -374,8 +369,7 @@ class Run:
         if self.routing_only or self._nobody(stage, entered):
             return hidden, x, entered, {}
         if stage.whole:
-            around = method.prepare(gate, hidden, self)
-            after = entered.take(self.apply(stage, around, Everyone(self)))
+            after = entered.take(self.apply(stage, method.prepare(gate, hidden, self), Everyone(self)))
         else:
             around = method.prepare(gate, hidden, self) if everyone and type(entered) is not Everyone else None
             after = self.apply(stage, x, entered, around)
@@ -391,7 +385,9 @@ class Run:
             return False
         return stage.uses[0].keys != "everyone" and not bool(entered.alive.any())
 
-    def _let_in(self, gate: int, x: Tensor, logits: Tensor | None, offered: Everyone, carry):
+    def _let_in(
+        self, gate: int, x: Tensor, logits: Tensor | None, offered: Everyone, carry: dict[str, Tensor]
+    ) -> tuple[Everyone, Tensor, Tensor | None]:
         """Who passes a gate: their selection, and x and logits of them alone."""
         if self.fixed:
             assert logits is not None
@@ -405,11 +401,11 @@ class Run:
             keep = offered.alive & chosen
             local = _indices(keep)
             entered = Packed(self, offered.flat.index_select(0, local), keep.index_select(0, local))
-            return entered, *(None if v is None else v.index_select(0, local) for v in (x, logits))
+            return entered, x.index_select(0, local), None if logits is None else logits.index_select(0, local)
         entered = Packed.of(self, chosen)
-        return entered, *(None if v is None else entered.take(v) for v in (x, logits))
+        return entered, entered.take(x), None if logits is None else entered.take(logits)
 
-    def _top_k(self, gate: int, x: Tensor, logits: Tensor, offered: Everyone):
+    def _top_k(self, gate: int, x: Tensor, logits: Tensor, offered: Everyone) -> tuple[Everyone, Tensor, Tensor]:
         """The best of a row by their scores, as many as the gate's share of the whole row says, at fixed shapes."""
         method, length, real = self.method, self.shape[1], self.batch.real
         share = method.size(gate, self.step)

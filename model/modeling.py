@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .cache import MoRCache
 from .config import MoRConfig
 from .decoder import Batch, Run
-from .depth import method_of
+from .depth import current_name, method_of
 from .layers import DecoderLayer, LMHead, Tokens, chunk_rows, cross_entropy_sum
 from .relaxation import RelaxedLinear
 from .routing import Router, RoutingRecord
@@ -70,6 +70,16 @@ class MoRCausalLMOutput(ModelOutput):
     routing: RoutingRecord | None = None
 
 
+# Names of parameters in checkpoints written before routers belonged to the method, and now (`depth.current_name`).
+_RENAMED = {r"(?<!depth\.)(?<!\w)(routers\.|aux_routers\.|router_bias$)": r"depth.\1"}
+
+
+def _rename(module: nn.Module, state: dict[str, Tensor], *args: Any) -> None:
+    for name in list(state):
+        if (now := current_name(name)) != name:
+            state[now] = state.pop(name)
+
+
 class MoRPreTrainedModel(PreTrainedModel):
     """Initialisation and the features that transformers asks about."""
 
@@ -97,6 +107,14 @@ class MoRPreTrainedModel(PreTrainedModel):
                 nn.init.zeros_(module.router_bias)
             module.depth.reset_parameters(self.config.initializer_range)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; parameters of older checkpoints are found by their names of then."""
+        loaded: Any = super().from_pretrained(*args, **({"key_mapping": _RENAMED} | kwargs))
+        model = loaded[0] if kwargs.get("output_loading_info") else loaded
+        model.__dict__.pop("_weight_conversions", None)  # or it would be saved under those names again
+        return loaded
+
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         """The standard switch of transformers: each layer recomputes itself, which is the policy `block`."""
         super()._set_gradient_checkpointing(enable, *args, **kwargs)
@@ -118,6 +136,7 @@ class MoRModel(MoRPreTrainedModel):
         encodings = sum(use.encoding is not None for use in uses) if config.relaxation == "recursion_encoding" else 0
         self.recursion_encoding = nn.Parameter(torch.empty(encodings, config.hidden_size)) if encodings else None
         self.depth = method_of(config)(config)
+        self.register_load_state_dict_pre_hook(_rename)
         self.recompute: RecomputePolicy = "none"
         self.post_init()
 

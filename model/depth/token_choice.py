@@ -57,8 +57,9 @@ class TokenChoice(DepthMethod):
             logits = self.routers[0](x)
         scores = routing.depth_scores(logits, str(config.router_activation), float(config.router_alpha or 0.0))
         choice = self.choose(scores.detach(), run.step).clamp(max=run.last)
-        run.scores.append(logits.detach())
-        run.score_means.append(logits.detach().flatten(0, -2).mean(0))
+        if run.all_in:
+            choice = torch.full_like(choice, run.last)
+        run.scored(logits, outputs=True)
         self._losses(logits, scores, choice, run)
         return {"choice": choice, "base": x, "gate": scores.gather(-1, choice[..., None])}
 
