@@ -8,9 +8,9 @@ A checkpoint is a folder `step-00000050/`:
     state.json        what the trainer gave: schedule, data position, FLOPs, tracker id, configuration, versions
     COMMITTED.json    format, step, ranks, and size and sha256 of every other file
 
-It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker is passed
-over for the one before; one whose files do not match its marker is set aside as `step-00000050.damaged` and never
-counted. Removal takes the marker first. All ranks must see the same folder.
+It is written as `step-00000050.partial/`, the marker last, and renamed when whole. A folder without its marker is
+passed over for the one before; one whose files do not match its marker is set aside as `step-00000050.damaged` and
+never counted. Removal takes the marker first. All ranks must see the same folder.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from torch.distributed.tensor import DTensor
 from data_prep.settings import UserError, run_command
 from model.depth import current_name
 from pretrain.dcp_reader import SafeReader, read_metadata
+from pretrain.facts import run_facts
 from pretrain.parallel import Parallel, read_deepspeed
 from pretrain.stop import disk_error
 
@@ -603,9 +604,13 @@ def convert(source: Path, target: Path, format: Literal["consolidated", "sharded
     Marker(marker.step, format, marker.strategy, marker.world_size, files).write(target)
 
 
-def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
-    """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given."""
+def export(source: Path, target: Path, tokenizer: Path | None = None, line: dict[str, Any] | None = None) -> None:
+    """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given.
+
+    It is written beside and renamed when whole. line: of the run's metrics, for the model card; None: its last.
+    """
     from model.config import MoRConfig
+    from model.folder import model_card, write_folder
     from model.modeling import MoRForCausalLM
 
     config = MoRConfig.from_json_file(source / "config.json")
@@ -615,11 +620,15 @@ def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
     tied = set(model.state_dict()) - set(dict(model.named_parameters())) - set(dict(model.named_buffers()))
     if unexpected or set(missing) - tied:
         raise UserError(f"{source}: weights do not fit its config.json: {sorted(set(missing) - tied) + unexpected}")
-    model.save_pretrained(target)
-    if tokenizer is not None:
-        from transformers import PreTrainedTokenizerFast
-
-        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(target)
+    partial, replaced = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "replaced"))
+    shutil.rmtree(partial, ignore_errors=True)
+    write_folder(model, partial, tokenizer, model_card(model, run_facts(source.parent.parent, line)))
+    if target.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+    partial.rename(target)
+    _sync_folder(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,7 +35,8 @@ from pretrain.checkpoint import MARKER, committed, export, random_state, set_ran
 from pretrain.config import ExperimentSettings, read_settings
 from pretrain.data import Manifest
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from pretrain.run_folder import versions
 from pretrain.validation import Validation
 
@@ -119,7 +120,7 @@ def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Pat
     if fault := verify(folder):
         raise UserError(f"{folder}: {fault}; use another checkpoint of the run")
     with tempfile.TemporaryDirectory() as temporary:
-        export(folder, Path(temporary), settings.data.folder / "tokenizer.json")
+        export(folder, Path(temporary), settings.data.folders[0][0] / "tokenizer.json")
         yield Path(temporary)
 
 
@@ -132,10 +133,12 @@ def make_validation(checkpoint: Checkpoint, data: Path | None, batch_size: int, 
     Raises UserError where the data does not fit the model or its tokenizer.
     """
     settings, config = checkpoint.settings, checkpoint.model.config
-    folder = data or (settings.data.folder if settings is not None else None)
-    if folder is None:
+    if data is not None:
+        manifest = Manifest.read(data)
+    elif settings is not None:
+        manifest = settings.data.read()
+    else:
         return None
-    manifest = Manifest.read(folder)
     manifest.check_model(config.vocab_size, min(manifest.sequence_length, config.max_position_embeddings))
     if checkpoint.run is not None:
         facts = json.loads((checkpoint.run / "run.json").read_text(encoding="utf-8"))

@@ -1,27 +1,30 @@
 """Train one experiment.
 
 accelerate launch [--config_file configs/parallel/NAME.yaml] pretrain/main.py --config configs/experiment/NAME.yaml
-    [key=value ...] [--print-config]
+    [key=value ...] [--restart] [--print-config]
 
-The same command again goes on from the latest checkpoint. Exit codes: 0 finished; 2 a mistake in what was given;
-75 stopped on request (SIGTERM, SIGUSR1, SIGHUP, the file RUN_DIR/stop), run it again; 130 stopped by Ctrl-C.
+The same command again goes on from the latest checkpoint. Exit codes: 0 finished; 2 a mistake in what was given; 74 a
+disk that is full, over quota or broken: a checkpoint, the metrics or the model could not be written (the checkpoint
+before is whole; make room first); 75 stopped on request (SIGTERM, SIGUSR1, SIGHUP, the file RUN_DIR/stop) with a
+checkpoint, run it again; 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 if __name__ == "__main__":  # run by path: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data_prep.settings import UserError, run_command
-from pretrain.config import DataSettings, print_config, read_settings
-from pretrain.data import Manifest
-from pretrain.parallel import Parallel
+from pretrain.config import DataSettings, ExperimentSettings, print_config, read_settings
+from pretrain.parallel import Parallel, RunFailed
+from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.trainer import Trainer
 
 
@@ -32,35 +35,59 @@ def main() -> int:
     parser.add_argument(
         "--print-config", action="store_true", help="show every key, its value and its meaning, and exit"
     )
+    parser.add_argument(
+        "--restart", action="store_true", help="begin the run anew; what its directory holds is kept in RUN_DIR/before/"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance seed=1 batch.size=64")
     arguments = parser.parse_intermixed_args()
     settings = read_settings(arguments.config, arguments.overrides)
     if arguments.print_config:
         print_config(settings)
         return 0
-    parallel = Parallel.start(settings.parallel, settings.precision, settings.seed)
-    if parallel.is_main:
-        prepare_data(settings.data)
-    parallel.barrier()
     try:
-        code = Trainer(settings, Manifest.read(settings.data.folder), parallel).run()
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+        return train(settings, arguments.restart and not _starts_again(os.environ))
+    except RunFailed as error:  # on every rank alike
+        code, message = error.exit_code, str(error) if os.environ.get("RANK", "0") == "0" else ""
+    except Exception as error:
+        if not (text := disk_error(error)):
             raise
-        raise UserError(f"{error}: free some space and run the same command again; checkpoints are whole") from None
+        code, message = CANNOT_WRITE, f"{text}: make room, then run the same command again; checkpoints are whole"
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def train(settings: ExperimentSettings, restart: bool = False) -> int:
+    """Start the ranks and train; returns the exit code. Raises RunFailed on every rank where the run cannot go on."""
+    parallel = Parallel.start(
+        settings.parallel, settings.precision, settings.seed, first=lambda: prepare_data(settings.data)
+    )
+    trainer = Trainer(settings, settings.data.read(), parallel)
+    try:
+        code = trainer.run(restart)
+    except RunFailed:
+        parallel.finish()
+        raise
     parallel.finish()
     return code
 
 
+def _starts_again(environment: Mapping[str, str]) -> bool:
+    """Whether a scheduler or launcher starts the same command again, whose --restart has been obeyed by then."""
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(int(environment.get(name, "0")) > 0 for name in counts)
+
+
 def prepare_data(settings: DataSettings) -> None:
-    """Make the prepared folder from `data.prepare` if it has no manifest. Raises UserError where that fails."""
-    if settings.prepare is None or (settings.folder / "manifest.json").exists():
-        return
-    print(f"{settings.folder}: not prepared yet; preparing it from {settings.prepare}", flush=True)
+    """Make each prepared folder from its `prepare` if it has no manifest. Raises UserError where that fails."""
     script = Path(__file__).resolve().parent.parent / "data_prep" / "prepare.py"
-    command = [sys.executable, str(script), "--config", str(settings.prepare), f"folder={settings.folder}"]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(f"{settings.folder}: its preparation from {settings.prepare} failed; see above")
+    for folder, prepare in settings.folders:
+        if prepare is None or (folder / "manifest.json").exists():
+            continue
+        print(f"{folder}: not prepared yet; preparing it from {prepare}", flush=True)
+        command = [sys.executable, str(script), "--config", str(prepare), f"folder={folder}"]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError(f"{folder}: its preparation from {prepare} failed; see above")
 
 
 if __name__ == "__main__":

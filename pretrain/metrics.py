@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 PEAK_FLOPS = {
     "B200": 2250e12,
     "MI300X": 1307e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "L40S": 362e12,
     "A100": 312e12,
@@ -45,6 +47,8 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
+    if "MIG" in name:  # a part of a device, whose share the name does not tell
+        return None
     return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
@@ -163,6 +167,15 @@ def last_line(path: Path) -> dict[str, Any] | None:
     return None
 
 
+def last_step(path: Path) -> int:
+    """The highest step of a metrics.jsonl, 0 where it holds none; lines that cannot be read do not count."""
+    steps = [0]
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            steps.append(int(json.loads(line)["step"]))
+    return max(steps)
+
+
 class Tracker:
     """Weights & Biases. Whatever it raises, training goes on after one warning."""
 
@@ -190,7 +203,10 @@ class Tracker:
             )
             self._run.define_metric("flops")
             self._run.define_metric("*", step_metric="flops")
-        except Exception as error:  # whatever a tracker's network, key or disk raises must not end a training run
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever a tracker's network, key or disk raises ends no training run
             self._give_up(error)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -213,7 +229,7 @@ class Tracker:
             except Exception as error:
                 self._give_up(error)
 
-    def _give_up(self, error: Exception) -> None:
+    def _give_up(self, error: BaseException) -> None:
         self._run = None
         print(f"warning: W&B is out of reach, training goes on without it: {error}", file=sys.stderr)
 
@@ -253,6 +269,8 @@ class TerminalLine:
             causal = line["validation_loss"]
             shown = f"{causal:.4f} causal, " if causal is not None else ""
             self.say(f"step {line['step']}  validation loss {shown}{line['validation_loss_topk']:.4f} top-k")
+            if sources := line.get("validation_loss_sources"):
+                self.say("  of each source: " + ", ".join(f"{name} {loss:.4f}" for name, loss in sources.items()))
         if "loss" not in line:
             return
         text = (

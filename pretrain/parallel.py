@@ -21,26 +21,27 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from pydantic import Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from data_prep.settings import Settings, UserError
+from data_prep.settings import UserError
+from pretrain.parallel_settings import ParallelSettings, check_precision, resolve_strategy
+from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.timing import StepClock
 from pretrain.watchdog import Watchdog
 
-Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 Precision = Literal["fp32", "bf16"]
 NATIVE_TAG, FACTS, BUFFERS = "native", "facts.json", "buffers.safetensors"  # in a DeepSpeed checkpoint
 OptimizerFactory = Callable[[nn.Module], Optimizer]
@@ -50,145 +51,23 @@ POLL_SECONDS = 0.2  # between two looks at the store, of a rank that waits for r
 SAVE_TIMEOUT = timedelta(days=2)
 
 
-class RankFailure(Exception):
-    """Another rank failed; its message."""
+class RunFailed(Exception):
+    """The run cannot go on, for what its message says; raised on every rank alike. exit_code: of the process."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
-class ParallelSettings(Settings):
-    """How the ranks share the work. A configuration file of accelerate says the same and is accepted in its place."""
-
-    strategy: Strategy = Field(
-        "auto",
-        description="single, ddp, zero1, zero2, zero3, fsdp2, or auto: what `accelerate launch` was configured for, "
-        "else ddp on several ranks and single on one",
-    )
-    world_size: int | None = Field(None, ge=1, description="ranks that must run; any other number is refused")
-    reshard_after_forward: bool = Field(
-        True, description="fsdp2: free a unit's gathered weights after each use; false gathers once per optimizer step"
-    )
-    shard_size: int | None = Field(
-        None, ge=1, description="fsdp2: ranks that share one copy of the model (hybrid sharding); default all"
-    )
-    min_unit_parameters: int = Field(
-        2**20,
-        ge=0,
-        description="fsdp2: layers of fewer parameters are gathered with the root, once for each forward and backward "
-        "pass: what they hold costs less than the delay of a gather of their own; 0: every layer by itself",
-    )
-    offload_optimizer: bool = Field(False, description="zero1, zero2, zero3: keep optimizer states in host memory")
-    timeout_seconds: float = Field(1800, gt=0, description="longest wait of one collective before the run fails")
-    watchdog_seconds: float = Field(
-        900,
-        ge=0,
-        description="longest time without progress before the watchdog names the stalled rank and stops all; 0: off",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_accelerate(cls, values: Any) -> Any:
-        return _translate_accelerate(values) if isinstance(values, dict) and "distributed_type" in values else values
-
-    @model_validator(mode="after")
-    def _check(self) -> ParallelSettings:
-        if self.offload_optimizer and self.strategy in ("single", "ddp", "fsdp2"):
-            raise ValueError(f"offload_optimizer needs zero1, zero2 or zero3, not strategy {self.strategy}")
-        sharding = ("min_unit_parameters", "reshard_after_forward", "shard_size")
-        given = [name for name in sharding if getattr(self, name) != type(self).model_fields[name].default]
-        if self.strategy not in ("auto", "fsdp2") and given:
-            raise ValueError(f"{', '.join(given)} belong to fsdp2, not to strategy {self.strategy}")
-        if self.strategy == "single" and self.world_size not in (None, 1):
-            raise ValueError(f"strategy single runs on 1 rank, world_size asks for {self.world_size}")
-        return self
-
-
-_ACCELERATE_IGNORED = {  # the launcher's business, or said elsewhere in the experiment
-    "compute_environment", "debug", "machine_rank", "main_process_ip", "main_process_port", "main_training_function",
-    "mixed_precision", "num_machines", "rdzv_backend", "same_network", "use_cpu", "enable_cpu_affinity",
-}  # fmt: skip
-
-
-def _translate_accelerate(values: dict[str, Any]) -> dict[str, Any]:
-    """Read an accelerate configuration (`distributed_type`, `fsdp_config`, ...) as `ParallelSettings` fields."""
-    own = {key: value for key, value in values.items() if key not in _ACCELERATE_IGNORED}
-    kind = own.pop("distributed_type")
-    fsdp, deepspeed = own.pop("fsdp_config", None) or {}, own.pop("deepspeed_config", None) or {}
-    replication = own.pop("parallelism_config", None) or {}
-    if "num_processes" in own:
-        own.setdefault("world_size", own.pop("num_processes"))
-    if kind == "FSDP":
-        if fsdp.get("fsdp_version") != 2:
-            raise ValueError(f"fsdp_config.fsdp_version must be 2 (given: {fsdp.get('fsdp_version')!r})")
-        own.setdefault("strategy", "fsdp2")
-        own.setdefault("reshard_after_forward", fsdp.get("fsdp_reshard_after_forward", True))
-        if fsdp.get("fsdp_auto_wrap_policy") == "SIZE_BASED_WRAP":
-            own.setdefault("min_unit_parameters", fsdp.get("fsdp_min_num_params", 10**8))
-        if "parallelism_config_dp_shard_size" in replication:
-            own.setdefault("shard_size", replication["parallelism_config_dp_shard_size"])
-    elif kind == "DEEPSPEED":
-        own.setdefault("strategy", f"zero{deepspeed.get('zero_stage')}")
-        own.setdefault("offload_optimizer", deepspeed.get("offload_optimizer_device", "none") == "cpu")
-    elif kind in ("MULTI_GPU", "NO"):
-        own.setdefault("strategy", "ddp" if kind == "MULTI_GPU" else "single")
-    else:
-        raise ValueError(f"distributed_type {kind!r} is not one of NO, MULTI_GPU, DEEPSPEED, FSDP")
-    return own
-
-
-def resolve_strategy(settings: ParallelSettings, environment: Mapping[str, str]) -> ParallelSettings:
-    """Settle `auto` and hold the settings against what the launcher started.
-
-    Raises UserError where the two differ: another number of ranks, another strategy than accelerate's configuration
-    asked for, or a launcher that meant several ranks and started one (accelerate does so on a machine without GPUs).
-    """
-    launched, world_size = "WORLD_SIZE" in environment, int(environment.get("WORLD_SIZE", "1"))
-    start = "torchrun --nproc_per_node N pretrain/main.py ... or accelerate launch --multi_gpu --num_processes N ..."
-    if not launched and "MASTER_ADDR" in environment:
-        raise UserError(
-            "accelerate launch was asked for several processes and started one, alone (it does so without GPUs, and "
-            f"with --cpu). Start ranks with {start}"
-        )
-    asked = _strategy_of_launcher(environment)
-    if settings.strategy == "auto":
-        found = asked or {"strategy": "ddp" if world_size > 1 else "single"}
-        settings = ParallelSettings(**{**settings.model_dump(exclude_unset=True), **found})
-    elif asked and asked["strategy"] != settings.strategy:
-        raise UserError(
-            f"parallel.strategy is {settings.strategy}, but accelerate launch was configured for {asked['strategy']}; "
-            "leave parallel.strategy at auto, or give accelerate launch the matching --config_file"
-        )
-    if settings.strategy == "single" and world_size > 1:
-        raise UserError(f"parallel.strategy is single, but {world_size} ranks run; choose ddp, zero1-3 or fsdp2")
-    if settings.strategy != "single" and not launched:
-        raise UserError(f"parallel.strategy {settings.strategy} needs a launcher; use {start}")
-    if settings.world_size not in (None, world_size):
-        raise UserError(f"parallel.world_size asks for {settings.world_size} ranks, {world_size} were started")
-    if settings.shard_size is not None and world_size % settings.shard_size:
-        raise UserError(
-            f"parallel.shard_size {settings.shard_size} does not divide the {world_size} ranks; "
-            f"values that do: {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}"
-        )
-    return settings
-
-
-def _strategy_of_launcher(environment: Mapping[str, str]) -> dict[str, Any] | None:
-    """Fields that `accelerate launch --config_file` passed on in the environment; None under any other launcher."""
-    if environment.get("ACCELERATE_USE_FSDP") == "true":
-        if environment.get("FSDP_VERSION") != "2":
-            raise UserError("accelerate launch was configured for FSDP1; set fsdp_config.fsdp_version: 2")
-        found: dict[str, Any] = {
-            "strategy": "fsdp2",
-            "reshard_after_forward": environment.get("FSDP_RESHARD_AFTER_FORWARD", "true") == "true",
-        }
-        if shard_size := environment.get("PARALLELISM_CONFIG_DP_SHARD_SIZE"):
-            found["shard_size"] = int(shard_size)
-        # Under another policy the launcher passes its default on, which nobody asked for.
-        if environment.get("FSDP_AUTO_WRAP_POLICY") == "SIZE_BASED_WRAP":
-            found["min_unit_parameters"] = int(environment["FSDP_MIN_NUM_PARAMS"])
-        return found
-    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        offload = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") == "cpu"
-        return {"strategy": f"zero{environment.get('ACCELERATE_DEEPSPEED_ZERO_STAGE')}", "offload_optimizer": offload}
-    return None
+def failure_of(error: BaseException) -> RunFailed:
+    """What `error`, of one rank, is to all of them."""
+    if isinstance(error, RunFailed):
+        return error
+    if isinstance(error, UserError):
+        return RunFailed(str(error), 2)
+    if text := disk_error(error):
+        return RunFailed(f"{text}: make room, then run the same command again; checkpoints are whole", CANNOT_WRITE)
+    return RunFailed(f"{type(error).__name__}: {error}")
 
 
 def _check_devices(visible: int, environment: Mapping[str, str]) -> None:
@@ -244,17 +123,20 @@ class Parallel:
         Raises UserError where the ranks or the strategy asked for are not those that were started.
         """
         settings = resolve_strategy(settings, os.environ)
+        check_precision(settings, precision, os.environ)
         parallel = _STRATEGIES[settings.strategy](settings, precision, seed)
+        store: dist.Store | None = None
         if "WORLD_SIZE" in os.environ:
-            parallel.store, _, _ = next(dist.rendezvous("env://", parallel.rank, parallel.world_size))
+            store, _, _ = next(dist.rendezvous("env://", parallel.rank, parallel.world_size))
+            parallel.store = dist.PrefixStore("pretrain", store)
         if first is not None:
             parallel.on_main("the start", first)
-        if "WORLD_SIZE" in os.environ:
+        if store is not None:
             backend = "cpu:gloo,cuda:nccl" if parallel.device.type == "cuda" else "gloo"
             dist.init_process_group(
                 backend,
                 timeout=timedelta(seconds=settings.timeout_seconds),
-                store=dist.PrefixStore("ranks", parallel.store),
+                store=dist.PrefixStore("ranks", store),
                 rank=parallel.rank,
                 world_size=parallel.world_size,
             )
@@ -271,9 +153,12 @@ class Parallel:
     def on_main(self, what: str, action: Callable[[], Result]) -> Result | None:
         """Run `action` on rank 0, however long it takes; the others look at a key now and then, outside any collective.
 
-        Returns its result on rank 0, None elsewhere. What it raises is raised on every rank: itself on rank 0,
-        elsewhere UserError with its message if it was one, else RankFailure.
+        Returns its result on rank 0, None elsewhere. What it raises ends every rank: alone, a process raises it as it
+        is; of several, all raise RunFailed.
         """
+        if self.world_size == 1:
+            return action()
+        assert self.store is not None
         self._solos += 1
         key = f"on_main/{self._solos}"
         with self.busy(what):
@@ -282,24 +167,34 @@ class Parallel:
                 return None
             try:
                 result = action()
-            except BaseException as error:
-                if self.store is not None:
-                    with suppress(RuntimeError):  # the store is gone with the others
-                        self.store.set(key, ("user\t" if isinstance(error, UserError) else "other\t") + str(error))
-                raise
-            if self.store is not None:
-                self.store.set(key, "done\t")
+            except Exception as error:
+                failure = failure_of(error)
+                if failure.exit_code == 1:
+                    traceback.print_exception(error, file=sys.stderr)
+                self.store.set(key, f"{failure.exit_code}\t{failure}")
+                raise failure from error
+            self.store.set(key, "0\t")
             return result
 
     def _wait_for_main(self, key: str) -> None:
         assert self.store is not None
         while not self.store.check([key]):
             time.sleep(POLL_SECONDS)
-        kind, _, message = self.store.get(key).decode().partition("\t")
-        if kind == "user":
-            raise UserError(message)
-        if kind != "done":
-            raise RankFailure(f"rank 0 failed: {message}")
+        code, _, message = self.store.get(key).decode().partition("\t")
+        if code != "0":
+            raise RunFailed(message, int(code))
+
+    def fail_together(self, error: Exception | None) -> NoReturn:
+        """Some rank cannot go on, with `error` where it is this one; collective. Raises RunFailed on every rank."""
+        if self.world_size == 1 and error is not None:
+            raise error
+        failure = None if error is None else failure_of(error)
+        if failure and failure.exit_code == 1:
+            traceback.print_exception(error, file=sys.stderr)
+        told = self.gather(None if failure is None else (str(failure), failure.exit_code))
+        found = [(rank, *entry) for rank, entry in enumerate(told) if entry is not None]
+        message = "; ".join(f"rank {rank}: {text}" for rank, text, _ in found)
+        raise RunFailed(message, found[0][2]) from error
 
     def building(self) -> AbstractContextManager[Any]:
         """Where a new model is built: under fsdp2 only rank 0 draws and holds weights, which `prepare` hands round."""
@@ -412,8 +307,9 @@ class Parallel:
         """Leave the group. The barrier right before keeps a late rank from finding its peers gone."""
         if self.watchdog:
             self.watchdog.stop()
+            self.watchdog = None
         if dist.is_initialized():
-            dist.barrier(group=self.background_group)
+            self.barrier()
             dist.destroy_process_group()
 
     # state, as checkpoints see it -----------------------------------------------------------------------------------
@@ -441,11 +337,11 @@ class Parallel:
         """Replace the optimizer's state by zeros of these shapes, to be filled from a checkpoint."""
         parameters = dict(self.module.named_parameters())
         on_device = any(group.get("fused") or group.get("capturable") for group in self.optimizer.param_groups)
-        step_device = self.device if on_device else torch.device("cpu")
         self.optimizer.state.clear()
         for (name, key), shape in shapes.items():
             parameter = parameters[name]
-            zeros = torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape, device=step_device)
+            place = parameter.device if on_device else torch.device("cpu")  # where AdamW itself would put its `step`
+            zeros = torch.zeros_like(parameter) if shape == parameter.shape else torch.zeros(shape, device=place)
             self.optimizer.state[parameter][key] = zeros.detach()
 
     def save_native(self, folder: Path) -> None:
@@ -518,7 +414,7 @@ class _FSDP2(Parallel):
         _forget_weights(model)
         self.module = model
         self.model = self._wrap(model)
-        model.to_empty(device=self.device)
+        model.to_empty(device="cpu" if self.settings.offload_parameters else self.device)
         model.tie_weights()  # type: ignore[operator]  # to_empty parts what was tied
         self._hand_round(whole)
         self.optimizer = optimizer_factory(model)
@@ -534,11 +430,12 @@ class _FSDP2(Parallel):
                 tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=0))
             else:
                 dist.broadcast(value, 0)
+                tensor.data = tensor.data.to(self.device)  # buffers stay on the device where weights do not
                 tensor.copy_(value)
 
     def _wrap(self, model: nn.Module) -> nn.Module:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         shard_size = self.settings.shard_size or self.world_size
         if shard_size == self.world_size:
@@ -549,12 +446,20 @@ class _FSDP2(Parallel):
         # autocast chooses the precision of each operation as under the other strategies, so inputs are not cast
         half = torch.bfloat16 if self.precision == "bf16" else None
         policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        pinned = self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pinned) if self.settings.offload_parameters else OffloadPolicy()
         keep = not self.settings.reshard_after_forward
         least = self.settings.min_unit_parameters
         units = [unit for unit in model.units() if sum(p.numel() for p in unit.parameters()) >= least]  # type: ignore[operator]
         self._units: list[Any] = [*units, model]
         for unit in self._units:
-            fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=False if keep else None)
+            fully_shard(
+                unit,
+                mesh=mesh,
+                mp_policy=policy,
+                offload_policy=offload,
+                reshard_after_forward=False if keep else None,
+            )
             unit.set_reshard_after_backward(not keep, recurse=False)
         return model
 
@@ -601,6 +506,8 @@ class _DeepSpeed(Parallel):
         zero: dict[str, Any] = {"stage": int(self.settings.strategy[-1]), "overlap_comm": self.device.type == "cuda"}
         if self.settings.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        if self.settings.offload_parameters:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
         return {
             "train_micro_batch_size_per_gpu": 1,  # only its product with the next two is checked
             "gradient_accumulation_steps": 1,  # boundaries are set by micro_step

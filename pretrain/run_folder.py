@@ -1,4 +1,5 @@
-"""What a run writes into its directory besides metrics and checkpoints: config.yaml and run.json. Rank 0 only."""
+"""What a run writes into its directory besides metrics and checkpoints: config.yaml, run.json and last_checkpoint (it
+outlives them). And what is set aside where a run begins anew. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -14,9 +15,13 @@ from data_prep.settings import UserError, read_yaml
 from model.config import MoRConfig
 from model.flops import effective_parameters, unique_parameters
 from pretrain.config import ExperimentSettings, differing_keys
-from pretrain.data import Manifest
+from pretrain.data import Manifest, Mixture
+from pretrain.lock import LOCK
+from pretrain.metrics import METRICS, last_step
 from pretrain.parallel import Parallel
 
+LAST_CHECKPOINT = "last_checkpoint"
+ASIDE = "before"  # folder of what was there before a run began anew
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers")
 
 
@@ -32,10 +37,54 @@ def claim(settings: ExperimentSettings) -> None:
                 f"{folder}: belongs to a run of another configuration; these keys differ: {', '.join(keys)}. "
                 f"Give another run_dir, or the configuration in {path}"
             )
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(path.name.split(".")[0] != LOCK and path.name != ASIDE for path in folder.iterdir()):
         raise UserError(f"{folder}: is not empty and holds no run (no config.yaml); give another run_dir")
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+
+def note_checkpoint(folder: Path, step: int) -> None:
+    """Write down that a checkpoint of `step` is whole, outside the folder of the checkpoints."""
+    _write(folder / LAST_CHECKPOINT, f"{step}\n")
+
+
+def check_history(folder: Path) -> None:
+    """No checkpoint is usable: refuse if there were any, for what was trained would be lost.
+
+    Raises UserError that names what is missing. Metrics of a run that had not come to its first checkpoint are kept.
+    """
+    steps, noted, checkpoints = last_step(folder / METRICS), folder / LAST_CHECKPOINT, folder / "checkpoints"
+    damaged = sorted(path.name for path in checkpoints.glob("step-*.damaged*"))
+    if not steps:
+        return
+    if not (noted.exists() or damaged):
+        aside = set_aside(folder, [METRICS])
+        print(
+            f"{folder}: ended after step {steps}, before its first checkpoint; begins anew, its metrics are in {aside}"
+        )
+        return
+    missing = f"step-{int(noted.read_text(encoding='utf-8')):08d}" if noted.exists() else "every checkpoint"
+    there = f"damaged: {', '.join(damaged)}" if damaged else f"nothing usable in {checkpoints}"
+    raise UserError(
+        f"{folder}: {METRICS} holds {steps} steps, but the checkpoint to go on from ({missing}) is missing ({there}). "
+        f"Restore it, or add --restart to begin anew; what is here is then kept in {folder / ASIDE}"
+    )
+
+
+def set_aside(folder: Path, names: list[str] | None = None) -> Path:
+    """Move what a run has written (or `names` of it) into a new folder within `folder`; returns that folder."""
+    number = 1
+    while (aside := folder / ASIDE / str(number)).exists():
+        number += 1
+    own = [path for path in folder.iterdir() if path.name != ASIDE and path.name.split(".")[0] != LOCK]
+    chosen = [path for path in own if names is None or path.name in names]
+    if names is None and own and not (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: is not empty and holds no run (no config.yaml); give another run_dir")
+    if chosen:
+        aside.mkdir(parents=True)
+    for path in chosen:
+        path.rename(aside / path.name)
+    return aside
 
 
 def describe_run(
@@ -68,6 +117,7 @@ def describe_run(
         "corpus": manifest.corpus,
         "licence": manifest.licence,
         "data_fingerprint": manifest.fingerprint,
+        **({"mixture": manifest.describe()} if isinstance(manifest, Mixture) else {}),
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "vocab_size": manifest.vocab_size,
         "unigram_loss": manifest.unigram_loss,

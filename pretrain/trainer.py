@@ -12,6 +12,9 @@ balancing loss alone is a product of two means: its load comes from a routing pa
 Budget. A step is taken while at least half of its expected cost is left, so that a run ends within half a step of its
 budget, on either side, where routing is as expected, and never beyond it by more than one step.
 
+Faults. What goes wrong on one rank (its data, rank 0's disk, a thread) waits in `fault` until the ranks next bring
+their sums together, and ends them all there: no rank leaves alone.
+
 Shapes: B sequences of the global batch, m of a micro-batch, T tokens of a sequence, Nr recursions.
 """
 
@@ -20,9 +23,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tokenizers import Tokenizer
@@ -34,14 +39,15 @@ from model.flops import StepFlops, training_flops
 from model.initialization import from_vanilla
 from model.modeling import MoRForCausalLM
 from pretrain import run_folder
-from pretrain.checkpoint import Checkpoints, export, folder_of
+from pretrain.checkpoint import Checkpoints, Outcome, export, folder_of
 from pretrain.config import ExperimentSettings, micro_size_of, resolve_model
 from pretrain.data import BlockLoader, Manifest, MicroBatch
 from pretrain.evaluate import TaskSettings, run_tasks, task_line, wrap_tokenizer
+from pretrain.lock import RunLock
 from pretrain.metrics import METRICS, LossSpikes, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
-from pretrain.parallel import Parallel
+from pretrain.parallel import Parallel, RunFailed
 from pretrain.plan import Plan, RunState, make_plans
-from pretrain.stop import REQUEUE, REQUEUE_FILE, StopRequest
+from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE, StopRequest
 from pretrain.timing import rank_spread, traced
 from pretrain.validation import Validation
 
@@ -121,20 +127,32 @@ class Trainer:
         self.peak_flops = settings.metrics.peak_flops or peak_flops(parallel.device)
         torch.manual_seed(settings.seed)
         self.model = make_model(settings, self.config, parallel)
-        self.model.set_recompute(settings.recompute)
+        blocks = parallel.settings.activation_checkpointing and settings.recompute == "none"
+        self.model.set_recompute("block" if blocks else settings.recompute)
         if settings.compile:
             self.model.compile_layers()
         parallel.prepare(self.model, lambda module: make_optimizer(module, settings))
         self.state, self.spikes = RunState(), LossSpikes()
         self.output: Output | None = None  # on rank 0, while a run directory is open
         self.saved_step, self.saved_at = -1, time.monotonic()
+        self.lock: RunLock | None = None  # on rank 0, while the run is trained
+        self.fault: Exception | None = None  # what keeps this rank from going on, until the ranks meet
         self.checkpoint_seconds = 0.0  # that training has stood still for checkpoints since a line told
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
-    def run(self) -> int:
-        """Train every plan to its end; returns the process's exit code: 0, or that of a requested stop."""
-        with StopRequest(self.settings.run_dir) as self.stop:
+    def run(self, restart: bool = False) -> int:
+        """Train every plan to its end; returns the process's exit code: 0, or that of a requested stop.
+
+        restart: begin anew; what is in the run directory is kept in a folder beside it.
+        Raises RunFailed on every rank alike where the run cannot go on, UserError where it cannot begin.
+        """
+        with ExitStack() as stack:
+            folder = self.settings.run_dir
+            self.lock = self.parallel.on_main("taking the lock", lambda: stack.enter_context(RunLock(folder)))
+            if restart:
+                self.parallel.on_main("setting the old run aside", lambda: run_folder.set_aside(folder))
+            self.stop = stack.enter_context(StopRequest(folder))
             for plan in self.plans:
                 if not self.fit(plan):
                     return self.stop.exit_code
@@ -142,11 +160,10 @@ class Trainer:
 
     def fit(self, plan: Plan) -> bool:
         """Train one run directory from where it stands to its end; False if a stop was asked for first."""
-        if self.parallel.is_main:
-            run_folder.claim(plan.settings)
-        self.parallel.barrier()
-        if (last_line(plan.folder / METRICS) or {}).get("event") in ("finished", "branched"):
-            if self.parallel.is_main:
+        parallel = self.parallel
+        parallel.on_main("claiming the run directory", lambda: run_folder.claim(plan.settings))
+        if parallel.gather((last_line(plan.folder / METRICS) or {}).get("event"))[0] in ("finished", "branched"):
+            if parallel.is_main:
                 print(f"{plan.folder}: finished, nothing to do")
             return True
         self.plan, self.stopping = plan, False
@@ -157,19 +174,52 @@ class Trainer:
                 with traced(self.trace_path()):
                     line = self.training_step()
                 self.after_step(before, line)
-            self.checkpoint()
-            self.checkpoints.wait()
+            self.last_checkpoint()
             if plan.goes_on(self.state):
                 self.leave()
                 return False
             self.finish_run()
             return True
         finally:
-            self.checkpoints.wait()
-            self.loader.close()
-            if self.output:
-                self.output.close()
-                self.output = None
+            self.close_run()
+
+    # --- faults -------------------------------------------------------------------------------------------------------
+
+    def guarded(self, action: Callable[[], Any]) -> None:
+        """Do what this rank does alone; should it fail, the ranks learn of it when they meet."""
+        try:
+            action()
+        except Exception as error:
+            self.fault = self.fault or error
+
+    def faulty(self) -> bool:
+        """Whether this rank cannot go on: for a fault of its own, or of a thread that serves it."""
+        for thread in (self.parallel.watchdog, self.lock):
+            if thread is not None and thread.failure is not None:
+                self.fault = self.fault or thread.failure
+        return self.fault is not None
+
+    def meet(self, action: Callable[[], Any] | None = None) -> None:
+        """Do `action` on rank 0, then end all ranks if any of them cannot go on. Collective."""
+        if action is not None and self.parallel.is_main:
+            self.guarded(action)
+        if self.parallel.agree(self.faulty()):
+            self.fail()
+
+    def fail(self) -> NoReturn:
+        """Some rank cannot go on: raise on all."""
+        error, self.fault = self.fault, None
+        self.parallel.fail_together(error)
+
+    def next_batch(self) -> list[MicroBatch]:
+        """This rank's micro-batches; where they cannot be read, others, so that no rank waits for this one in vain."""
+        try:
+            return next(self.loader)
+        except Exception as error:
+            self.fault = self.fault or error
+            if self.parallel.world_size == 1:
+                self.fail()
+            return self.loader.stand_in()
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -179,7 +229,7 @@ class Trainer:
         started = time.perf_counter()
         parallel.clock.restart()
         parallel.clock.begin("data")
-        batch = [micro.to(parallel.device) for micro in next(self.loader)]
+        batch = [micro.to(parallel.device) for micro in self.next_batch()]
         share = 1 / (len(batch) * parallel.world_size)
         global_load = self.global_load(batch, share)
         sums = Sums()
@@ -198,7 +248,10 @@ class Trainer:
             parallel.micro_step(output.loss, last)
         sums.add("stop", float(self.stop.requested))
         sums.add("save", float(self.minutes_have_passed()))
+        sums.add("fault", float(self.faulty()))
         totals = sums.reduce(parallel)  # whatever is decided from here on, every rank decides from the same figures
+        if totals.pop("fault"):
+            self.fail()
 
         rate = rule.learning_rate * self.plan.schedule.factor(self.state.step, self.plan.progress(self.state))
         self.wait_for_copy()
@@ -254,7 +307,7 @@ class Trainer:
         """Let a checkpoint that is copied beside the passes come to its end before weights change."""
         self.parallel.clock.begin("checkpoint")
         started = time.perf_counter()
-        self.checkpoints.wait_for_copy()
+        self.settle(self.checkpoints.wait_for_copy())
         self.checkpoint_seconds += time.perf_counter() - started
 
     def parts(self) -> dict[str, float]:
@@ -294,7 +347,9 @@ class Trainer:
         if "entropy" in totals:
             totals["routing_entropy"] = totals.pop("entropy")
         memory = memory_bytes(self.parallel.device)
-        return asdict(self.state) | totals | {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        epochs = {"source_epochs": self.loader.source_epochs} if self.loader.source_epochs else {}
+        figures = {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        return asdict(self.state) | totals | figures | epochs
 
     # --- after a step -------------------------------------------------------------------------------------------------
 
@@ -317,8 +372,10 @@ class Trainer:
                 self.start_branch(branch)
         if plan.goes_on(state) and self.validation_due(before):
             self.validate()
-        every = self.settings.checkpoint.every_steps
-        if self.save_due or (every is not None and state.step % every == 0):
+        rule = self.settings.checkpoint
+        if self.save_due or any(
+            every and state.step % every == 0 for every in (rule.every_steps, rule.milestone_every)
+        ):
             self.checkpoint()
 
     def validation_due(self, before: RunState) -> bool:
@@ -355,8 +412,8 @@ class Trainer:
         return task_line(scores)
 
     def write(self, line: dict[str, Any]) -> None:
-        if self.output:
-            self.output.write(line, self.plan.progress(self.state))
+        if (output := self.output) is not None:
+            self.guarded(lambda: output.write(line, self.plan.progress(self.state)))
 
     def minutes_have_passed(self) -> bool:
         """Whether a checkpoint is due by rank 0's clock."""
@@ -364,15 +421,34 @@ class Trainer:
         return self.parallel.is_main and minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
 
     def checkpoint(self) -> None:
-        """Save this step's checkpoint, unless it is there already."""
+        """Save this step's checkpoint, unless it is there already or under way."""
         if self.saved_step == self.state.step:
             return
-        if self.output:
-            self.output.sync()
+        self.meet(self.output.sync if self.output else None)  # it relies on the lines before it
         started = time.perf_counter()
-        self.checkpoints.save(self.parallel, self.snapshot(), self.state.step)
+        outcome = self.checkpoints.save(self.parallel, self.snapshot(), self.state.step)
         self.checkpoint_seconds += time.perf_counter() - started
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
+        self.settle(outcome)
+
+    def settle(self, outcome: Outcome | None) -> None:
+        """Take in what became of a save: one that failed is not there."""
+        if outcome is not None and not outcome.written and outcome.step == self.saved_step:
+            self.saved_step = -1
+
+    def last_checkpoint(self) -> None:
+        """The checkpoint that a run ends with, whole. Raises RunFailed, on every rank, if it cannot be written."""
+        self.settle(self.checkpoints.wait())  # one of this very step may have been under way, and have failed
+        self.checkpoint()
+        outcome = self.checkpoints.wait()
+        self.settle(outcome)
+        if self.saved_step != self.state.step and outcome is not None:
+            raise RunFailed(
+                f"{self.plan.folder}: training stands after step {self.state.step}, whose checkpoint could not be "
+                f"written ({outcome.error}). Make room, then run the same command again: it goes on from the "
+                "checkpoint before",
+                CANNOT_WRITE,
+            )
 
     def snapshot(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors and random numbers: JSON, the same on every rank."""
@@ -405,13 +481,17 @@ class Trainer:
     def open_run(self) -> None:
         """Take the run directory up where its latest checkpoint stands, or begin it."""
         parallel, plan = self.parallel, self.plan
-        if parallel.is_main:
-            facts = {"planned_steps": plan.planned_steps, "warmup_steps": plan.schedule.warmup_steps}
+        facts = {"planned_steps": plan.planned_steps, "warmup_steps": plan.schedule.warmup_steps}
+
+        def describe() -> None:
             run_folder.describe_run(plan.settings, self.config, self.manifest, facts, parallel)
             (plan.folder / REQUEUE_FILE).unlink(missing_ok=True)
-        parallel.barrier()
+
+        parallel.on_main("describing the run", describe)
         self.checkpoints = self.checkpoints_of(plan)
         found = self.checkpoints.latest(parallel)
+        if found is None:
+            parallel.on_main("looking for what was trained", lambda: run_folder.check_history(plan.folder))
         snapshot: dict[str, Any] = {}
         if found is not None:
             snapshot = self.checkpoints.load(parallel, found)
@@ -421,39 +501,73 @@ class Trainer:
             raise UserError(
                 f"{plan.folder}: the trunk's checkpoint is lost; remove {self.settings.run_dir} and start anew"
             )
+        self.loader.spread_over(plan.planned_steps * plan.settings.batch.size)
         self.saved_step, self.saved_at = self.state.step if found else -1, time.monotonic()
         self.tracker_id = snapshot.get("tracker_id")
-        if parallel.is_main:
-            self.tracker_id = tracker_id(plan.folder / "tracker", self.tracker_id)
-            tracker = Tracker(plan.settings, plan.folder / "tracker", self.tracker_id)
-            progress = plan.progress(self.state)
-            self.output = Output(plan.folder, plan.settings.name, self.saved_step, progress, tracker)
-            if found is not None:
-                self.output.say(f"goes on from {found}")
+        self.output = parallel.on_main("opening the metrics", self.open_output)
+        if self.output and found is not None:
+            self.output.say(f"goes on from {found}")
+        if self.output and (epochs := self.loader.epochs_at(plan.planned_steps * plan.settings.batch.size)):
+            told = ", ".join(f"{name} {count:.2f}" for name, count in epochs.items())
+            self.output.say(f"epochs of each source over the whole budget: {told}")
         if found is None and plan.settings.evaluation.at_start:
             self.validate()
 
+    def open_output(self) -> Output:
+        """Where the run's figures go; on rank 0."""
+        folder = self.plan.folder
+        self.tracker_id = tracker_id(folder / "tracker", self.tracker_id)
+        tracker = Tracker(self.plan.settings, folder / "tracker", self.tracker_id)
+        return Output(folder, self.plan.settings.name, self.saved_step, self.plan.progress(self.state), tracker)
+
+    def close_run(self) -> None:
+        """Whatever ended it: let a save that is under way come to its end, and close what is open."""
+        try:
+            self.checkpoints.wait()
+        finally:
+            self.loader.close()
+            if self.output:
+                with suppress(OSError):  # what had to be on the disk was brought there before
+                    self.output.close()
+                self.output = None
+
     def checkpoints_of(self, plan: Plan) -> Checkpoints:
         """The checkpoints in a run directory, by the settings."""
-        rule = plan.settings.checkpoint
-        report = print if self.parallel.is_main else lambda message: None
-        return Checkpoints(plan.folder / "checkpoints", rule.keep, rule.milestone_every, rule.asynchronous, report)
+        rule, folder = plan.settings.checkpoint, plan.folder
+        return Checkpoints(
+            folder / "checkpoints",
+            rule.keep,
+            rule.milestone_every,
+            rule.asynchronous,
+            report=print if self.parallel.is_main else lambda message: None,
+            written=lambda step: run_folder.note_checkpoint(folder, step),
+        )
 
     def start_branch(self, branch: Plan) -> None:
         """Begin a branch's run directory as if it had been trained up to here: the metrics and this checkpoint."""
-        if self.parallel.is_main:
+        trunk = self.plan.folder
+
+        def begin() -> None:
             run_folder.claim(branch.settings)
-            shutil.copyfile(self.plan.folder / METRICS, branch.folder / METRICS)
-        self.parallel.barrier()
+            shutil.copyfile(trunk / METRICS, branch.folder / METRICS)
+
+        self.meet()
+        self.parallel.on_main("beginning a branch", begin)
         checkpoints = self.checkpoints_of(branch)
         checkpoints.save(self.parallel, self.snapshot() | {"tracker_id": None}, self.state.step)
-        checkpoints.wait()
+        outcome = checkpoints.wait()
+        if outcome is not None and not outcome.written:
+            raise RunFailed(
+                f"{branch.folder}: this branch could not be begun ({outcome.error}). Make room, then run the same "
+                "command again: the trunk goes on from its checkpoint before",
+                CANNOT_WRITE,
+            )
 
     def leave(self) -> None:
-        """The end of a run that was asked to stop before its budget was spent."""
+        """The end of a run that was asked to stop before its budget was spent, with its checkpoint written."""
+        if self.stop.exit_code == REQUEUE:
+            self.meet((self.plan.folder / REQUEUE_FILE).touch)
         if self.output:
-            if self.stop.exit_code == REQUEUE:
-                (self.plan.folder / REQUEUE_FILE).touch()
             self.output.say(
                 f"stopped after step {self.state.step}, with a checkpoint; run the same command again to go on"
             )
@@ -462,10 +576,13 @@ class Trainer:
         """The end of a run whose budget is spent: validate, export the model, and write the last line."""
         if self.plan.trunk:
             self.write(asdict(self.state) | {"event": "branched"})
-            return
-        last = self.validation(self.parallel) | self.task_figures()
-        if self.parallel.is_main:
-            source = folder_of(self.checkpoints.folder, self.state.step)
-            export(source, self.plan.folder / "final", self.manifest.folder / "tokenizer.json")
-        self.parallel.barrier()
-        self.write(asdict(self.state) | last | {"event": "finished"})
+        else:
+            last = self.validation(self.parallel) | self.task_figures()
+            source, tokenizer = (
+                folder_of(self.checkpoints.folder, self.state.step),
+                self.manifest.folder / "tokenizer.json",
+            )
+            final, line = self.plan.folder / "final", asdict(self.state) | last
+            self.parallel.on_main("exporting the model", lambda: export(source, final, tokenizer, line))
+            self.write(line | {"event": "finished"})
+        self.meet(self.output.sync if self.output else None)

@@ -89,8 +89,8 @@ class Watchdog:
 
     def _publish(self) -> None:
         self.serial += 1
-        busy = self._busy[-1:] or [""]
-        fields = (self.count, self.place, self.serial, socket.gethostname(), os.getpid(), *busy)
+        busy = (self._busy[-1:] or [""])[0]
+        fields = (self.count, self.place, self.serial, socket.gethostname(), os.getpid(), busy)
         self.store.set(f"beat/{self.rank}", "\t".join(str(field) for field in fields))
 
     def _watch(self) -> None:
@@ -115,8 +115,8 @@ class Watchdog:
     def _judge(self, beats: list[str], now: float) -> None:
         """Take the ranks' beats in; stop all where the limit has passed."""
         for rank, text in enumerate(beats):
-            count, place, serial, host, pid, busy = text.split("\t")
-            beat, before = Beat(int(count), place, int(serial), host, int(pid), busy), self.seen.get(rank)
+            count, place, serial, host, pid, what = text.split("\t")
+            beat, before = Beat(int(count), place, int(serial), host, int(pid), what), self.seen.get(rank)
             if before is None or beat.count != before.count:
                 self.moved[rank] = now
             if before is None or beat.serial != before.serial:

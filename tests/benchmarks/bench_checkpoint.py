@@ -22,7 +22,8 @@ from rich.table import Table
 from torch import nn
 
 from pretrain.checkpoint import Checkpoints
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 
 GOAL = 0.1  # stall in the background over stall at once
 

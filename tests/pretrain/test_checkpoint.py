@@ -20,7 +20,8 @@ from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
 from pretrain.checkpoint import BrokenSave, Checkpoints, Outcome, committed, folder_of
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from tests.helpers.experiments import ROUTED
 
 CONFIG = MoRConfig(**ROUTED["mor_token"], vocab_size=50, max_position_embeddings=16, balancing="loss_free")
@@ -229,7 +230,7 @@ def test_a_thread_that_ends_without_agreement_is_raised_where_the_main_thread_wa
 
     monkeypatch.setattr(parallel, "gather", lose)
     checkpoints.save(parallel, {}, 1)
-    with pytest.raises(BrokenSave, match="step-00000001.*connection closed by peer"):
+    with pytest.raises(BrokenSave, match=r"step-00000001.*connection closed by peer"):
         checkpoints.wait()
     assert committed(tmp_path) == []
 
@@ -281,7 +282,7 @@ def test_what_was_just_written_is_never_pruned(tmp_path: Path):
 
 def test_a_checkpoint_that_was_being_replaced_comes_back(tmp_path: Path):
     """A kill between the two renames of a save of the same step."""
-    parallel, (checkpoints, messages) = started(), store(tmp_path, keep=1)
+    parallel, (checkpoints, _) = started(), store(tmp_path, keep=1)
     checkpoints.save(parallel, {}, 1)
     folder_of(tmp_path, 1).rename(tmp_path / "step-00000001.replaced")
     (tmp_path / "step-00000001.partial").mkdir()

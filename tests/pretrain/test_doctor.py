@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from pretrain import doctor
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import settings_for

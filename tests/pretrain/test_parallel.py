@@ -23,7 +23,8 @@ from data_prep.settings import UserError, read_yaml
 from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
 from pretrain.checkpoint import Marker, committed
-from pretrain.parallel import Parallel, ParallelSettings, resolve_strategy
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings, check_precision, resolve_strategy
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import ROUTED, read_lines, settings_for, trainer_for
@@ -65,6 +66,110 @@ def test_accelerate_says_how_small_a_unit_may_be():
     policy = {"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP", "fsdp_min_num_params": 5000}
     values = {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, **policy}}
     assert ParallelSettings.model_validate(values).min_unit_parameters == 5000
+
+
+# What accelerate 1.15 writes for `accelerate config default`, and what its questions write.
+DEFAULT_FILE = {
+    "compute_environment": "LOCAL_MACHINE", "debug": False, "distributed_type": "MULTI_GPU", "downcast_bf16": False,
+    "enable_cpu_affinity": False, "machine_rank": 0, "main_training_function": "main", "mixed_precision": "no",
+    "num_machines": 1, "num_processes": 2, "rdzv_backend": "static", "same_network": False, "tpu_env": [],
+    "tpu_use_cluster": False, "tpu_use_sudo": False, "use_cpu": False, "gpu_ids": "all",
+}  # fmt: skip
+FSDP_FILE = DEFAULT_FILE | {
+    "distributed_type": "FSDP",
+    "fsdp_config": {
+        "fsdp_activation_checkpointing": True, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_cpu_ram_efficient_loading": True, "fsdp_offload_params": True, "fsdp_reshard_after_forward": False,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT", "fsdp_version": 2,
+    },
+}  # fmt: skip
+DEEPSPEED_FILE = DEFAULT_FILE | {
+    "distributed_type": "DEEPSPEED",
+    "deepspeed_config": {
+        "gradient_accumulation_steps": 1, "offload_optimizer_device": "cpu", "offload_param_device": "cpu",
+        "zero3_init_flag": False, "zero3_save_16bit_model": False, "zero_stage": 3,
+        "deepspeed_multinode_launcher": "standard", "offload_param_nvme_path": "none",
+    },
+}  # fmt: skip
+OFFLOADING = {"offload_parameters": True, "offload_optimizer": True}
+RECOMPUTING = {"offload_parameters": True, "activation_checkpointing": True, "reshard_after_forward": False}
+
+
+@pytest.mark.parametrize(
+    ("values", "fields"),
+    [
+        (DEFAULT_FILE, {"strategy": "ddp", "world_size": 2}),
+        (FSDP_FILE, {"strategy": "fsdp2", "world_size": 2, **RECOMPUTING}),
+        (DEEPSPEED_FILE, {"strategy": "zero3", "world_size": 2, **OFFLOADING}),
+    ],
+)
+def test_what_accelerate_writes_is_honoured_whole(values: dict[str, Any], fields: dict[str, Any]):
+    settings = ParallelSettings.model_validate(values)
+    assert settings.model_dump(exclude_unset=True, exclude_defaults=True) == fields
+
+
+def within(section: str, **values: Any) -> dict[str, Any]:
+    """A file of accelerate with these keys in one of its sections."""
+    kind = {"fsdp_config": FSDP_FILE, "deepspeed_config": DEEPSPEED_FILE}.get(section, DEFAULT_FILE)
+    return kind | {section: {**kind.get(section, {}), **values}} if section else DEFAULT_FILE | values
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            within("fsdp_config", fsdp_sharding_strategy="HYBRID_SHARD"),
+            "fsdp_sharding_strategy.*HYBRID_SHARD.*FULL_SHARD",
+        ),
+        (within("fsdp_config", fsdp_ofload_params=True), "fsdp_ofload_params.*nearest valid: fsdp_offload_params"),
+        (within("fsdp_config", fsdp_state_dict_type="FULL_STATE_DICT"), "fsdp_state_dict_type.*convert"),
+        (within("fsdp_config", fsdp_auto_wrap_policy="NO_WRAP"), "fsdp_auto_wrap_policy.*NO_WRAP"),
+        (within("fsdp_config", fsdp_transformer_layer_cls_to_wrap="BertLayer"), "BertLayer.*the model names its own"),
+        (within("deepspeed_config", gradient_clipping=0.5), "gradient_clipping: 0.5.*optimizer.clip_norm"),
+        (within("deepspeed_config", gradient_accumulation_steps=4), "gradient_accumulation_steps: 4.*batch.micro_size"),
+        (within("deepspeed_config", offload_param_device="nvme"), "offload_param_device: 'nvme'.*cpu or none"),
+        (within("deepspeed_config", deepspeed_config_file="ds.json"), "deepspeed_config_file.*zero_stage"),
+        (within("deepspeed_config", zero_stage=0), "zero_stage: 0.*MULTI_GPU"),
+        (within("deepspeed_config", zero_stage=2), "offload_parameters needs zero3 or fsdp2"),
+        (within("parallelism_config", parallelism_config_tp_size=2), "parallelism_config_tp_size: 2"),
+        (within("dynamo_config", dynamo_backend="INDUCTOR"), "dynamo_backend: 'INDUCTOR'.*compile: true"),
+        (within("", mixed_precision="fp16"), "mixed_precision: 'fp16'.*precision of the experiment"),
+        (within("", tpu_use_cluster=True), "tpu_use_cluster: True is not served"),
+        (within("", fp8_config={"backend": "TE"}), "fp8_config"),
+        (within("", num_procesess=2), "num_procesess.*nearest valid: num_processes"),
+        (within("", fsdp_config={"fsdp_version": 2}), "fsdp_config belongs to distributed_type FSDP"),
+        (within("", distributed_type="MULTI_CPU"), "MULTI_CPU.*MULTI_GPU"),
+    ],
+)
+def test_what_is_not_served_of_accelerates_files_is_refused_by_name(values: dict[str, Any], words: str):
+    with pytest.raises(ValidationError, match=words):
+        ParallelSettings.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"FSDP_OFFLOAD_PARAMS": "perhaps"}, "fsdp_offload_params"),
+        ({"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, "fsdp_state_dict_type"),
+        ({"PARALLELISM_CONFIG_TP_SIZE": "2"}, "tp_size"),
+        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}
+         | {"ACCELERATE_GRADIENT_CLIPPING": "0.3"}, "gradient_clipping"),
+    ],
+)  # fmt: skip
+def test_what_the_launcher_passes_on_is_refused_alike(changes: dict[str, str], words: str):
+    environment = RUNNING | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | changes
+    with pytest.raises(UserError, match=words):
+        resolve_strategy(ParallelSettings(), environment)
+
+
+def test_the_launchers_precision_is_held_against_the_experiments():
+    asked = ParallelSettings.model_validate(DEFAULT_FILE | {"mixed_precision": "bf16"})
+    check_precision(asked, "bf16", {})
+    check_precision(ParallelSettings(), "bf16", {"ACCELERATE_MIXED_PRECISION": "no"})
+    with pytest.raises(UserError, match=r"mixed_precision bf16.*precision: fp32"):
+        check_precision(asked, "fp32", {})
+    with pytest.raises(UserError, match="mixed_precision fp16"):
+        check_precision(ParallelSettings(), "bf16", {"ACCELERATE_MIXED_PRECISION": "fp16"})
 
 
 def test_every_configuration_file_is_tested():
@@ -129,6 +234,18 @@ def test_a_world_other_than_asked_for_is_refused(values: dict[str, Any], environ
             {"strategy": "fsdp2", "min_unit_parameters": 5000},
         ),
         (
+            RUNNING
+            | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+            | {"FSDP_OFFLOAD_PARAMS": "true", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {"strategy": "fsdp2", "offload_parameters": True, "activation_checkpointing": True},
+        ),
+        (
+            RUNNING
+            | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+            | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1"},
+            {"strategy": "zero3", "offload_optimizer": False, "offload_parameters": True},
+        ),
+        (
             RUNNING | {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
             {"strategy": "zero2", "offload_optimizer": False},
         ),
@@ -183,6 +300,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float):
 # --- several ranks ------------------------------------------------------------
 
 STEPS = 50
+OFFLOADED = {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu"}
+OFFLOADED_FSDP = {"fsdp_version": 2, "fsdp_offload_params": True, "fsdp_activation_checkpointing": True}
 # name: (architecture, ranks, parallel section)
 RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "ddp": ("mor_expert", 2, {"strategy": "ddp"}),
@@ -195,6 +314,8 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "fsdp2_4": ("mor_expert", 4, {"strategy": "fsdp2"}),
     "fsdp2_keep": ("mor_expert", 2, {"strategy": "fsdp2", "reshard_after_forward": False}),
     "fsdp2_hybrid": ("mor_expert", 4, {"strategy": "fsdp2", "shard_size": 2}),
+    "zero3_offload_all": ("mor_expert", 2, {"distributed_type": "DEEPSPEED", "deepspeed_config": OFFLOADED}),
+    "fsdp2_offload": ("mor_expert", 2, {"distributed_type": "FSDP", "fsdp_config": OFFLOADED_FSDP}),
     "fsdp2_one_unit": ("mor_expert", 2, {"strategy": "fsdp2", "min_unit_parameters": 10**6}),
     "token_ddp_4": ("mor_token", 4, {"strategy": "ddp"}),
     "token_zero2": ("mor_token", 2, {"strategy": "zero2"}),
@@ -289,7 +410,8 @@ def test_bf16_recomputation_and_accumulation_together(data: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "fsdp2_keep", "fsdp2_hybrid"]
+    "name",
+    ["ddp", "zero1", "zero2", "zero3", "zero3_offload_all", "fsdp2", "fsdp2_keep", "fsdp2_hybrid", "fsdp2_offload"],
 )
 def test_resumes_on_the_same_ranks_bit_for_bit(runs: Runs, name: str):
     assert losses(runs.go_on(name, name)) == losses(runs(name))

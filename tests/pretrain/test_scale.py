@@ -16,7 +16,8 @@ from torch.profiler import profile
 from model.config import MoRConfig
 from model.memory import communication, training_memory
 from model.modeling import MoRForCausalLM
-from pretrain.parallel import Parallel, ParallelSettings
+from pretrain.parallel import Parallel
+from pretrain.parallel_settings import ParallelSettings
 from pretrain.scale import CONFIGS, Cluster, estimate
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import ROUTED
