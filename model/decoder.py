@@ -266,6 +266,7 @@ class Run:
     entered: dict[int, Tensor] = field(default_factory=dict)
     offered: dict[int, Tensor] = field(default_factory=dict)
     heads: int = 0
+    depth: Tensor | None = None
     kv: dict[int, KeyValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -306,6 +307,10 @@ class Run:
     def exit(self, x: Tensor, weight: float) -> None:
         """Have states x [B, T, D] read out for the loss."""
         self.exits.append((x, weight))
+
+    def executed(self, depth: Tensor) -> None:
+        """[B, T] steps that tokens made use of, where these are not the gates that they passed."""
+        self.depth = depth
 
     def figure(self, name: str, value: Tensor) -> None:
         """Add to a statistic, the mean of what is added."""
@@ -502,6 +507,8 @@ class Run:
         masks = [[of.get(gate, nobody) for gate in range(method.gates)] for of in (self.entered, self.offered)]
         entered, offered = (torch.stack(mask, -1) for mask in masks)
         record = routing.make_record(entered, offered, real, method.layout)
+        if self.depth is not None:
+            record.depth = self.depth if real is None else self.depth.masked_fill(~real, 0)
         record.heads, record.scores, record.selected = self.heads, self.scores, self.selected
         means = [mean for means in self.score_means for mean in means.flatten()]
         record.statistics |= {f"score_mean_{i + 1}": mean for i, mean in enumerate(means)}

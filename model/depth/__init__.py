@@ -9,12 +9,20 @@ from .base import DepthMethod
 from .dense import Dense
 from .expert_choice import ExpertChoice
 from .layout import Stage
+from .mixture_of_depths import MixtureOfDepths
 from .token_choice import TokenChoice
+from .universal import Universal
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
 
-METHODS: dict[str, type[DepthMethod]] = {"none": Dense, "expert_choice": ExpertChoice, "token_choice": TokenChoice}
+METHODS: dict[str, type[DepthMethod]] = {
+    "none": Dense,
+    "expert_choice": ExpertChoice,
+    "token_choice": TokenChoice,
+    "mixture_of_depths": MixtureOfDepths,
+    "universal": Universal,
+}
 
 
 def method_of(config: MoRConfig) -> type[DepthMethod]:

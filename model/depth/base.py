@@ -31,7 +31,8 @@ class Scorer:
     """The matrices that score the tokens offered to a gate.
 
     name: of the component in `flops.breakdown`. shapes: (inputs, outputs) of each, one after the other. biases: their
-    number. to_weights, to_input: whether gradients reach them, and the states that they score.
+    number. to_weights, to_input: whether gradients reach them, and the states that they score. counted: False where an
+    earlier gate has the same ones.
     """
 
     name: str
@@ -40,10 +41,11 @@ class Scorer:
     biases: int = 0
     to_weights: bool = True
     to_input: bool = True
+    counted: bool = True
 
     @property
     def parameters(self) -> int:
-        return sum(inputs * outputs for inputs, outputs in self.shapes) + self.biases
+        return (sum(inputs * outputs for inputs, outputs in self.shapes) + self.biases) * self.counted
 
 
 class Carry(Protocol):
@@ -60,6 +62,10 @@ class DepthMethod(nn.Module):
     # Training lets in as many tokens as `size` says, at fixed shapes; otherwise batches are ragged.
     fixed: ClassVar[bool] = False
 
+    # Fields of the configuration that mean something to it alone; set for another method they are refused.
+    fields: ClassVar[frozenset[str]] = frozenset()
+    # Values of `router_activation` that fit; empty: it has no router.
+    activations: ClassVar[tuple[str, ...]] = ()
     # Whether a generating model may be asked for its load before the first gate (`routing_only`).
     previews: ClassVar[bool] = False
 
@@ -73,6 +79,30 @@ class DepthMethod(nn.Module):
     # --- from the configuration alone ---------------------------------------------------------------------------------
 
     @classmethod
+    def architecture(cls, config: MoRConfig) -> str:
+        """What reports call a model, one of `config.ARCHITECTURES`."""
+        raise NotImplementedError
+
+    @classmethod
+    def resolved(cls, config: MoRConfig) -> dict[str, Any]:
+        """Values of fields that were left None."""
+        return {"router_activation": "sigmoid", "router_alpha": 0.1}
+
+    @classmethod
+    def check_recursions(cls, config: MoRConfig) -> None:
+        """Raise ValueError where the layers' sharing does not fit; by default what is no loop over a shared block."""
+        if config.num_recursions < 2:
+            raise ValueError(
+                f"num_recursions: routing {config.routing!r} needs at least 2, got {config.num_recursions}; use 2"
+            )
+        if config.sharing not in ("cycle", "middle_cycle"):
+            raise ValueError(f"sharing: routing cannot use {config.sharing!r}; use 'middle_cycle' or 'cycle'")
+
+    @classmethod
+    def check(cls, config: MoRConfig) -> None:
+        """Raise ValueError, naming the field and a value that works, where the method's own settings do not fit."""
+
+    @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
         """The layout."""
         raise NotImplementedError
@@ -81,6 +111,11 @@ class DepthMethod(nn.Module):
     def scorers(cls, config: MoRConfig) -> list[Scorer]:
         """What scores tokens, in the order of the gates."""
         return []
+
+    @classmethod
+    def other_parameters(cls, config: MoRConfig) -> int:
+        """Parameters of the method outside what scores tokens."""
+        return 0
 
     @classmethod
     def shares(cls, config: MoRConfig) -> list[Fraction]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,52 @@ class ExpertChoice(DepthMethod):
     """A router before each recursion."""
 
     fixed = True
+    fields = frozenset(
+        {"router", "router_activation", "router_alpha", "router_temperature", "gating", "z_loss_coefficient"}
+        | {"selection", "selection_coefficient", "capacity_factors", "capacity_warmup_steps"}
+    )
+    activations: ClassVar[tuple[str, ...]] = ("sigmoid", "tanh", "none")
 
     def __init__(self, config: MoRConfig):
         super().__init__(config)
-        self.capacities = [float(c) for c in config.capacity_factors or ()]
+        self.capacities = self.capacities_of(config)
         if config.router != "random":
             self.routers = nn.ModuleList(routing.Router(config, 1) for _ in range(self.gates))
             if config.selection == "aux_router":
                 self.aux_routers = nn.ModuleList(routing.Router(config, 1, tempered=False) for _ in range(self.gates))
+
+    @classmethod
+    def architecture(cls, config: MoRConfig) -> str:
+        return "mor_expert"
+
+    @classmethod
+    def resolved(cls, config: MoRConfig) -> dict[str, Any]:
+        depth = config.num_recursions
+        return super().resolved(config) | {"capacity_factors": [(depth - r) / depth for r in range(depth)]}
+
+    @classmethod
+    def check(cls, config: MoRConfig) -> None:
+        if config.selection == "predictor":
+            raise ValueError("selection: 'predictor' is of mixture_of_depths; use 'aux_router', or 'aux_loss'")
+        default = [round((config.num_recursions - r) / config.num_recursions, 4) for r in range(config.num_recursions)]
+        capacities = list(config.capacity_factors or ())
+        if len(capacities) != config.num_recursions:
+            raise ValueError(
+                f"capacity_factors: {len(capacities)} values for num_recursions {config.num_recursions}; use {default}"
+            )
+        if any(not 0.0 < c <= 1.0 for c in capacities):
+            raise ValueError(f"capacity_factors: each must lie in (0, 1], got {capacities}; use {default}")
+        if any(later > earlier for earlier, later in itertools.pairwise(capacities)):
+            falling = sorted(capacities, reverse=True)
+            raise ValueError(
+                f"capacity_factors: must not rise, since each recursion chooses among the tokens of the one before, "
+                f"got {capacities}; use {falling}"
+            )
+
+    @classmethod
+    def capacities_of(cls, config: MoRConfig) -> list[float]:
+        """Share of the sequence that each gate takes, [G]."""
+        return [float(c) for c in config.capacity_factors or ()]
 
     @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
@@ -41,7 +80,7 @@ class ExpertChoice(DepthMethod):
         if not shapes:
             return []
         learns = config.gating == "weighted" or config.selection == "aux_loss" or config.z_loss_coefficient > 0
-        gates = range(config.num_recursions)
+        gates = range(len(cls.capacities_of(config)))
         found = [Scorer("router", gate, shapes, to_weights=learns, to_input=learns) for gate in gates]
         if config.selection == "aux_router":
             found += [Scorer("aux_router", gate, shapes, to_input=False) for gate in gates]
@@ -49,16 +88,12 @@ class ExpertChoice(DepthMethod):
 
     @classmethod
     def shares(cls, config: MoRConfig) -> list[Fraction]:
-        depth = config.num_recursions
-        if config.capacity_factors is not None:
-            return [Fraction(c).limit_denominator(10**6) for c in config.capacity_factors]
-        return [Fraction(depth - r, depth) for r in range(depth)]
+        return [Fraction(c).limit_denominator(10**6) for c in cls.capacities_of(config)]
 
     @classmethod
     def selected(cls, config: MoRConfig, gate: int, length: int) -> int:
         """max(1, floor(c_r T)) in floating point, as the model computes it."""
-        assert config.capacity_factors is not None
-        return max(1, int(config.capacity_factors[gate] * length))
+        return max(1, int(cls.capacities_of(config)[gate] * length))
 
     @classmethod
     def modes(cls, config: MoRConfig) -> tuple[str, ...]:

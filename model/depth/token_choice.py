@@ -21,6 +21,11 @@ class TokenChoice(DepthMethod):
     """One router with an output for each depth."""
 
     previews = True
+    fields = frozenset(
+        {"router", "router_activation", "router_alpha", "router_temperature", "gating", "z_loss_coefficient"}
+        | {"balancing", "balancing_coefficient", "bias_update_rate", "balancing_warmup_steps"}
+    )
+    activations = ("softmax", "sigmoid")
     router_bias: Tensor | None
 
     def __init__(self, config: MoRConfig):
@@ -29,6 +34,14 @@ class TokenChoice(DepthMethod):
             self.routers = nn.ModuleList([routing.Router(config, self.gates)])
         bias = torch.zeros(self.gates) if config.balancing == "loss_free" else None
         self.register_buffer("router_bias", bias)
+
+    @classmethod
+    def architecture(cls, config: MoRConfig) -> str:
+        return "mor_token"
+
+    @classmethod
+    def resolved(cls, config: MoRConfig) -> dict[str, Any]:
+        return {"router_activation": "softmax", "router_alpha": 1.0}
 
     @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:

@@ -128,6 +128,10 @@ class Rules:
     def positions(self) -> Tensor:
         return self.engine.tokens.positions[self.index]
 
+    def executed(self, depth: Tensor) -> None:
+        """[N] steps that tokens made use of, where these are not the gates that they passed."""
+        self.engine.tokens.depth[self.index.cpu().numpy()] = depth.cpu().numpy()
+
     def readout(self, x: Tensor) -> Tensor:
         """Norm and head: [N, D] -> [N, V]."""
         return self.engine.head(self.engine.norm(x))
