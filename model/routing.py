@@ -241,7 +241,8 @@ class RoutingRecord:
     """What one forward pass routed; detached tensors, made without waiting for the device.
 
     depth: [B, T] gates that each token passed, 0 .. G; 0 for padding.
-    counts: [B, G] queries per sequence in the stage of each gate. offered: [B, G] tokens that each gate scored.
+    entered, offered: [B, G] tokens per sequence that each gate let in, and that it scored.
+    counts: [B, G] queries per sequence in the stage of each gate.
     pairs: [B, G] causal (query, key) pairs that attention covers per sequence and stage, documents ignored.
     load: [G] share of tokens per depth (token-choice), or share that passed each gate.
     statistics: scalars by name. Top-k: `selection_accuracy` (how often the causal decision agrees with top-k). Of every
@@ -252,8 +253,9 @@ class RoutingRecord:
     """
 
     depth: Tensor
-    counts: Tensor
+    entered: Tensor
     offered: Tensor
+    counts: Tensor
     pairs: Tensor
     load: Tensor
     statistics: dict[str, Tensor] = field(default_factory=dict)
@@ -277,4 +279,4 @@ def make_record(entered: Tensor, offered: Tensor, real: Tensor | None, layout: S
     load = entered.sum((0, 1)) / exists.sum().clamp(min=1)
     reached, there = entered[..., -1].any(0), exists.any(0)
     dead = 1.0 - (reached & there).sum() / there.sum().clamp(min=1)
-    return RoutingRecord(depth, counts, offered.sum(1), pairs, load, {"dead_token_share": dead})
+    return RoutingRecord(depth, entered.sum(1), offered.sum(1), counts, pairs, load, {"dead_token_share": dead})

@@ -112,7 +112,9 @@ class Universal(DepthMethod):
         combine, total, running = self.config.act_combine, carry["sum"], ~carry["halted"]
         p = torch.sigmoid(logits)
         halts = running & (total + p > 1.0 - self.config.act_epsilon)
-        if gate == run.last and combine != "basic":
+        if run.all_in:  # exactly as many steps as are allowed
+            halts = torch.zeros_like(running)
+        if gate == run.last and (combine != "basic" or run.all_in):
             halts = running
         weight = torch.where(halts, 1.0 - total, torch.where(running, p, 0.0))
         wide = weight[..., None].to(after.dtype)
