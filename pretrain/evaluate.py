@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.settings import Settings, UserError, load, run_command
 from model.config import MoRConfig
+from model.depth import method_of
 from model.inference.text import load_checkpoint
 from model.modeling import MoRForCausalLM
 from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state, verify
@@ -217,7 +218,7 @@ def run_tasks(
 
 def has_causal_decision(config: MoRConfig) -> bool:
     """Whether the model can route a token without looking at later ones."""
-    return config.routing != "expert_choice" or config.selection != "none" or config.router == "random"
+    return method_of(config).refuses(config, "causal") is None
 
 
 @functools.cache

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
-from model.config import MoRConfig, RoutingMode
+from model.config import MoRConfig
+from model.depth import method_of
+from model.flops import gates_of
 from pretrain.data import Manifest, Mixture, fixed_batches
 from pretrain.metrics import Sums
 from pretrain.parallel import Parallel
@@ -47,12 +49,10 @@ class Validation:
             "validation_loss_topk": topk["validation_loss"],
         }
 
-    def _modes(self) -> list[RoutingMode]:
-        if self.config.routing != "expert_choice":
-            return ["causal"]
-        return ["topk"] if self.config.selection == "none" else ["causal", "topk"]
+    def _modes(self) -> list[str]:
+        return list(method_of(self.config).modes(self.config))
 
-    def _every_source(self, parallel: Parallel, mode: RoutingMode, max_recursions: int | None) -> dict[str, Any]:
+    def _every_source(self, parallel: Parallel, mode: str, max_recursions: int | None) -> dict[str, Any]:
         """The line of the folder; of a mixture, the mean of its sources' lines over its weights, and every loss.
 
         `validation_loss_sources`: loss by name of the source. The weights are those over the whole budget, so that the
@@ -73,7 +73,7 @@ class Validation:
         return line | {"validation_loss_sources": {name: found["validation_loss"] for name, found in lines.items()}}
 
     def _evaluate(
-        self, parallel: Parallel, routing_mode: RoutingMode, max_recursions: int | None, manifest: Manifest
+        self, parallel: Parallel, routing_mode: str, max_recursions: int | None, manifest: Manifest
     ) -> dict[str, Any]:
         sums = Sums()
         batches = fixed_batches(
@@ -102,7 +102,7 @@ class Validation:
             sums.add("sequences", batch.samples)
             if output.routing is not None:
                 depth = output.routing.depth[: batch.samples].flatten()
-                sums.add("depth", torch.bincount(depth, minlength=self.config.num_recursions + 1))
+                sums.add("depth", torch.bincount(depth, minlength=gates_of(self.config) + 1))
                 for name, value in output.routing.statistics.items():
                     sums.add(name, value.double() * batch.samples)
         totals = sums.reduce(parallel)

@@ -66,6 +66,8 @@ class DepthMethod(nn.Module):
     fields: ClassVar[frozenset[str]] = frozenset()
     # Values of `router_activation` that fit; empty: it has no router.
     activations: ClassVar[tuple[str, ...]] = ()
+    # Whether a token chooses a depth, so that scores are of depths and not of gates.
+    chooses_depth: ClassVar[bool] = False
     # Whether a generating model may be asked for its load before the first gate (`routing_only`).
     previews: ClassVar[bool] = False
 
@@ -136,6 +138,26 @@ class DepthMethod(nn.Module):
     def refuses(cls, config: MoRConfig, mode: str) -> str | None:
         """Why a model cannot be evaluated in this mode."""
         return None
+
+    @classmethod
+    def follows_load(cls, config: MoRConfig) -> bool:
+        """Whether `update` has something to do after an optimizer step."""
+        return False
+
+    @classmethod
+    def needs_load(cls, config: MoRConfig) -> bool:
+        """Whether a loss is a function of the whole batch's load, which is then asked for first (`routing_only`)."""
+        return False
+
+    @classmethod
+    def shown(cls, config: MoRConfig, record: Any) -> Tensor | None:
+        """Scores [B, T, G] in 0..1 for pictures; None: the sigmoid at each gate, of the tokens offered there."""
+        return None
+
+    @classmethod
+    def summarize(cls, totals: dict[str, Any]) -> dict[str, float]:
+        """Figures of a step that are no means over micro-batches. totals: sums over the global batch."""
+        return {}
 
     # --- rules on the tokens at hand ----------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ class TokenChoice(DepthMethod):
     """One router with an output for each depth."""
 
     previews = True
+    chooses_depth = True
     fields = frozenset(
         {"router", "router_activation", "router_alpha", "router_temperature", "gating", "z_loss_coefficient"}
         | {"balancing", "balancing_coefficient", "bias_update_rate", "balancing_warmup_steps"}
@@ -58,6 +59,24 @@ class TokenChoice(DepthMethod):
         """Under perfect balance."""
         depth = config.num_recursions
         return [Fraction(depth - r, depth) for r in range(depth)]
+
+    @classmethod
+    def follows_load(cls, config: MoRConfig) -> bool:
+        return config.balancing == "loss_free"
+
+    @classmethod
+    def needs_load(cls, config: MoRConfig) -> bool:
+        return config.balancing == "loss"
+
+    @classmethod
+    def shown(cls, config: MoRConfig, record: Any) -> Tensor:
+        """The probability of each depth."""
+        return routing.depth_scores(record.scores[0], str(config.router_activation), 1.0)
+
+    @classmethod
+    def summarize(cls, totals: dict[str, Any]) -> dict[str, float]:
+        load = totals["load"]
+        return {"max_violation": max(load) * len(load) / sum(load) - 1}
 
     # --- rules --------------------------------------------------------------------------------------------------------
 

@@ -89,6 +89,13 @@ class Universal(DepthMethod):
         depth = config.num_recursions
         return [Fraction(depth - r if config.act_combine == "frozen" else depth, depth) for r in range(depth)]
 
+    @classmethod
+    def shown(cls, config: MoRConfig, record: Any) -> Tensor | None:
+        """Halting probabilities of every step; where tokens dropped out, only of those offered."""
+        if config.act_combine == "frozen":
+            return None
+        return torch.stack([torch.sigmoid(s.view_as(record.depth)) for s in record.scores], -1)
+
     # --- rules --------------------------------------------------------------------------------------------------------
 
     def begin(self, x: Tensor, run: Any) -> dict[str, Tensor]:

@@ -138,7 +138,7 @@ class Session:
     def legend(self) -> Text:
         """What the colours mean."""
         text = Text("recursions: ")
-        for depth in range(self.engine.config.num_recursions + 1):
+        for depth in range(self.engine.method.gates + 1):
             text.append(f" {depth} ", style=COLOURS[min(depth, len(COLOURS) - 1)])
         return text.append("  (prompt underlined)")
 
@@ -147,7 +147,7 @@ def answer_all(session: Session, rows: list[dict[str, Any]], output: str | None,
     """Serve all the prompts, print the answers, write `output`."""
     live = [session.submit(row["prompt"], **{k: v for k, v in row.items() if k != "prompt"}) for row in rows]
     session.run(live)
-    routed = session.engine.config.routing != "none"
+    routed = session.engine.method.gates > 0
     if routed:
         console.print(session.legend())
     lines = []
