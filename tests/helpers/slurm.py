@@ -118,7 +118,8 @@ class Slurm:
         (self.folder / "munge.key").chmod(0o400)
         host = socket.gethostname().split(".")[0]
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=4 RealMemory=8000 Gres=gpu:1"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} "
+            "CPUs=4 RealMemory=8000 Gres=gpu:1"
             for name in NODES
         )
         (self.folder / "slurm.conf").write_text(

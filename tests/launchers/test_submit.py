@@ -208,9 +208,11 @@ def test_status_shows_every_run_with_its_task(
 
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here: what the directories say
     (tmp_path / "out" / "other-seed0" / "requeue").touch()
+    (tmp_path / "out" / "small-seed1").mkdir()
+    (tmp_path / "out" / "small-seed1" / "lock").touch()
     assert main(["--status", str(path), f"overrides.{data[0]}"]) == 0
     shown = capsys.readouterr().out
-    assert "2 not started, 1 finished, 1 stopped" in shown
+    assert "1 finished, 1 stopped, 1 running, 1 not started" in shown
 
 
 def test_batch_that_does_not_divide_is_refused(data: list[str]) -> None:
