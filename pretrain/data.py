@@ -21,9 +21,13 @@ Shapes: B global batch (samples), m micro-batch (samples), T tokens of a sequenc
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import mmap
+import os
 import tarfile
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -203,12 +207,28 @@ def sample_order(positions: Indices, samples: int, seed: int) -> Indices:
     return order
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
 def _map(path: Path, dtype: torch.dtype) -> npt.NDArray[Any]:
     """The file at `path`, memory-mapped and read-only, as a flat array of `dtype`.
 
-    `torch.from_file` keeps no file descriptor open, unlike `numpy.memmap`, so thousands of shards stay mapped.
+    Python's own `mmap`, and with it `numpy.memmap`, keeps a file descriptor open for each of thousands of shards;
+    `torch.from_file` makes a private writable map, which the kernel counts as memory in use, and refuses under
+    `vm.overcommit_memory=2` once the shards are larger than memory. A shared map that is only read is neither.
     """
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size // dtype.itemsize, dtype=dtype).numpy()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    pages: Any = (ctypes.c_char * size).from_address(address)
+    weakref.finalize(pages, _libc.munmap, address, size)
+    mapped = np.frombuffer(pages, str(dtype).removeprefix("torch."), size // dtype.itemsize)
     mapped.flags.writeable = False
     return mapped
 
@@ -257,7 +277,7 @@ class Blocks:
         for number, shard in enumerate(self.shards):
             path = self.manifest.folder / shard.name
             with tarfile.open(path) as tar:
-                starts = [member.offset_data + member.size - size for member in tar if member.isfile()]
+                starts = [start for member in tar if member.isfile() for start in _starts(tar, member, size)]
             if not np.array_equal(self._open(number)[1], starts):
                 raise UserError(f"{index_path(path)}: index does not match its shard; prepare the folder anew")
 
@@ -269,6 +289,17 @@ class Blocks:
             offsets = _read_index(index_path(path), shard, self.length, self.dtype.itemsize)
             self._opened[number] = _map(path, self.dtype), offsets
         return self._opened[number]
+
+
+def _starts(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> Iterable[int]:
+    """Bytes of a tar at which the samples of `size` bytes in one of its members start; the npy header comes before."""
+    file = tar.extractfile(member)
+    assert file is not None
+    with file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        header = file.tell()
+    return range(member.offset_data + header, member.offset_data + header + math.prod(shape) * dtype.itemsize, size)
 
 
 def _read_index(path: Path, shard: Shard, length: int, token_bytes: int) -> Indices:

@@ -576,6 +576,7 @@ class Trainer:
                 folder_of(self.checkpoints.folder, self.state.step),
                 self.manifest.folder / "tokenizer.json",
             )
-            self.parallel.on_main("exporting the model", lambda: export(source, self.plan.folder / "final", tokenizer))
-            self.write(asdict(self.state) | last | {"event": "finished"})
+            final, line = self.plan.folder / "final", asdict(self.state) | last
+            self.parallel.on_main("exporting the model", lambda: export(source, final, tokenizer, line))
+            self.write(line | {"event": "finished"})
         self.meet(self.output.sync if self.output else None)
