@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from . import routing
@@ -32,7 +32,7 @@ from .attention import NAMESPACE
 from .cache import MoRCache
 from .config import MoRConfig
 from .depth import stages_of
-from .layers import DecoderLayer, KeyValue, LMHead, Tokens, chunk_rows, cross_entropy_sum, gather_rows
+from .layers import DecoderLayer, KeyValue, LMHead, RMSNorm, Tokens, chunk_rows, cross_entropy_sum, gather_rows
 from .relaxation import RelaxedLinear
 from .routing import Router, RoutingRecord
 from .sharing import Application, applications, num_unique_layers, segments
@@ -171,7 +171,7 @@ class MoRModel(MoRPreTrainedModel):
         uses = applications(config)
         shared = {use.layer for use in uses if use.recursion is not None}
         self.layers = nn.ModuleList(DecoderLayer(config, i in shared) for i in range(num_unique_layers(config)))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.layout = stages_of(config)
         self.segments = segments(config)
@@ -225,6 +225,8 @@ class MoRModel(MoRPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if torch.is_autocast_enabled(hidden.device.type):  # bf16 all along the residual stream, under every strategy
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         mode = self._mode(routing_mode)
         if position_ids is not None and document_ids is None and attention_mask is None and past_key_values is None:
             document_ids = None if use_cache else _packed_documents(position_ids, hidden.shape[0])
@@ -386,7 +388,7 @@ class MoRModel(MoRPreTrainedModel):
             if sharing and use.recursion == 0 and cache is None:
                 fresh[use.layer] = (key, value)
             if self.recursion_encoding is not None and use.encoding is not None:
-                x = x * self.recursion_encoding[use.encoding]
+                x = x * self.recursion_encoding[use.encoding].to(x.dtype)
         return x, fresh
 
     # Selecting tokens ------------------------------------------------------------------------------------------------
