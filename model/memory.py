@@ -254,8 +254,9 @@ def communication(
     each of its applications, forward and backward; this is a bound for zero3, which keeps what it needs again within
     `ZERO3_LIVE` parameters, and so gathers a small model once a micro-batch. fsdp2 without resharding gathers each unit
     once a step, whatever Nr. Accumulated gradients of shared layers travel twice under fsdp2: those of the last
-    micro-batch, and those before. With bf16, fsdp2 gathers in bf16; all else travels in fp32. shard_size: hybrid, copies sum their gradients. min_unit_parameters: fsdp2,
-    smaller layers are gathered with the root, and their gradients travel with its own.
+    micro-batch, and those before. With bf16, fsdp2 gathers in bf16; all else travels in fp32. shard_size: hybrid,
+    copies sum their gradients. min_unit_parameters: fsdp2, smaller layers are gathered with the root, and their
+    gradients travel with its own.
     """
     _check(strategy, world_size, shard_size)
     states = unique_parameters(config) * FP32
