@@ -2,7 +2,9 @@
 
 python launchers/compare.py --config configs/compare/NAME.yaml [key=value ...] [--dry-run]
 
-Each run is `accelerate launch pretrain/main.py ...`, at most `at_once` together. The same command again does only what
+Each run is `accelerate launch pretrain/main.py ...` (through launchers/accelerate_launch.py, which waits for ranks that
+stop), at most `at_once` together. SIGTERM and a hangup stop the runs as Ctrl-C does, with a checkpoint each; a second
+Ctrl-C ends them at once. The same command again does only what
 is missing: finished runs are left alone, stopped ones go on from their checkpoints. A run that fails is reported and
 stops no other. Exit codes: 0 all finished; 1 a run failed or was stopped; 2 a mistake in what was given; 130 Ctrl-C.
 """
@@ -23,7 +25,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,13 +45,15 @@ from pretrain.config import ExperimentSettings, Flops, differing_keys, make_mode
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.report import write_report
+from pretrain.stop import REQUEUE, REQUEUE_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.5
 PLAIN_LINE_SECONDS = 30.0  # between status lines where there is no terminal
-STOP_SECONDS = 180.0  # what a stopped run may take to write its checkpoint
+STOP_SECONDS = 900.0  # what a stopped run may take to end its step and write its checkpoint
 LOG_TAIL = 15
-REQUEUE = 75
+UNSAVED = 74  # exit code of a run that could not save a checkpoint
+ENDED_BY_SIGTERM = (128 + signal.SIGTERM, -signal.SIGTERM)  # asked to stop before it had anything to save
 
 
 class BudgetEntry(Settings):
@@ -115,6 +119,10 @@ class PlannedRun:
             return _event(self.folder) == "finished"
         done = [folder for folder in self.folders() if _event(folder) == "finished"]
         return _event(self.folder) == "branched" and len(done) == len(self.budgets)
+
+    def asks_for_more(self) -> bool:
+        """Whether the run, or a branch, was stopped with a checkpoint, to be started again."""
+        return any((folder / REQUEUE_FILE).exists() for folder in {self.folder, *self.folders()})
 
     def share(self) -> float:
         """Share of the run's whole work that is done, by its metrics: the trunk, and what each branch adds to it."""
@@ -208,13 +216,15 @@ def require_same_configuration(run: PlannedRun) -> None:
 
 def data_shape(settings: ExperimentSettings) -> tuple[int | None, int]:
     """(vocabulary or None where it is not known yet, sequence length) of the data, prepared or to be prepared."""
-    manifest = settings.data.folder / "manifest.json"
-    if manifest.exists():
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
-        return facts["vocab_size"], facts["sequence_length"]
-    if settings.data.prepare is None:
-        raise UserError(f"{manifest}: no such file, and data.prepare does not say how to make it")
-    source = read_yaml(settings.data.prepare)
+    for folder, _ in settings.data.folders:  # of a mixture all are alike
+        manifest = folder / "manifest.json"
+        if manifest.exists():
+            facts = json.loads(manifest.read_text(encoding="utf-8"))
+            return facts["vocab_size"], facts["sequence_length"]
+    folder, prepare = settings.data.folders[0]
+    if prepare is None:
+        raise UserError(f"{folder / 'manifest.json'}: no such file, and data.prepare does not say how to make it")
+    source = read_yaml(prepare)
     return source.get("tokenizer", {}).get("vocab_size"), int(source["sequence_length"])
 
 
@@ -315,6 +325,8 @@ class LocalRuns:
         devices = torch.cuda.device_count()
         if devices > 1 and self.compare.at_once > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % devices)
+        for folder in {run.folder, *run.folders()}:
+            (folder / REQUEUE_FILE).unlink(missing_ok=True)  # of the stop that this start goes on from
         with open(self.log_folder / f"{run.label}.log", "ab") as log:
             # A session of its own: Ctrl-C reaches this process alone, which then stops every run in order.
             process = subprocess.Popen(
@@ -343,7 +355,7 @@ class LocalRuns:
             losses = ", ".join(f"{line['validation_loss']:.4f}" for line in lines)
             self.progress.update(task, completed=1.0, text=f"validation loss {losses}")
             self._say(f"{run.label}: finished, validation loss {losses}")
-        elif code == REQUEUE:
+        elif code == REQUEUE or code in ENDED_BY_SIGTERM or (code not in (0, UNSAVED) and run.asks_for_more()):
             self.stopped.append(run.label)
             self.progress.update(task, text="stopped on request")
             self._say(f"{run.label}: stopped on request; run the same command again to go on")
@@ -352,27 +364,44 @@ class LocalRuns:
             self.progress.update(task, text=f"[red]failed ({code})[/red]")
             log = self.log_folder / f"{run.label}.log"
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
-            self._say(f"{run.label}: failed with exit code {code}; the end of {log}:\n{tail}")
+            why = " (a checkpoint could not be saved)" if code == UNSAVED else ""
+            self._say(f"{run.label}: failed with exit code {code}{why}; the end of {log}:\n{tail}")
 
     def _say(self, text: str) -> None:
         self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _stop_running(self) -> None:
-        """SIGTERM to the process groups of all runs; wait until each has written its checkpoint and is gone."""
+        """SIGTERM to the process groups of all runs; wait until each has written its checkpoint and is gone.
+
+        On another Ctrl-C meanwhile, kill them.
+        """
         if not self._running:
             return
-        self._say("stopping the runs; they write their checkpoints")
+        self._say("stopping the runs; they write their checkpoints (Ctrl-C again: end them at once, without)")
         members = []
         for _, process, _ in self._running.values():
             members += [*_descendants(process.pid)]
             _signal_group(process.pid, signal.SIGTERM)
         end = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < end and any(_alive(member) for member in members):
-            time.sleep(POLL_SECONDS)
-        for _, process, _ in self._running.values():
-            _signal_group(process.pid, signal.SIGKILL)
-            process.wait()
-        self._running.clear()
+        try:
+            with _ignored(signal.SIGTERM, signal.SIGHUP):  # whoever ends a session may send both, one after the other
+                while time.monotonic() < end and any(_alive(member) for member in members):
+                    time.sleep(POLL_SECONDS)
+        finally:
+            for _, process, _ in self._running.values():
+                _signal_group(process.pid, signal.SIGKILL)
+                process.wait()
+            self._running.clear()
+
+
+@contextlib.contextmanager
+def _ignored(*numbers: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
@@ -402,8 +431,8 @@ def threads_of(compare: CompareSettings) -> int:
 
 def local_command(compare: CompareSettings, run: PlannedRun) -> list[str]:
     """The command line of one run on this machine."""
-    accelerate = str(Path(sys.executable).with_name("accelerate"))  # of this environment, whatever PATH says
-    return [accelerate, "launch", *compare.accelerate, "pretrain/main.py", *run.arguments]
+    launcher = [sys.executable, "launchers/accelerate_launch.py", f"--shutdown-timeout={STOP_SECONDS:.0f}"]
+    return [*launcher, *compare.accelerate, "pretrain/main.py", *run.arguments]
 
 
 def submit_command(compare: CompareSettings, config: Path, overrides: Sequence[str]) -> list[str]:
@@ -469,6 +498,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(shlex.join(local_command(compare, run)), highlight=False, soft_wrap=True, markup=False)
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the runs as Ctrl-C does
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     prepare_data(runs[0].settings.data)
     return run_locally(compare, runs, console)
 

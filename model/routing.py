@@ -3,11 +3,15 @@
 Shapes: B batch, T positions, C candidates of a recursion, K tokens it selects, N tokens packed over the batch,
 D hidden size, Nr recursions. Recursions count from 0 in the code (the paper's r - 1).
 Scores are fp32 whatever the model's precision: in bf16, alpha * sigmoid(s) takes a handful of values, and ties decide.
+Equal states score equal, bit for bit, wherever they stand, so that ties go to the earlier token: a matrix kernel adds
+the products of a row in an order that depends on the row's place in the matrix, so scores are sums that no order
+changes (`exact_linear`, `elementwise`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -39,8 +43,57 @@ class Router(nn.Module):
             if self.temperature != 1.0:
                 x = x / self.temperature
             if hidden_weight is not None:
-                x = F.gelu(F.linear(x, hidden_weight.float()))
-            return F.linear(x, weight.float())
+                x = elementwise(F.gelu, exact_linear(x, hidden_weight.float()))
+            return exact_linear(x, weight.float())
+
+
+def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight' in fp32, [..., I] and [O, I] -> [..., O]; a row's result depends on that row and the weight alone.
+
+    Rows of both factors are rounded to integers of b bits (times a power of two of the row's own), so that every
+    partial sum of their products is an integer below 2^53: fp64 adds those without rounding, in whatever order a
+    kernel chooses. b = floor((53 - log2 I) / 2), 21 for I = 960: entries keep 2^-22 of the row's largest. The product
+    is one matrix product, counted as such; gradients are those of the plain fp32 product.
+    """
+    return _ExactLinear.apply(x, weight)  # type: ignore[no-any-return]
+
+
+class _ExactLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        bits = (53 - (x.shape[-1] - 1).bit_length()) // 2
+        (rows, unit), (columns, weight_unit) = _integers(x.flatten(0, -2), bits), _integers(weight, bits)
+        y = (rows @ columns.T) * (unit * weight_unit.T)
+        return y.float().unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            rows = grad.flatten(0, -2)
+            grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+            grad_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def _integers(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """fp32 x [N, I] as integers of up to `bits` bits, in fp64, and the power of two [N, 1] that they are counted in."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # without its mantissa: power <= largest
+    # Scaling by a power of two is exact, and fp32 holds every integer of so few bits.
+    return (x * (2.0 ** (bits - 1) / power)).round_().double(), power.double() * 2.0 ** (1 - bits)
+
+
+def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of every entry, the same for equal entries wherever they stand.
+
+    torch's CPU kernels take whole vectors of a dense tensor and its last entries one by one, by functions that differ
+    in the last bit. Entries that do not lie side by side are all taken one by one. GPU kernels have one function.
+    """
+    if x.device.type != "cpu":
+        return function(x)
+    return function(torch.stack([x, x], -1)[..., 0])
 
 
 def random_logits(input_ids: Tensor | None, positions: Tensor, recursion: int, outputs: int) -> Tensor:
@@ -56,7 +109,7 @@ def random_logits(input_ids: Tensor | None, positions: Tensor, recursion: int, o
     for _ in range(2):
         state = ((state ^ (state >> 15)) * 739982445) & 0x7FFFFFFF
     uniform = (state.double() + 0.5) / 2**31
-    return torch.logit(uniform).float()
+    return elementwise(torch.logit, uniform).float()
 
 
 # Expert-choice --------------------------------------------------------------------------------------------------------
@@ -142,7 +195,7 @@ def selection_loss(logits: Tensor, selected: Tensor, used: Tensor | None) -> Ten
 
 def depth_scores(logits: Tensor, activation: str, alpha: float) -> Tensor:
     """Scores of the Nr depths, alpha * softmax(s) or alpha * sigmoid(s) (eq. 2.2). [..., Nr] -> [..., Nr]."""
-    return alpha * (logits.softmax(-1) if activation == "softmax" else torch.sigmoid(logits))
+    return alpha * (logits.softmax(-1) if activation == "softmax" else elementwise(torch.sigmoid, logits))
 
 
 def balancing_loss(load: Tensor, scores: Tensor, used: Tensor | None) -> Tensor:

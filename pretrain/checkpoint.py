@@ -44,6 +44,7 @@ from torch.distributed.tensor import DTensor
 
 from data_prep.settings import UserError, run_command
 from pretrain.dcp_reader import SafeReader, read_metadata
+from pretrain.facts import run_facts
 from pretrain.parallel import Parallel, read_deepspeed
 from pretrain.stop import disk_error
 
@@ -597,12 +598,13 @@ def convert(source: Path, target: Path, format: Literal["consolidated", "sharded
     Marker(marker.step, format, marker.strategy, marker.world_size, files).write(target)
 
 
-def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
+def export(source: Path, target: Path, tokenizer: Path | None = None, line: dict[str, Any] | None = None) -> None:
     """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given.
 
-    It is written beside and renamed when whole.
+    It is written beside and renamed when whole. line: of the run's metrics, for the model card; None: its last.
     """
     from model.config import MoRConfig
+    from model.folder import model_card, write_folder
     from model.modeling import MoRForCausalLM
 
     config = MoRConfig.from_json_file(source / "config.json")
@@ -614,11 +616,7 @@ def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
         raise UserError(f"{source}: weights do not fit its config.json: {sorted(set(missing) - tied) + unexpected}")
     partial, replaced = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        from transformers import PreTrainedTokenizerFast
-
-        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(partial)
+    write_folder(model, partial, tokenizer, model_card(model, run_facts(source.parent.parent, line)))
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import hardware
 from model.layers import DecoderLayer
 from model.relaxation import RelaxedLinear, project
 
@@ -26,16 +27,17 @@ FEW_ROWS = 4  # fp32: below this many rows the plain product reads the weights f
 class Product:
     """Projections of one input as one product: [N, I] -> [N, sum of their O].
 
-    Packed on a CPU in fp32 and bf16; elsewhere, and where recursions have deltas of their own, one after the other.
+    Packed on a CPU in fp32, and in bf16 where it has the instructions; elsewhere, and where recursions have deltas of
+    their own, one after the other.
     """
 
     def __init__(self, *projections: nn.Linear):
         self.projections = projections
         first = projections[0].weight
-        packs = first.device.type == "cpu" and first.dtype in (torch.float32, torch.bfloat16)
-        packs = packs and torch.backends.mkldnn.is_available()
         self.packed, self.bias = None, None
-        if packs and not any(isinstance(projection, RelaxedLinear) for projection in projections):
+        if hardware.packs(first.dtype, first.device) and not any(
+            isinstance(projection, RelaxedLinear) for projection in projections
+        ):
             weight = torch.cat([projection.weight.detach() for projection in projections])
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
             biases = [projection.bias.detach() for projection in projections if projection.bias is not None]
