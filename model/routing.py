@@ -34,7 +34,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> fp32 logits [..., outputs]. Under autocast the weights are rounded as FSDP2 rounds them."""
-        kind, weight, hidden_weight = x.device.type, self.weight, self.hidden_weight
+        kind = x.device.type
+        weight: Tensor = self.weight
+        hidden_weight: Tensor | None = self.hidden_weight
         if torch.is_autocast_enabled(kind):
             weight = weight.to(torch.get_autocast_dtype(kind))
             hidden_weight = None if hidden_weight is None else hidden_weight.to(weight.dtype)
