@@ -275,7 +275,7 @@ def train_ragged(run_dir: Path, data: Path, strategy: str) -> list[Any]:
         shallow = next(calls) % 2 if alone else trainer.parallel.rank  # micro-batches of one are ranks of the other
         return torch.full(scores.shape[:-1], 0 if shallow else 2)
 
-    trainer.model.model._choose_depth = choose
+    trainer.model.model.depth.choose = choose
     return finish(trainer)
 
 
