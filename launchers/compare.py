@@ -215,13 +215,15 @@ def require_same_configuration(run: PlannedRun) -> None:
 
 def data_shape(settings: ExperimentSettings) -> tuple[int | None, int]:
     """(vocabulary or None where it is not known yet, sequence length) of the data, prepared or to be prepared."""
-    manifest = settings.data.folder / "manifest.json"
-    if manifest.exists():
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
-        return facts["vocab_size"], facts["sequence_length"]
-    if settings.data.prepare is None:
-        raise UserError(f"{manifest}: no such file, and data.prepare does not say how to make it")
-    source = read_yaml(settings.data.prepare)
+    for folder, _ in settings.data.folders:  # of a mixture all are alike
+        manifest = folder / "manifest.json"
+        if manifest.exists():
+            facts = json.loads(manifest.read_text(encoding="utf-8"))
+            return facts["vocab_size"], facts["sequence_length"]
+    folder, prepare = settings.data.folders[0]
+    if prepare is None:
+        raise UserError(f"{folder / 'manifest.json'}: no such file, and data.prepare does not say how to make it")
+    source = read_yaml(prepare)
     return source.get("tokenizer", {}).get("vocab_size"), int(source["sequence_length"])
 
 

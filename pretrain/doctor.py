@@ -23,7 +23,6 @@ import torch
 from data_prep.settings import UserError, run_command
 from model.memory import training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
-from pretrain.data import Manifest
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
 from pretrain.run_folder import versions
@@ -125,13 +124,15 @@ def check_versions(parallel: Parallel) -> Finding:
 
 def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
     """Memory that a rank can have against what the experiment is estimated to take."""
-    if (settings.data.folder / "manifest.json").exists():
-        manifest = Manifest.read(settings.data.folder)
+    if settings.data.prepared:
+        manifest = settings.data.read()
         config, length = resolve_model(settings, manifest), manifest.sequence_length
     elif settings.batch.sequence_length:
         config, length = make_model_config(settings.model), settings.batch.sequence_length
     else:
-        raise UserError(f"{settings.data.folder} is not prepared; give batch.sequence_length for the memory estimate")
+        raise UserError(
+            f"{settings.data.folders[0][0]} is not prepared; give batch.sequence_length for the memory estimate"
+        )
     micro, rule = micro_size_of(settings.batch, parallel.world_size), parallel.settings
     needed = training_memory(
         config,

@@ -347,7 +347,9 @@ class Trainer:
         if "entropy" in totals:
             totals["routing_entropy"] = totals.pop("entropy")
         memory = memory_bytes(self.parallel.device)
-        return asdict(self.state) | totals | {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        epochs = {"source_epochs": self.loader.source_epochs} if self.loader.source_epochs else {}
+        figures = {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        return asdict(self.state) | totals | figures | epochs
 
     # --- after a step -------------------------------------------------------------------------------------------------
 
@@ -499,11 +501,15 @@ class Trainer:
             raise UserError(
                 f"{plan.folder}: the trunk's checkpoint is lost; remove {self.settings.run_dir} and start anew"
             )
+        self.loader.spread_over(plan.planned_steps * plan.settings.batch.size)
         self.saved_step, self.saved_at = self.state.step if found else -1, time.monotonic()
         self.tracker_id = snapshot.get("tracker_id")
         self.output = parallel.on_main("opening the metrics", self.open_output)
         if self.output and found is not None:
             self.output.say(f"goes on from {found}")
+        if self.output and (epochs := self.loader.epochs_at(plan.planned_steps * plan.settings.batch.size)):
+            told = ", ".join(f"{name} {count:.2f}" for name, count in epochs.items())
+            self.output.say(f"epochs of each source over the whole budget: {told}")
         if found is None and plan.settings.evaluation.at_start:
             self.validate()
 

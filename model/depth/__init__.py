@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from .base import DepthMethod
@@ -24,3 +25,8 @@ def method_of(config: MoRConfig) -> type[DepthMethod]:
 def stages_of(config: MoRConfig) -> tuple[Stage, ...]:
     """The layout of a configuration."""
     return method_of(config).stages(config)
+
+
+def current_name(name: str) -> str:
+    """A parameter's name today, from that in a checkpoint written before routers belonged to the method."""
+    return re.sub(r"(?<!depth\.)(?<!\w)(?:routers\.|aux_routers\.|router_bias\b)", r"depth.\g<0>", name)

@@ -8,7 +8,6 @@ from typing import Any
 
 from data_prep.settings import build, merge
 from pretrain.config import ExperimentSettings
-from pretrain.data import Manifest
 from pretrain.parallel import Parallel
 from pretrain.trainer import Trainer
 from tests.helpers.variants import EXPERT, RECURSIVE, TOKEN
@@ -53,7 +52,7 @@ def settings_for(run_dir: Path, data: Path, architecture: str = "mor_expert", **
 def trainer_for(settings: ExperimentSettings) -> Trainer:
     """A trainer on one process."""
     parallel = Parallel.start(settings.parallel, settings.precision, settings.seed)
-    return Trainer(settings, Manifest.read(settings.data.folder), parallel)
+    return Trainer(settings, settings.data.read(), parallel)
 
 
 def train(settings: ExperimentSettings) -> list[dict[str, Any]]:
