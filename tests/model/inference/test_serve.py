@@ -510,7 +510,7 @@ def test_a_client_that_leaves_in_its_body_is_one_line(server, caplog):
     ids=["long stop", "long stops", "prompts", "tokens", "token lists", "long text", "biases", "fields"],
 )
 def test_large_requests_are_refused_before_anything_is_done_with_them(body, monkeypatch):
-    """Nothing is tokenized or validated item by item; how long others wait is measured by `make bench-serve`."""
+    """Nothing is tokenized or validated item by item."""
     from model.inference import protocol
 
     def refuse(*_, **__):
