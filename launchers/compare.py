@@ -45,14 +45,13 @@ from pretrain.config import ExperimentSettings, Flops, differing_keys, make_mode
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.report import write_report
-from pretrain.stop import REQUEUE, REQUEUE_FILE
+from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.5
 PLAIN_LINE_SECONDS = 30.0  # between status lines where there is no terminal
 STOP_SECONDS = 900.0  # what a stopped run may take to end its step and write its checkpoint
 LOG_TAIL = 15
-UNSAVED = 74  # exit code of a run that could not save a checkpoint
 ENDED_BY_SIGTERM = (128 + signal.SIGTERM, -signal.SIGTERM)  # asked to stop before it had anything to save
 
 
@@ -355,7 +354,7 @@ class LocalRuns:
             losses = ", ".join(f"{line['validation_loss']:.4f}" for line in lines)
             self.progress.update(task, completed=1.0, text=f"validation loss {losses}")
             self._say(f"{run.label}: finished, validation loss {losses}")
-        elif code == REQUEUE or code in ENDED_BY_SIGTERM or (code not in (0, UNSAVED) and run.asks_for_more()):
+        elif code == REQUEUE or code in ENDED_BY_SIGTERM or (code not in (0, CANNOT_WRITE) and run.asks_for_more()):
             self.stopped.append(run.label)
             self.progress.update(task, text="stopped on request")
             self._say(f"{run.label}: stopped on request; run the same command again to go on")
@@ -364,7 +363,7 @@ class LocalRuns:
             self.progress.update(task, text=f"[red]failed ({code})[/red]")
             log = self.log_folder / f"{run.label}.log"
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
-            why = " (a checkpoint could not be saved)" if code == UNSAVED else ""
+            why = " (a checkpoint could not be saved)" if code == CANNOT_WRITE else ""
             self._say(f"{run.label}: failed with exit code {code}{why}; the end of {log}:\n{tail}")
 
     def _say(self, text: str) -> None:

@@ -491,7 +491,7 @@ class Run:
             if use.depth in self.sources and cache is None:
                 fresh[use.depth] = (key, value)
             if model.recursion_encoding is not None and use.encoding is not None:
-                x = x * model.recursion_encoding[use.encoding]
+                x = x * model.recursion_encoding[use.encoding].to(x.dtype)
         return x, fresh
 
     # The record -------------------------------------------------------------------------------------------------------

@@ -220,10 +220,22 @@ class DecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(_norm(self.post_attention_layernorm, x, recursion), recursion), key, value
 
 
+class RMSNorm(LlamaRMSNorm):
+    """RMS norm in fp32, in the precision of x at its end; autocast rounds its weight to that too, as FSDP2 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] -> the same."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight.to(x.dtype) * wide.to(x.dtype)
+
+
 def _make_norm(config: MoRConfig, repeats: int) -> nn.Module:
     if not repeats:
-        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    return nn.ModuleList(LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(repeats))
+        return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return nn.ModuleList(RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(repeats))
 
 
 def _norm(norm: nn.Module, x: Tensor, recursion: int) -> Tensor:

@@ -18,14 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from .cache import MoRCache
 from .config import MoRConfig
 from .decoder import Batch, Run
 from .depth import current_name, method_of
-from .layers import DecoderLayer, LMHead, Tokens, chunk_rows, cross_entropy_sum
+from .layers import DecoderLayer, LMHead, RMSNorm, Tokens, chunk_rows, cross_entropy_sum
 from .relaxation import RelaxedLinear
 from .routing import Router, RoutingRecord
 from .sharing import applications, num_unique_layers
@@ -131,7 +131,7 @@ class MoRModel(MoRPreTrainedModel):
         uses = applications(config)
         shared = {use.layer for use in uses if use.recursion is not None}
         self.layers = nn.ModuleList(DecoderLayer(config, i in shared) for i in range(num_unique_layers(config)))
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         encodings = sum(use.encoding is not None for use in uses) if config.relaxation == "recursion_encoding" else 0
         self.recursion_encoding = nn.Parameter(torch.empty(encodings, config.hidden_size)) if encodings else None
@@ -171,6 +171,8 @@ class MoRModel(MoRPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if torch.is_autocast_enabled(hidden.device.type):  # bf16 all along the residual stream, under every strategy
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         mode = self._mode(routing_mode)
         if position_ids is not None and document_ids is None and attention_mask is None and past_key_values is None:
             document_ids = None if use_cache else _packed_documents(position_ids, hidden.shape[0])

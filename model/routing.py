@@ -36,14 +36,20 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inner))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D] -> fp32 logits [..., outputs]."""
-        with torch.autocast(x.device.type, enabled=False):
+        """x: [..., D] -> fp32 logits [..., outputs]. Under autocast the weights are rounded as FSDP2 rounds them."""
+        kind = x.device.type
+        weight: Tensor = self.weight
+        hidden_weight: Tensor | None = self.hidden_weight
+        if torch.is_autocast_enabled(kind):
+            weight = weight.to(torch.get_autocast_dtype(kind))
+            hidden_weight = None if hidden_weight is None else hidden_weight.to(weight.dtype)
+        with torch.autocast(kind, enabled=False):
             x = x.float()
             if self.temperature != 1.0:
                 x = x / self.temperature
-            if self.hidden_weight is not None:
-                x = elementwise(F.gelu, exact_linear(x, self.hidden_weight.float()))
-            return exact_linear(x, self.weight.float())
+            if hidden_weight is not None:
+                x = elementwise(F.gelu, exact_linear(x, hidden_weight.float()))
+            return exact_linear(x, weight.float())
 
 
 def exact_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -422,18 +422,20 @@ class MicroBatch:
     document_ids [m,T] int64: end-of-text tokens strictly before each position, so that end-of-text belongs to the
         document that it ends; None where attention crosses documents.
     samples: rows that count. Rows from `samples` on fill up a last validation batch, and all their targets are -100.
+    fault: why these rows stand in for ones that could not be read.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     document_ids: torch.Tensor | None
     samples: int
+    fault: Exception | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on `device`."""
         documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
         inputs, targets = (x.to(device, non_blocking=True) for x in (self.input_ids, self.targets))
-        return MicroBatch(inputs, targets, documents, self.samples)
+        return MicroBatch(inputs, targets, documents, self.samples, self.fault)
 
 
 def number_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
@@ -650,7 +652,8 @@ def fixed_batches(
     """The first `samples` (None: all) of a split once, in stored order: this rank's micro-batches, for validation.
 
     Every sample comes exactly once over all ranks. Every rank gets the same number of micro-batches of the same shape,
-    so that collectives inside the model stay in step: the last ones are filled up with rows that predict nothing.
+    so that collectives inside the model stay in step: the last ones are filled up with rows that predict nothing. Of
+    several ranks, one that cannot read yields such rows too, with what it met as their `fault`.
     """
     blocks = Blocks(manifest, split)
     total = len(blocks) if samples is None else min(samples, len(blocks))
@@ -660,6 +663,13 @@ def fixed_batches(
         first = start + rank * micro_batch_size
         real = min(max(total - first, 0), micro_batch_size)
         indices = [index if index < total else 0 for index in range(first, first + micro_batch_size)]
-        return _micro_batch(blocks.gather(indices), manifest.eos_token_id, document_masking, real)
+        try:
+            return _micro_batch(blocks.gather(indices), manifest.eos_token_id, document_masking, real)
+        except Exception as error:
+            if world_size == 1:
+                raise
+            ids = torch.full((micro_batch_size, manifest.sequence_length), manifest.eos_token_id)
+            documents = number_documents(ids, manifest.eos_token_id) if document_masking else None
+            return MicroBatch(ids, torch.full_like(ids, -100), documents, 0, error)
 
     return read_ahead(load, range(0, total, at_once), depth=2, workers=1)

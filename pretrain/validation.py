@@ -75,7 +75,7 @@ class Validation:
     def _evaluate(
         self, parallel: Parallel, routing_mode: str, max_recursions: int | None, manifest: Manifest
     ) -> dict[str, Any]:
-        sums = Sums()
+        sums, fault = Sums(), None
         batches = fixed_batches(
             manifest,
             "validation",
@@ -100,12 +100,16 @@ class Validation:
             sums.add("loss", output.losses["lm"].double() * places)
             sums.add("tokens", (batch.targets != -100).sum())
             sums.add("sequences", batch.samples)
+            fault = fault or batch.fault
             if output.routing is not None:
                 depth = output.routing.depth[: batch.samples].flatten()
                 sums.add("depth", torch.bincount(depth, minlength=gates_of(self.config) + 1))
                 for name, value in output.routing.statistics.items():
                     sums.add(name, value.double() * batch.samples)
+        sums.add("faults", float(fault is not None))
         totals = sums.reduce(parallel)
+        if totals.pop("faults"):
+            parallel.fail_together(fault)
         tokens, rows = totals.pop("tokens"), totals.pop("sequences")
         line = {"validation_loss": totals.pop("loss") / tokens, "validation_tokens": round(tokens)}
         if "depth" in totals:

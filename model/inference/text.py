@@ -15,11 +15,12 @@ from model.modeling import MoRForCausalLM
 
 
 def load_checkpoint(
-    folder: str | Path, dtype: str = "auto", device: str | None = None
+    folder: str | Path, dtype: str = "auto", device: str | None = None, tokenizer: str | Path | None = None
 ) -> tuple[MoRForCausalLM, Tokenizer]:
     """Model and tokenizer of a `from_pretrained` folder that holds `tokenizer.json` too.
 
     dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`. device: None takes an accelerator if there is one.
+    tokenizer: a tokenizer.json, or a folder with one, in place of the folder's.
     Raises ValueError that names what is missing.
     """
     folder = Path(folder)
@@ -33,15 +34,23 @@ def load_checkpoint(
         raise ValueError(f"checkpoint: {folder / 'config.json'} is no model configuration: {error}") from None
     if kind != "mor":
         raise ValueError(f"checkpoint: {folder} holds a model of type {kind!r}, not one of this project")
-    if not (folder / "tokenizer.json").is_file():
+    file = Path(tokenizer) if tokenizer is not None else folder
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        name, advice = ("tokenizer", "name one") if tokenizer is not None else ("checkpoint", "give --tokenizer")
         raise ValueError(
-            f"checkpoint: {folder} holds no tokenizer.json; copy it from the prepared data of its training"
+            f"{name}: {file.parent} holds no {file.name}; {advice}, or copy it from the prepared data of its training"
         )
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        read = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"tokenizer: {file} cannot be read: {error}") from None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = MoRForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    return model, tokenizer
+    if read.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(f"tokenizer: {file} has {read.get_vocab_size()} tokens, the model {model.config.vocab_size}")
+    return model, read
 
 
 def end_of_text(model: MoRForCausalLM) -> list[list[int]]:
