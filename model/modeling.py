@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .cache import MoRCache
 from .config import MoRConfig
 from .decoder import Batch, Run
-from .depth import current_name, method_of
+from .depth import METHODS, current_name, method_of
 from .layers import DecoderLayer, LMHead, RMSNorm, Tokens, chunk_rows, cross_entropy_sum
 from .relaxation import RelaxedLinear
 from .routing import Router, RoutingRecord
@@ -167,7 +167,8 @@ class MoRModel(MoRPreTrainedModel):
                 f"max_recursions: {max_recursions} does not fit 1 to {self.config.num_recursions} recursions"
             )
         if routing_only and not self.depth.previews:
-            raise ValueError("routing_only: needs routing 'token_choice', which decides before the first recursion")
+            able = ", ".join(repr(name) for name, method in METHODS.items() if method.previews)
+            raise ValueError(f"routing_only: needs routing {able}, which decides before the first recursion")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: give exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds

@@ -10,7 +10,7 @@ from data_prep.settings import build, merge
 from pretrain.config import ExperimentSettings
 from pretrain.parallel import Parallel
 from pretrain.trainer import Trainer
-from tests.helpers.variants import EXPERT, RECURSIVE, TOKEN
+from tests.helpers.variants import EXPERT, MOD, RECURSIVE, TOKEN, UT
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -24,6 +24,8 @@ ROUTED = {
     "recursive": TINY | RECURSIVE,
     "mor_expert": TINY | EXPERT,
     "mor_token": TINY | TOKEN,
+    "mod": TINY | MOD,
+    "ut": TINY | UT | {"act_combine": "frozen"},
 }
 
 
