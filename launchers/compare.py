@@ -49,7 +49,7 @@ from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison, refused_or_slow
 from pretrain.report import write_report
-from pretrain.stop import REQUEUE, REQUEUE_FILE
+from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
 from pretrain.timing import duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,6 @@ POLL_SECONDS = 0.5
 PLAIN_LINE_SECONDS = 30.0  # between status lines where there is no terminal
 STOP_SECONDS = 900.0  # what a stopped run may take to end its step and write its checkpoint
 LOG_TAIL = 15
-UNSAVED = 74  # exit code of a run that could not save a checkpoint
 ENDED_BY_SIGTERM = (128 + signal.SIGTERM, -signal.SIGTERM)  # asked to stop before it had anything to save
 
 
@@ -99,8 +98,8 @@ class CompareSettings(Settings):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the grid. arguments: what follows `pretrain/main.py` on its command line. decided: the precision, where
-    the configuration left it to the hardware."""
+    """One run of the grid. arguments: what follows `pretrain/main.py` on its command line. decided: the precision,
+    where the configuration left it to the hardware."""
 
     label: str
     settings: ExperimentSettings
@@ -254,13 +253,15 @@ def require_same_configuration(run: PlannedRun) -> None:
 
 def data_shape(settings: ExperimentSettings) -> tuple[int | None, int]:
     """(vocabulary or None where it is not known yet, sequence length) of the data, prepared or to be prepared."""
-    manifest = settings.data.folder / "manifest.json"
-    if manifest.exists():
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
-        return facts["vocab_size"], facts["sequence_length"]
-    if settings.data.prepare is None:
-        raise UserError(f"{manifest}: no such file, and data.prepare does not say how to make it")
-    source = read_yaml(settings.data.prepare)
+    for folder, _ in settings.data.folders:  # of a mixture all are alike
+        manifest = folder / "manifest.json"
+        if manifest.exists():
+            facts = json.loads(manifest.read_text(encoding="utf-8"))
+            return facts["vocab_size"], facts["sequence_length"]
+    folder, prepare = settings.data.folders[0]
+    if prepare is None:
+        raise UserError(f"{folder / 'manifest.json'}: no such file, and data.prepare does not say how to make it")
+    source = read_yaml(prepare)
     return source.get("tokenizer", {}).get("vocab_size"), int(source["sequence_length"])
 
 
@@ -417,7 +418,7 @@ class LocalRuns:
             losses = ", ".join(f"{line['validation_loss']:.4f}" for line in lines)
             self.progress.update(task, completed=1.0, text=f"validation loss {losses}")
             self._say(f"{run.label}: finished, validation loss {losses}")
-        elif code == REQUEUE or code in ENDED_BY_SIGTERM or (code not in (0, UNSAVED) and run.asks_for_more()):
+        elif code == REQUEUE or code in ENDED_BY_SIGTERM or (code not in (0, CANNOT_WRITE) and run.asks_for_more()):
             self.stopped.append(run.label)
             self.progress.update(task, text="stopped on request")
             self._say(f"{run.label}: stopped on request; run the same command again to go on")
@@ -426,7 +427,7 @@ class LocalRuns:
             self.progress.update(task, text=f"[red]failed ({code})[/red]")
             log = self.log_folder / f"{run.label}.log"
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
-            why = " (a checkpoint could not be saved)" if code == UNSAVED else ""
+            why = " (a checkpoint could not be saved)" if code == CANNOT_WRITE else ""
             self._say(f"{run.label}: failed with exit code {code}{why}; the end of {log}:\n{tail}")
 
     def _say(self, text: str) -> None:

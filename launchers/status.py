@@ -22,6 +22,7 @@ from rich.table import Table
 
 from launchers.compare import CompareSettings, PlannedRun
 from launchers.requeues import Requeues
+from pretrain.lock import LOCK, STALE_SECONDS
 from pretrain.metrics import METRICS, last_line
 
 SUBMITTED = "slurm.json"
@@ -97,9 +98,19 @@ def state_of(run: PlannedRun, task: Task | None) -> str:
         return "finished"
     if task is not None and task.state != "completed":
         return task.state
+    if any(_locked(folder) for folder in {run.folder, *run.folders()}):
+        return "running"
     if run.asks_for_more():
         return "stopped, to be started again"
     return "not running" if (run.folder / METRICS).exists() else "not started"
+
+
+def _locked(folder: Path) -> bool:
+    """Whether a process holds this run directory, by its lock's last beat."""
+    try:
+        return time.time() - (folder / LOCK).stat().st_mtime < STALE_SECONDS
+    except OSError:
+        return False
 
 
 def newest(run: PlannedRun) -> tuple[dict[str, Any], float | None]:

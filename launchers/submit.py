@@ -112,8 +112,10 @@ def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[
 def prepare_jobs(settings: ExperimentSettings, options: argparse.Namespace) -> list[Job]:
     """The job that makes the data's folder, if it is not there."""
     data = settings.data
-    if (data.folder / "manifest.json").exists():
+    if data.prepared:
         return []
+    if data.mixture:
+        raise UserError("data.mixture: prepare its sources first, each with --prepare")
     assert data.prepare is not None  # `check` refuses data that nothing can make
     return [prepare_job(options, [str(data.prepare)], [f"folder={data.folder}"])]
 

@@ -140,12 +140,14 @@ def flat_sources() -> dict[str, str]:
             continue
 
         def flat(match: re.Match[str], inside: str = inside) -> str:
+            if match[3] is None:  # names of the package itself, which other modules import by their own names too
+                return f"{match[1]}from . import"
             above = inside.split(".")[: len(inside.split(".")) + 1 - len(match[2])] if inside else []
             target = ".".join([*above, *match[3].split(".")])
             wanted.append(target)
             return f"{match[1]}from .{target.replace('.', '_')} import"
 
-        found[name] = re.sub(r"^( *)from (\.+)([\w.]+) import", flat, file.read_text("utf-8"), flags=re.MULTILINE)
+        found[name] = re.sub(r"^( *)from (\.+)(\w[\w.]*)? import", flat, file.read_text("utf-8"), flags=re.MULTILINE)
     return found
 
 

@@ -15,6 +15,9 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from model.depth import method_of
+from model.flops import gates_of
+
 CARD = "README.md"
 _HEADER = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [mixture-of-recursions]\n---\n"
 TABLE = "| fact | value |\n|---|---|\n"
@@ -93,10 +96,9 @@ def model_card(model: PreTrainedModel, facts: Mapping[str, Any] | None = None, b
 
 def _how_it_decides(config: Any) -> dict[str, str]:
     """Whether the model generates as it was measured: without looking at tokens to come."""
-    routing = getattr(config, "routing", "none")
-    if routing == "none":
+    if not getattr(config, "routing", None) or not gates_of(config):
         return {"causal": "yes: every token passes the same layers"}
-    looks_ahead = routing == "expert_choice" and config.selection == "none" and config.router != "random"
+    looks_ahead = method_of(config).refuses(config, "causal") is not None
     return {
         "causal": "no: which tokens recurse is decided with tokens to come in sight"
         if looks_ahead

@@ -11,14 +11,17 @@ changes (`exact_linear`, `elementwise`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MoRConfig
+if TYPE_CHECKING:
+    from .config import MoRConfig
+    from .depth.layout import Stage
 
 
 class Router(nn.Module):
@@ -33,14 +36,20 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inner))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D] -> fp32 logits [..., outputs]."""
-        with torch.autocast(x.device.type, enabled=False):
+        """x: [..., D] -> fp32 logits [..., outputs]. Under autocast the weights are rounded as FSDP2 rounds them."""
+        kind = x.device.type
+        weight: Tensor = self.weight
+        hidden_weight: Tensor | None = self.hidden_weight
+        if torch.is_autocast_enabled(kind):
+            weight = weight.to(torch.get_autocast_dtype(kind))
+            hidden_weight = None if hidden_weight is None else hidden_weight.to(weight.dtype)
+        with torch.autocast(kind, enabled=False):
             x = x.float()
             if self.temperature != 1.0:
                 x = x / self.temperature
-            if self.hidden_weight is not None:
-                x = elementwise(F.gelu, exact_linear(x, self.hidden_weight.float()))
-            return exact_linear(x, self.weight.float())
+            if hidden_weight is not None:
+                x = elementwise(F.gelu, exact_linear(x, hidden_weight.float()))
+            return exact_linear(x, weight.float())
 
 
 def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -237,47 +246,43 @@ def entropy(load: Tensor) -> Tensor:
 class RoutingRecord:
     """What one forward pass routed; detached tensors, made without waiting for the device.
 
-    depth: [B, T] recursions that each token executed, 0 .. Nr; 0 for padding.
-    counts: [B, Nr] queries per sequence and recursion.
-    pairs: [B, Nr] causal (query, key) pairs that attention covers per sequence and recursion, documents ignored.
-    load: [Nr] share of tokens per depth (token-choice), or share that entered each recursion (expert-choice).
-    statistics: scalars by name. Expert-choice: `selection_accuracy` (how often the causal decision agrees with top-k),
-        `score_mean_r`, `entered_r`. Token-choice: `max_violation`, `entropy`, `score_mean_r`. Both: `dead_token_share`,
-        the share of positions that no sequence of the batch sends to the last recursion.
-    scores: raw fp32 logits per recursion, over its candidates; one entry for token-choice.
-    selected: positions [B, K] of the tokens selected per recursion (expert-choice by top-k).
+    depth: [B, T] gates that each token passed, 0 .. G; 0 for padding.
+    entered, offered: [B, G] tokens per sequence that each gate let in, and that it scored.
+    counts: [B, G] queries per sequence in the stage of each gate.
+    pairs: [B, G] causal (query, key) pairs that attention covers per sequence and stage, documents ignored.
+    load: [G] share of tokens per depth (token-choice), or share that passed each gate.
+    statistics: scalars by name. Top-k: `selection_accuracy` (how often the causal decision agrees with top-k). Of every
+        gate `score_mean_r`, and `entered_r`; token-choice: `max_violation`, `entropy`. All: `dead_token_share`, the
+        share of positions that no sequence of the batch sends through the last gate.
+    scores: raw fp32 logits per gate, over its candidates; one entry for token-choice.
+    selected: positions [B, K] of the tokens selected per gate (by top-k). heads: tokens read out before the end.
     """
 
     depth: Tensor
+    entered: Tensor
+    offered: Tensor
     counts: Tensor
     pairs: Tensor
     load: Tensor
     statistics: dict[str, Tensor] = field(default_factory=dict)
     scores: list[Tensor] = field(default_factory=list)
     selected: list[Tensor] = field(default_factory=list)
+    heads: int = 0
 
 
-def make_record(depth: Tensor, used: Tensor | None, config: MoRConfig, dense_first: bool) -> RoutingRecord:
-    """Derive counts, pairs, load and shares from the depth of every token.
+def make_record(entered: Tensor, offered: Tensor, real: Tensor | None, layout: Sequence[Stage]) -> RoutingRecord:
+    """Derive counts, pairs, load and shares from who passed which gate.
 
-    depth: [B, T]; used: [B, T], False for padding, or None; dense_first: the first recursion computes every token.
+    entered, offered: [B, T, G] bool; real: [B, T], False for padding, or None; layout: the method's stages.
     """
-    recursions = torch.arange(1, config.num_recursions + 1, device=depth.device)
-    ran = depth[..., None] >= recursions
-    real = torch.ones_like(depth, dtype=torch.bool) if used is None else used
-    queries = ran.clone()
-    if dense_first:
-        queries[..., 0] = real
-    counts = queries.sum(1)
-    if config.kv_strategy == "recursion_wise":
-        pairs = counts * (counts + 1) // 2
-    else:
-        pairs = (queries * real.cumsum(1)[..., None]).sum(1)
-    tokens = real.sum().clamp(min=1)
-    if config.routing == "token_choice":
-        load = (depth[..., None] == recursions).sum((0, 1)) / tokens
-    else:
-        load = ran.sum((0, 1)) / tokens
-    reached, exists = ran[..., -1].any(0), real.any(0)
-    dead = 1.0 - (reached & exists).sum() / exists.sum().clamp(min=1)
-    return RoutingRecord(depth, counts, pairs, load, {"dead_token_share": dead})
+    exists = torch.ones_like(entered[..., 0]) if real is None else real
+    depth, queries, seen = entered.sum(-1), [], []
+    for stage in sorted((s for s in layout if s.gate is not None), key=lambda stage: stage.gate or 0):
+        ran = exists if stage.whole else entered[..., stage.gate]
+        queries.append(ran)
+        seen.append((ran * (exists if stage.sees_all else ran).cumsum(1)).sum(1))
+    counts, pairs = torch.stack(queries, -1).sum(1), torch.stack(seen, -1)
+    load = entered.sum((0, 1)) / exists.sum().clamp(min=1)
+    reached, there = entered[..., -1].any(0), exists.any(0)
+    dead = 1.0 - (reached & there).sum() / there.sum().clamp(min=1)
+    return RoutingRecord(depth, entered.sum(1), offered.sum(1), counts, pairs, load, {"dead_token_share": dead})

@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from data_prep.settings import UserError, run_command
+from model.depth import current_name
 from pretrain.dcp_reader import SafeReader, read_metadata
 from pretrain.facts import run_facts
 from pretrain.parallel import Parallel, read_deepspeed
@@ -546,8 +547,11 @@ def _sharded_shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _load_sharded(parallel: Parallel, folder: Path) -> None:
-    _allocate(parallel, {name: shape for name, (shape, _) in _sharded_shapes(folder).items()}, folder)
-    dcp.load(named_tensors(parallel), storage_reader=SafeReader(folder), process_group=parallel.background_group)
+    shapes = _sharded_shapes(folder)
+    _allocate(parallel, {current_name(name): shape for name, (shape, _) in shapes.items()}, folder)
+    stored, tensors = {current_name(name): name for name in shapes}, named_tensors(parallel)
+    wanted = {stored.get(name, name): tensor for name, tensor in tensors.items()}
+    dcp.load(wanted, storage_reader=SafeReader(folder), process_group=parallel.background_group)
 
 
 def _load_consolidated(parallel: Parallel, folder: Path) -> None:
@@ -556,9 +560,10 @@ def _load_consolidated(parallel: Parallel, folder: Path) -> None:
         for path in (folder / "model.safetensors", folder / "optimizer.safetensors"):
             file = stack.enter_context(safe_open(path, framework="pt"))
             readers.update(dict.fromkeys(file.keys(), file))
-        _allocate(parallel, {n: torch.Size(f.get_slice(n).get_shape()) for n, f in readers.items()}, folder)
+        shapes = {current_name(n): torch.Size(f.get_slice(n).get_shape()) for n, f in readers.items()}
+        _allocate(parallel, shapes, folder)
         for name, file in sorted(readers.items()):
-            kind, parameter, *key = name.split("/")
+            kind, parameter, *key = current_name(name).split("/")
             if kind == "model":
                 parallel.set_model_tensor(parameter, file.get_tensor(name))
             else:
@@ -572,12 +577,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint of any format, whole, in host memory, by name."""
     folder, format = path / "tensors", Marker.read(path).format
     if format == "deepspeed":
-        return read_deepspeed(folder)
-    if format == "consolidated":
-        return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _sharded_shapes(folder).items()}
-    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
-    return tensors
+        tensors = read_deepspeed(folder)
+    elif format == "consolidated":
+        tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+    else:
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _sharded_shapes(folder).items()}
+        dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
+    return {current_name(name): tensor for name, tensor in tensors.items()}
 
 
 def convert(source: Path, target: Path, format: Literal["consolidated", "sharded"]) -> None:

@@ -28,7 +28,6 @@ from model.flops import training_flops
 from model.hardware import PRECISIONS, auto_precision, describe, require_bf16
 from model.memory import training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
-from pretrain.data import Manifest
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
 from pretrain.plan import Plan, make_plans
@@ -135,13 +134,15 @@ def check_versions(parallel: Parallel) -> Finding:
 
 def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
     """Memory that a rank can have against what the experiment is estimated to take."""
-    if (settings.data.folder / "manifest.json").exists():
-        manifest = Manifest.read(settings.data.folder)
+    if settings.data.prepared:
+        manifest = settings.data.read()
         config, length = resolve_model(settings, manifest), manifest.sequence_length
     elif settings.batch.sequence_length:
         config, length = make_model_config(settings.model), settings.batch.sequence_length
     else:
-        raise UserError(f"{settings.data.folder} is not prepared; give batch.sequence_length for the memory estimate")
+        raise UserError(
+            f"{settings.data.folders[0][0]} is not prepared; give batch.sequence_length for the memory estimate"
+        )
     micro, rule = micro_size_of(settings.batch, parallel.world_size), parallel.settings
     needed = training_memory(
         config,
@@ -217,9 +218,9 @@ def check_precision(parallel: Parallel, settings: ExperimentSettings | None) -> 
 def check_duration(parallel: Parallel, settings: ExperimentSettings, folder: Path, steps: int) -> Finding:
     """How long the experiment will take here: from real steps of it, or, without its data or where it does not fit,
     from its FLOPs and the speed of matrix products. Validation, checkpoints and the start come on top."""
-    if not (settings.data.folder / "manifest.json").exists() or steps == 0:
+    if not settings.data.prepared or steps == 0:
         return Finding("duration", True, duration_by_flops(parallel, settings))
-    trainer = Trainer(settle(settings, parallel), Manifest.read(settings.data.folder), parallel)
+    trainer = Trainer(settle(settings, parallel), settings.data.read(), parallel)
     planned = whole_steps(trainer.plans, settings)
     seconds = trainer.rehearse(steps + 1, folder)[1:]  # the first one warms up
     typical = max(parallel.gather(statistics.median(seconds)))
@@ -237,7 +238,7 @@ def duration_by_flops(parallel: Parallel, settings: ExperimentSettings) -> str:
     """A lower bound, from FLOPs and the measured rate of products, where no step can be taken."""
     config, length, size = make_model_config(settings.model), settings.batch.sequence_length, settings.batch.size
     if length is None:
-        return f"{settings.data.folder} is not prepared; give batch.sequence_length for an estimate from FLOPs"
+        return f"{settings.data.folders[0][0]} is not prepared; give batch.sequence_length for an estimate from FLOPs"
     budgeted = training_flops(config, length, size, convention=settings.budget.convention)
     steps = whole_steps(make_plans(settings, budgeted, size * length), settings)
     cost = training_flops(config, length, size)

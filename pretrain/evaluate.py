@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.settings import Settings, UserError, load, run_command
 from model.config import MoRConfig
+from model.depth import method_of
 from model.hardware import Precision, device_here
 from model.inference.text import load_checkpoint
 from model.modeling import MoRForCausalLM
@@ -122,7 +123,7 @@ def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Pat
     if fault := verify(folder):
         raise UserError(f"{folder}: {fault}; use another checkpoint of the run")
     with tempfile.TemporaryDirectory() as temporary:
-        export(folder, Path(temporary), settings.data.folder / "tokenizer.json")
+        export(folder, Path(temporary), settings.data.folders[0][0] / "tokenizer.json")
         yield Path(temporary)
 
 
@@ -135,10 +136,12 @@ def make_validation(checkpoint: Checkpoint, data: Path | None, batch_size: int, 
     Raises UserError where the data does not fit the model or its tokenizer.
     """
     settings, config = checkpoint.settings, checkpoint.model.config
-    folder = data or (settings.data.folder if settings is not None else None)
-    if folder is None:
+    if data is not None:
+        manifest = Manifest.read(data)
+    elif settings is not None:
+        manifest = settings.data.read()
+    else:
         return None
-    manifest = Manifest.read(folder)
     manifest.check_model(config.vocab_size, min(manifest.sequence_length, config.max_position_embeddings))
     if checkpoint.run is not None:
         facts = json.loads((checkpoint.run / "run.json").read_text(encoding="utf-8"))
@@ -217,7 +220,7 @@ def run_tasks(
 
 def has_causal_decision(config: MoRConfig) -> bool:
     """Whether the model can route a token without looking at later ones."""
-    return config.routing != "expert_choice" or config.selection != "none" or config.router == "random"
+    return method_of(config).refuses(config, "causal") is None
 
 
 @functools.cache

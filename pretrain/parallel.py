@@ -523,7 +523,11 @@ class _DeepSpeed(Parallel):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             # fp32 weights under autocast, as under the other strategies
-            "torch_autocast": {"enabled": self.precision == "bf16", "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": self.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # whose gradients would be reduced in bf16: fp32 as elsewhere
+            },
             "steps_per_print": 2**62,
         }
 

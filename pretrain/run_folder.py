@@ -15,7 +15,7 @@ from data_prep.settings import UserError, read_yaml
 from model.config import MoRConfig
 from model.flops import effective_parameters, unique_parameters
 from pretrain.config import ExperimentSettings, differing_keys
-from pretrain.data import Manifest
+from pretrain.data import Manifest, Mixture
 from pretrain.lock import LOCK
 from pretrain.metrics import METRICS, last_step
 from pretrain.parallel import Parallel
@@ -118,6 +118,7 @@ def describe_run(
         "corpus": manifest.corpus,
         "licence": manifest.licence,
         "data_fingerprint": manifest.fingerprint,
+        **({"mixture": manifest.describe()} if isinstance(manifest, Mixture) else {}),
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "vocab_size": manifest.vocab_size,
         "unigram_loss": manifest.unigram_loss,

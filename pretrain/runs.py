@@ -136,7 +136,7 @@ class Variant:
         Without routing, every token executes all of them.
         """
         shares = [run.depth_lines[-1]["depth_shares"] for run in self.runs if run.depth_lines]
-        if self.model.get("routing", "none") == "none" or not shares:
+        if not shares:
             return float(self.model.get("num_recursions", 1))
         return sum(sum(depth * share for depth, share in enumerate(row)) for row in shares) / len(shares)
 

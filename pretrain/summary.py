@@ -35,6 +35,7 @@ def build_results(runs: Sequence[Run], baseline: str | None = None) -> Results:
         "attention": facts.get("attention", ""),
         "corpus": facts["corpus"],
         "data_fingerprint": facts["data_fingerprint"],
+        "mixture": facts.get("mixture"),
         "tokenizer_fingerprint": facts["tokenizer_fingerprint"],
         "vocab_size": facts["vocab_size"],
         "sequence_length": facts["sequence_length"],

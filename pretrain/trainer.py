@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from data_prep.settings import UserError
 from model.config import MoRConfig
-from model.flops import StepFlops, training_flops
+from model.depth import method_of
+from model.flops import StepFlops, gates_of, training_flops
 from model.initialization import from_vanilla
 from model.modeling import MoRForCausalLM
 from pretrain import run_folder
@@ -103,6 +104,7 @@ class Trainer:
                 "`python -m pretrain.evaluate --checkpoint RUN` on the checkpoints"
             )
         self.config = resolve_model(settings, manifest)
+        self.method = method_of(self.config)
         self.micro_size = micro_size_of(settings.batch, parallel.world_size)
         self.loader = BlockLoader(
             manifest,
@@ -273,7 +275,7 @@ class Trainer:
         rate = rule.learning_rate * self.plan.schedule.factor(self.state.step, self.plan.progress(self.state))
         self.wait_for_copy()
         norm, finite = parallel.optimizer_step(rate, rule.clip_norm)
-        if finite and self.config.routing == "token_choice" and self.config.balancing == "loss_free":
+        if finite and self.method.follows_load(self.config):
             self.model.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
         parallel.clock.stop()
         parts = self.parts() if (self.state.step + 1) % self.settings.metrics.every_steps == 0 else {}
@@ -286,7 +288,7 @@ class Trainer:
 
         Takes a forward pass up to the router, without gradients. It belongs to no FLOP convention and is not counted.
         """
-        if self.config.routing != "token_choice" or self.config.balancing != "loss" or share == 1:
+        if share == 1 or not self.method.needs_load(self.config):
             return None
         load: Tensor | float = 0.0
         with torch.no_grad():
@@ -314,7 +316,8 @@ class Trainer:
         routing = output.routing
         sums.add("counts", routing.counts.sum(0))
         sums.add("pairs", routing.pairs.sum(0))
-        depths = torch.bincount(routing.depth.flatten(), minlength=self.config.num_recursions + 1)
+        sums.add("offered", routing.offered.sum(0))
+        depths = torch.bincount(routing.depth.flatten(), minlength=gates_of(self.config) + 1)
         sums.add("depth_shares", depths * (share / routing.depth.numel()))
         sums.add("load", routing.load * share)
         for name, value in routing.statistics.items():
@@ -343,28 +346,29 @@ class Trainer:
 
     def advance(self, totals: dict[str, Any], seconds: float, finite: bool) -> dict[str, float]:
         """Count the step; returns its rates. Takes from `totals` what is not a figure of the step's own."""
-        counts, pairs = ([round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs"))
+        routed = [[round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs", "offered")]
         self.stopping, self.save_due = totals.pop("stop") > 0, totals.pop("save") > 0
         size = self.settings.batch.size
         self.state.step += 1
         self.state.tokens += self.tokens_per_step
-        self.state.flops += self.step_flops(size, counts, pairs)
+        self.state.flops += self.step_flops(size, *routed)
         self.state.seconds += seconds
         self.state.skipped_steps += not (finite and math.isfinite(totals["total_loss"]))
         rates = {"tokens_per_second": self.tokens_per_step / seconds, "loss_spike": self.spikes(totals["loss"])}
         if self.peak_flops is not None:
-            executed = self.exact_flops(size, counts, pairs)
+            executed = self.exact_flops(size, *routed)
             rates["mfu"] = executed / seconds / self.peak_flops / self.parallel.world_size
         return rates
 
     def line(self, totals: dict[str, Any], rate: float, norm: float) -> dict[str, Any]:
         """The step's line of metrics, without its rates."""
-        if self.config.routing == "token_choice":  # of the whole batch, in place of the mean over micro-batches
-            totals["max_violation"] = max(totals["load"]) * self.config.num_recursions / sum(totals["load"]) - 1
+        totals |= self.method.summarize(totals)  # of the whole batch, in place of the mean over micro-batches
         if "entropy" in totals:
             totals["routing_entropy"] = totals.pop("entropy")
         memory = memory_bytes(self.parallel.device)
-        return asdict(self.state) | totals | {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        epochs = {"source_epochs": self.loader.source_epochs} if self.loader.source_epochs else {}
+        figures = {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        return asdict(self.state) | totals | figures | epochs
 
     # --- after a step -------------------------------------------------------------------------------------------------
 
@@ -517,11 +521,15 @@ class Trainer:
             raise UserError(
                 f"{plan.folder}: the trunk's checkpoint is lost; remove {self.settings.run_dir} and start anew"
             )
+        self.loader.spread_over(plan.planned_steps * plan.settings.batch.size)
         self.saved_step, self.saved_at = self.state.step if found else -1, time.monotonic()
         self.tracker_id = snapshot.get("tracker_id")
         self.output = parallel.on_main("opening the metrics", self.open_output)
         if self.output and found is not None:
             self.output.say(f"goes on from {found}")
+        if self.output and (epochs := self.loader.epochs_at(plan.planned_steps * plan.settings.batch.size)):
+            told = ", ".join(f"{name} {count:.2f}" for name, count in epochs.items())
+            self.output.say(f"epochs of each source over the whole budget: {told}")
         if found is None and plan.settings.evaluation.at_start:
             self.validate()
 

@@ -335,7 +335,7 @@ class Completion:
         usage = self.usage()
         metrics.prompt_tokens.inc(usage["prompt_tokens"])
         metrics.generated_tokens.inc(usage["completion_tokens"])
-        if self.service.engine.config.routing != "none":
+        if self.service.engine.method.gates:
             for request in self.requests:
                 for depth in request.depths[len(request.prompt) :]:
                     metrics.depth.labels(depth).inc()

@@ -18,12 +18,13 @@ from model.modeling import MoRForCausalLM
 
 
 def load_checkpoint(
-    folder: str | Path, dtype: str = "auto", device: str | None = None
+    folder: str | Path, dtype: str = "auto", device: str | None = None, tokenizer: str | Path | None = None
 ) -> tuple[MoRForCausalLM, Tokenizer]:
     """Model and tokenizer of a `from_pretrained` folder that holds `tokenizer.json` too.
 
     dtype: `auto` (as saved, but fp32 for 16 bits that the device does not multiply in hardware), `float32`, `bfloat16`
     or `float16`. device: None takes an accelerator if there is one.
+    tokenizer: a tokenizer.json, or a folder with one, in place of the folder's.
     Raises ValueError that names what is missing.
     """
     folder = Path(folder)
@@ -37,14 +38,22 @@ def load_checkpoint(
         raise ValueError(f"checkpoint: {folder / 'config.json'} is no model configuration: {error}") from None
     if kind != "mor":
         raise ValueError(f"checkpoint: {folder} holds a model of type {kind!r}, not one of this project")
-    if not (folder / "tokenizer.json").is_file():
+    file = Path(tokenizer) if tokenizer is not None else folder
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        name, advice = ("tokenizer", "name one") if tokenizer is not None else ("checkpoint", "give --tokenizer")
         raise ValueError(
-            f"checkpoint: {folder} holds no tokenizer.json; copy it from the prepared data of its training"
+            f"{name}: {file.parent} holds no {file.name}; {advice}, or copy it from the prepared data of its training"
         )
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        read = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more special
+        raise ValueError(f"tokenizer: {file} cannot be read: {error}") from None
     place = hardware.device_here() if device is None else torch.device(device)
     model = MoRForCausalLM.from_pretrained(folder, dtype=_dtype(folder, dtype, place)).to(place)
-    return model, tokenizer
+    if read.get_vocab_size() > model.config.vocab_size:
+        raise ValueError(f"tokenizer: {file} has {read.get_vocab_size()} tokens, the model {model.config.vocab_size}")
+    return model, read
 
 
 def _dtype(folder: Path, asked: str, device: torch.device) -> str | torch.dtype:

@@ -117,9 +117,9 @@ class Slurm:
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         (self.folder / "munge.key").chmod(0o400)
         host = socket.gethostname().split(".")[0]
+        wealth = "CPUs=4 RealMemory=8000 Gres=gpu:1"
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=4 RealMemory=8000 Gres=gpu:1"
-            for name in NODES
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} {wealth}" for name in NODES
         )
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(host=host, port=_free_port(), folder=self.folder, nodes=nodes, count=len(NODES))

@@ -60,7 +60,7 @@ with open(folder / "metrics.jsonl", "a") as file:
 # What `$PYTHON SCRIPT ...` comes to: the made-up trainer for the ranks, the arguments of a task's run, else Python.
 PYTHON = r"""#!/bin/bash
 here=$(dirname "$(realpath "$0")")
-if [[ $1 == launchers/torchrun.py ]]; then
+if [[ $1 == launchers/torchrun.py || $1 == pretrain/main.py ]]; then
     while [[ $1 != pretrain/main.py ]]; do shift; done
     exec REAL "$here/trainer.py" "${@:2}"
 elif [[ $1 == launchers/submit.py ]]; then

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -126,11 +127,13 @@ def test_torchrun_script_starts_the_ranks_asked_for(tmp_path: Path) -> None:
     ("arguments", "status", "says"),
     [
         (["run_dir=a/b", "seed=1"], 0, "a/b\n"),
-        ([], 0, "runs/smoke\n"),
+        (["--restart"], 0, "runs/smoke\n"),
+        (["run_dir=$SOMEWHERE/a b"], 0, "/some where/a b\n"),
         (["run_dir="], 2, "error: configs/experiment/smoke.yaml: key 'run_dir' is required\n"),
     ],
 )
 def test_run_dir(arguments: list[str], status: int, says: str) -> None:
     command = [sys.executable, "launchers/run_dir.py", "--config", "configs/experiment/smoke.yaml", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = os.environ | {"SOMEWHERE": "/some where"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout or done.stderr) == (status, says)

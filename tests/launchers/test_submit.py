@@ -223,9 +223,11 @@ def test_status_shows_every_run_with_its_task(
 
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here: what the directories say
     (tmp_path / "out" / "other-seed0" / "requeue").touch()
+    (tmp_path / "out" / "small-seed1").mkdir()
+    (tmp_path / "out" / "small-seed1" / "lock").touch()
     assert main(["--status", str(path), f"overrides.{data[0]}"]) == 0
     shown = capsys.readouterr().out
-    assert "2 not started, 1 finished, 1 stopped" in shown
+    assert "1 finished, 1 stopped, 1 running, 1 not started" in shown
 
 
 def test_batch_that_does_not_divide_is_refused(data: list[str]) -> None:
@@ -260,7 +262,8 @@ def test_model_that_does_not_fit_is_refused_with_the_numbers(
 
 def test_refusal_names_a_change_that_is_then_accepted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"vocab_size": 49152, "sequence_length": 2048}')
-    run = [*SMOKE, *BIG, f"data.folder={tmp_path}", "parallel=configs/parallel/fsdp2.yaml", "--nodes=2"]
+    larger = [BIG[0], "batch.size=128", "batch.micro_size=8", BIG[-1]]
+    run = [*SMOKE, *larger, f"data.folder={tmp_path}", "parallel=configs/parallel/fsdp2.yaml", "--nodes=2"]
     with pytest.raises(UserError, match="Each of these would fit: ") as refused:
         main([*run, "--dry-run"])
     offered = str(refused.value).split("would fit: ")[1].split(", ")

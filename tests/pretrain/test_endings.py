@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from data_prep.settings import UserError
 from pretrain import checkpoint, main, metrics, run_folder
-from pretrain.data import BlockLoader
+from pretrain.data import BlockLoader, Blocks
 from pretrain.metrics import MetricsFile, Tracker, last_step
 from pretrain.parallel import Parallel, RunFailed, _check_devices, _DeepSpeed
 from pretrain.stop import CANNOT_WRITE, disk_error
@@ -371,6 +371,18 @@ def bad_data(patch: Any, rank: int) -> None:
         patch.setattr(BlockLoader, "load", failing(UserError("shard is altered"), 4, BlockLoader.load))
 
 
+def bad_validation(patch: Any, rank: int) -> None:
+    gather = Blocks.gather
+
+    def altered(blocks: Blocks, indices: Any) -> Any:
+        if blocks.shards[0].name.startswith("validation"):
+            raise UserError("validation shard is altered")
+        return gather(blocks, indices)
+
+    if rank == 1:
+        patch.setattr(Blocks, "gather", altered)
+
+
 def bad_copy(patch: Any, rank: int) -> None:
     copies = checkpoint.Checkpoints._copy
     if rank == 1:
@@ -400,7 +412,14 @@ def bad_export(patch: Any, rank: int) -> None:
         patch.setattr("pretrain.trainer.export", failing(KeyError("a bug"), 1))
 
 
-FAULTS = {"data": bad_data, "copy": bad_copy, "metrics": bad_metrics, "last save": bad_last_save, "export": bad_export}
+FAULTS = {
+    "data": bad_data,
+    "validation": bad_validation,
+    "copy": bad_copy,
+    "metrics": bad_metrics,
+    "last save": bad_last_save,
+    "export": bad_export,
+}
 
 
 def end_in_every_way(root: Path, data: Path, strategy: str) -> dict[str, Any]:
@@ -420,6 +439,7 @@ def test_what_goes_wrong_on_one_rank_ends_all_alike(tmp_path: Path, data: Path, 
     first, second = run_ranks(end_in_every_way, 2, tmp_path, data, strategy)
     assert first == second
     assert first["data"] == ((2, "rank 1: shard is altered"), [2], 3, 0)
+    assert first["validation"] == ((2, "rank 1: validation shard is altered"), [4, 6], 6, 0)
     assert first["copy"] == (0, [2, 6], 6, 1)  # that save alone is lost, and counted on both
     assert first["metrics"][0][0] == CANNOT_WRITE and first["metrics"][1:] == ([2], 3, 0)
     assert first["last save"][0][0] == CANNOT_WRITE and first["last save"][1:] == ([2, 4], 6, 2)  # it was tried again

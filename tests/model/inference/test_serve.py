@@ -13,6 +13,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from tokenizers import Tokenizer
 
 from model.inference.connection import guarded
 from model.inference.engine import Engine
@@ -28,10 +29,10 @@ LIMITS = Limits(body=20_000, choices=4, stop_length=50, scores=2000)
 
 
 @contextmanager
-def running(limits: Limits = LIMITS, key: str | None = None, **sizes):
-    """A server on a free port: (address, engine)."""
-    engine = Engine(tiny_model("expert-recursion_wise", 1), **({"max_batch": 8, "kv_tokens": 1200} | sizes))
-    app = build_app(engine, tiny_tokenizer(), "tiny", limits, hosts=["allowed.example"], key=key)
+def serving(engine: Engine, tokenizer: Tokenizer, limits: Limits | None = None, key: str | None = None):
+    """A server of the model `tiny` on a free port; its address."""
+    limits = limits or Limits()
+    app = build_app(engine, tokenizer, "tiny", limits, hosts=["allowed.example"], key=key)
     config = uvicorn.Config(
         app, port=0, log_level="warning", timeout_graceful_shutdown=5, http=guarded(limits), ws="none"
     )
@@ -41,10 +42,18 @@ def running(limits: Limits = LIMITS, key: str | None = None, **sizes):
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", engine
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def running(limits: Limits = LIMITS, key: str | None = None, **sizes):
+    """A server of a tiny routed model: (address, engine)."""
+    engine = Engine(tiny_model("expert-recursion_wise", 1), **({"max_batch": 8, "kv_tokens": 1200} | sizes))
+    with serving(engine, tiny_tokenizer(), limits, key) as address:
+        yield address, engine
 
 
 @pytest.fixture(scope="module")
@@ -501,7 +510,7 @@ def test_a_client_that_leaves_in_its_body_is_one_line(server, caplog):
     ids=["long stop", "long stops", "prompts", "tokens", "token lists", "long text", "biases", "fields"],
 )
 def test_large_requests_are_refused_before_anything_is_done_with_them(body, monkeypatch):
-    """Nothing is tokenized or validated item by item; how long others wait is measured by `make bench-serve`."""
+    """Nothing is tokenized or validated item by item."""
     from model.inference import protocol
 
     def refuse(*_, **__):
