@@ -496,9 +496,12 @@ class Run:
 
     # The record -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def record(self) -> RoutingRecord | None:
         """What was routed; None where nothing is."""
+        with torch.no_grad():
+            return self._record()
+
+    def _record(self) -> RoutingRecord | None:
         method = self.method
         if not method.gates:
             return None

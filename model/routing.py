@@ -277,7 +277,9 @@ def make_record(entered: Tensor, offered: Tensor, real: Tensor | None, layout: S
     """
     exists = torch.ones_like(entered[..., 0]) if real is None else real
     depth, queries, seen = entered.sum(-1), [], []
-    for stage in sorted((s for s in layout if s.gate is not None), key=lambda stage: stage.gate or 0):
+    for stage in layout:  # gates count up along it
+        if stage.gate is None:
+            continue
         ran = exists if stage.whole else entered[..., stage.gate]
         queries.append(ran)
         seen.append((ran * (exists if stage.sees_all else ran).cumsum(1)).sum(1))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import routing
+from ..routing import Router
 from .base import Carry, DepthMethod, Scorer
 from .layout import Stage, looped
 from .routers import router_shapes
@@ -33,9 +34,9 @@ class ExpertChoice(DepthMethod):
         super().__init__(config)
         self.capacities = self.capacities_of(config)
         if config.router != "random":
-            self.routers = nn.ModuleList(routing.Router(config, 1) for _ in range(self.gates))
+            self.routers = nn.ModuleList(Router(config, 1) for _ in range(self.gates))
             if config.selection == "aux_router":
-                self.aux_routers = nn.ModuleList(routing.Router(config, 1, tempered=False) for _ in range(self.gates))
+                self.aux_routers = nn.ModuleList(Router(config, 1, tempered=False) for _ in range(self.gates))
 
     @classmethod
     def architecture(cls, config: MoRConfig) -> str:

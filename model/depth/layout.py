@@ -123,4 +123,4 @@ def within(stages: tuple[Stage, ...], recursions: int | None) -> tuple[Stage, ..
 
 def last_gate(stages: tuple[Stage, ...]) -> int:
     """The last decision that a token meets; -1 where it meets none."""
-    return max((stage.gate for stage in stages if stage.gate is not None), default=-1)
+    return max([-1, *[stage.gate for stage in stages if stage.gate is not None]])

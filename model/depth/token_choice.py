@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import routing
+from ..routing import Router
 from .base import Carry, DepthMethod, Scorer
 from .layout import Stage, looped
 from .routers import router_shapes
@@ -32,7 +33,7 @@ class TokenChoice(DepthMethod):
     def __init__(self, config: MoRConfig):
         super().__init__(config)
         if config.router != "random":
-            self.routers = nn.ModuleList([routing.Router(config, self.gates)])
+            self.routers = nn.ModuleList([Router(config, self.gates)])
         bias = torch.zeros(self.gates) if config.balancing == "loss_free" else None
         self.register_buffer("router_bias", bias)
 
