@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..routing import elementwise, exact_linear
 from .base import Carry, Scorer
 from .expert_choice import ExpertChoice
 from .layout import Stage, stack
@@ -32,8 +33,9 @@ class Predictor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> logits [...]."""
         with torch.autocast(x.device.type, enabled=False):
-            inner = F.silu(F.linear(x.float(), self.first.weight.float(), self.first.bias.float()))
-            return F.linear(inner, self.last.weight.float(), self.last.bias.float()).squeeze(-1)
+            inner = exact_linear(x.float(), self.first.weight.float()) + self.first.bias.float()
+            logits = exact_linear(elementwise(F.silu, inner), self.last.weight.float()) + self.last.bias.float()
+            return logits.squeeze(-1)
 
 
 class MixtureOfDepths(ExpertChoice):

@@ -19,9 +19,9 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..routing import elementwise, exact_linear
 from .base import Carry, DepthMethod, Scorer
 from .layout import Stage, looped
 
@@ -35,7 +35,7 @@ class Halting(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x: [..., D] -> logits [...]."""
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+            return (exact_linear(x.float(), self.weight.float()) + self.bias.float()).squeeze(-1)
 
 
 class Universal(DepthMethod):
@@ -117,7 +117,7 @@ class Universal(DepthMethod):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         assert logits is not None
         combine, total, running = self.config.act_combine, carry["sum"], ~carry["halted"]
-        p = torch.sigmoid(logits)
+        p = elementwise(torch.sigmoid, logits)
         halts = running & (total + p > 1.0 - self.config.act_epsilon)
         if run.all_in:  # exactly as many steps as are allowed
             halts = torch.zeros_like(running)

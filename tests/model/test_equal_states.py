@@ -11,6 +11,8 @@ from torch import Tensor
 
 from model import routing
 from model.config import MoRConfig
+from model.depth.mixture_of_depths import Predictor
+from model.depth.universal import Halting
 from model.inference.sampling import SamplingParams, choose
 from model.routing import Router
 
@@ -63,6 +65,17 @@ def test_equal_states_score_equal_wherever_they_stand(
     for activation in ("softmax", "sigmoid"):
         depths = routing.depth_scores(scores, activation, 1.0)
         assert torch.equal(depths, routing.depth_scores(alone, activation, 1.0)[which])
+
+
+@pytest.mark.parametrize("scorer", [lambda width: Halting(width, 1), Predictor], ids=["halting", "predictor"])
+@settings(deadline=None, max_examples=30)
+@given(**SHAPES, dtype=DTYPES, layout=LAYOUTS, seed=st.integers(0, 2**31))
+def test_scorers_of_other_methods_score_equal_states_equal(scorer, states, rows, width, dtype, layout, seed):
+    torch.manual_seed(seed)
+    unit, distinct = scorer(width), torch.randn(states, width).to(dtype)
+    which = torch.randint(0, states, (rows,))
+    alone = torch.cat([unit(state[None]) for state in distinct])
+    assert torch.equal(unit(laid_out(distinct[which], layout)), alone[which])
 
 
 @settings(deadline=None, max_examples=60)
