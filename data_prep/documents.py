@@ -9,7 +9,10 @@ Memory: one document, plus one byte for each document and a bounded sort buffer.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -59,9 +62,38 @@ def decode(raw: bytes) -> tuple[str, int]:
         return text, len(raw) - len(text.encode())
 
 
+LONG_RUN = 64  # combining marks in a row that are sorted here before Python normalises them
+# Long runs without Latin, Han and Hangul, among which are no combining marks: quickly found, and rare.
+_MAY_BE_MARKS = re.compile(rf"[\u0300-\u4dff\ua000-\uabff\ud7a4-\U0010ffff]{{{LONG_RUN},}}")
+
+
 def normalise(text: str) -> str:
     """NFC, newlines as \\n, no white space at both ends."""
-    return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    text = text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    if text.isascii():
+        return text
+    text = _MAY_BE_MARKS.sub(lambda run: _long_runs().sub(_ordered, run.group()), text)
+    return unicodedata.normalize("NFC", text).strip()
+
+
+@functools.cache
+def _long_runs() -> re.Pattern[str]:
+    """Runs of at least LONG_RUN combining marks."""
+    marks = {code for code in range(sys.maxunicode + 1) if unicodedata.combining(chr(code))}
+    starts = sorted(code for code in marks if code - 1 not in marks)
+    ends = sorted(code for code in marks if code + 1 not in marks)
+    ranges = "".join(f"{chr(a)}-{chr(b)}" for a, b in zip(starts, ends, strict=True))
+    return re.compile(f"[{ranges}]{{{LONG_RUN},}}")
+
+
+def _ordered(run: re.Match[str]) -> str:
+    """The marks of a run decomposed and in canonical order, which is what NFC does first.
+
+    Python sorts them by insertion, in time quadratic in the run's length (cpython issue 149079); of marks in order
+    nothing is left to sort. The text that results is the same.
+    """
+    decomposed = "".join(unicodedata.normalize("NFD", mark) for mark in run.group())
+    return "".join(sorted(decomposed, key=unicodedata.combining))
 
 
 def cut_position(raw: bytes | bytearray, limit: int) -> int:
@@ -89,12 +121,13 @@ def bounded(records: Iterable[Record], settings: DataSettings, counts: DocumentC
                 "raise that limit, or set long_documents=split to cut such documents"
             )
         counts.split_long += not record.continues
-        rest, continues = record.raw, record.continues
-        while len(rest) > limit:
-            position = cut_position(rest, limit)
-            yield Record(record.where, rest[:position], continues)
-            rest, continues = rest[position:], True
-        yield Record(record.where, rest, continues)
+        start, continues = 0, record.continues
+        while len(record.raw) - start > limit:
+            rest = record.raw[start : start + limit + 1]  # never all of it: a record may be a thousand limits long
+            end = start + cut_position(rest, limit)
+            yield Record(record.where, record.raw[start:end], continues)
+            start, continues = end, True
+        yield Record(record.where, record.raw[start:], continues)
 
 
 def spill(records: Iterable[Record], settings: DataSettings, folder: Path) -> DocumentCounts:

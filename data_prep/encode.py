@@ -25,6 +25,8 @@ from tokenizers import Tokenizer
 from data_prep.documents import SPAN
 from data_prep.files import sync, write_json
 from data_prep.progress import progress_bar
+from data_prep.settings import UserError
+from data_prep.tokenizer import encoding_form
 
 BATCH_BYTES = 1 << 20
 BATCH_DOCUMENTS = 1 << 14
@@ -40,6 +42,7 @@ class EncoderFiles:
     texts: Path
     eos_token_id: int
     dtype: str
+    unknown_id: int | None = None
 
 
 class Encoder:
@@ -49,11 +52,8 @@ class Encoder:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.files = files
         self.texts = np.memmap(files.texts, np.uint8, "r")
-        self.tokenizer = Tokenizer.from_file(str(files.tokenizer))
-        # Text that spells a special token stays text: the only end-of-text tokens are those written here.
-        self.tokenizer.encode_special_tokens = True
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
+        # The only end-of-text tokens are those written here.
+        self.tokenizer = encoding_form(Tokenizer.from_file(str(files.tokenizer)), files.eos_token_id)
 
     def __call__(self, spans: np.ndarray) -> np.ndarray:
         """Tokens of the documents at `spans` ([documents] of SPAN), each ended by end-of-text: [tokens]."""
@@ -62,7 +62,14 @@ class Encoder:
         for encoding in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             tokens += encoding.ids
             tokens.append(self.files.eos_token_id)
-        return np.array(tokens, self.files.dtype)
+        result = np.array(tokens, self.files.dtype)
+        ends = int((result == self.files.eos_token_id).sum())
+        if ends != len(texts):
+            raise UserError(
+                f"{self.files.tokenizer}: text is encoded as the end-of-text token (id {self.files.eos_token_id}): "
+                f"{ends - len(texts)} times among {len(texts)} documents; set tokenizer.eos_token to another token"
+            )
+        return result
 
 
 _encoder: Encoder | None = None  # of a worker process
@@ -134,11 +141,12 @@ def encoded(spans: np.ndarray, files: EncoderFiles, workers: int) -> Iterator[tu
 def encode_split(spans_file: Path, files: EncoderFiles, output: Path, workers: int) -> dict[str, float]:
     """Write the tokens of a split to `output`; continue where an interrupted call was.
 
-    Returns tokens (in the file), and of this call: new_tokens, seconds.
+    Returns tokens and unknown (tokens that stand for text outside the vocabulary) in the file, and of this call
+    new_tokens and seconds.
     """
     spans = np.memmap(spans_file, SPAN, "r")
     mark = output.with_suffix(".json")
-    state = json.loads(mark.read_text()) if mark.exists() else {"documents": 0, "tokens": 0}
+    state = json.loads(mark.read_text()) if mark.exists() else {"documents": 0, "tokens": 0, "unknown": 0}
     before = state["tokens"]
     itemsize = np.dtype(files.dtype).itemsize
     started = saved = time.perf_counter()
@@ -152,7 +160,12 @@ def encode_split(spans_file: Path, files: EncoderFiles, output: Path, workers: i
         advance(float(spans["length"][: state["documents"]].sum()))
         for batch, tokens in encoded(rest, files, workers):
             file.write(tokens.tobytes())
-            state = {"documents": state["documents"] + len(batch), "tokens": state["tokens"] + len(tokens)}
+            unknown = 0 if files.unknown_id is None else int((tokens == files.unknown_id).sum())
+            state = {
+                "documents": state["documents"] + len(batch),
+                "tokens": state["tokens"] + len(tokens),
+                "unknown": state["unknown"] + unknown,
+            }
             advance(float(batch["length"].sum()))
             if time.perf_counter() - saved > SAVE_SECONDS:
                 sync(file)
@@ -162,6 +175,7 @@ def encode_split(spans_file: Path, files: EncoderFiles, output: Path, workers: i
     write_json(mark, state)
     return {
         "tokens": state["tokens"],
+        "unknown": state["unknown"],
         "new_tokens": state["tokens"] - before,
         "seconds": time.perf_counter() - started,
     }

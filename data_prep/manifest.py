@@ -81,7 +81,7 @@ def verify(folder: Path) -> dict[str, Any]:
     shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
     with progress_bar("verify", sum(shard["bytes"] for shard in shards), "bytes") as advance:
         for shard in shards:
-            fault = _fault(folder / shard["name"], shard, width, dtype)
+            fault = _fault(folder / shard["name"], shard, width, dtype, manifest.get("samples_per_member"))
             if fault:
                 wrong.append(f"{folder / shard['name']}: {fault}")
             advance(shard["bytes"])
@@ -90,7 +90,7 @@ def verify(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _fault(path: Path, shard: dict[str, Any], width: int, dtype: np.dtype) -> str | None:
+def _fault(path: Path, shard: dict[str, Any], width: int, dtype: np.dtype, per_member: int | None) -> str | None:
     """What is wrong with one tar or the index beside it; None if nothing is."""
     if not path.exists():
         return "missing"
@@ -103,6 +103,6 @@ def _fault(path: Path, shard: dict[str, Any], width: int, dtype: np.dtype) -> st
         offsets = np.load(index)
     except (OSError, ValueError) as error:
         return f"its index {index.name} cannot be read: {error}"
-    if not np.array_equal(offsets, token_offsets(shard["samples"], width, dtype)):
+    if not np.array_equal(offsets, token_offsets(shard["samples"], width, dtype, per_member)):
         return f"its index {index.name} does not point to its samples"
     return None

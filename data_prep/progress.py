@@ -9,6 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
+def say(line: str) -> None:
+    """Print a line for the user to stderr, whole."""
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(line)
+
+
 @contextmanager
 def progress_bar(description: str, total: float | None, unit: str) -> Iterator[Callable[[float], None]]:
     """Yield `advance(amount)`. total None: length unknown."""

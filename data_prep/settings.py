@@ -2,8 +2,8 @@
 
 A settings class is a pydantic model whose fields carry `Field(description=...)`. A YAML file may start from others:
 `extends: other.yaml` at its top, or, wherever a section is expected, the path of a YAML file in place of a mapping.
-Paths in a YAML file are relative to the current folder, the repository's root in every documented command; `~` and
-`$VARIABLE` in them are expanded.
+Paths in a YAML file are relative to the current folder, the repository's root in every documented command; YAML files
+are looked for in the repository too, so that `configs/...` is found from everywhere; `~` and `$VARIABLE` are expanded.
 
 The schema says what a value is, YAML does not: `name=123` is text because a name is text, `off` is a switch where a
 switch is expected and a word elsewhere, `1_000`, `1e3` and `16.5e18` are numbers where numbers are. A value that no
@@ -189,6 +189,14 @@ def _scalar(value: Plain, hint: Any, origin: Any, arguments: tuple[Any, ...]) ->
 # --- files and overrides --------------------------------------------------------------------------------------------
 
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def find_yaml(path: Path) -> Path:
+    """`path` from the current folder or, where it is not there, from the repository's root."""
+    return ROOT / path if not path.exists() and (ROOT / path).exists() else path
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read one YAML mapping without a schema, following `extends`. Raises UserError naming the file."""
     return guess(_read(path))
@@ -200,7 +208,7 @@ def _read(path: str | Path, above: tuple[str, ...] = ()) -> dict[str, Any]:
     above: the files that led here by `extends`, so that a circle is refused.
     """
     try:
-        path = Path(expand(str(path)))
+        path = find_yaml(Path(expand(str(path))))
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
     chain = (*above, str(path))

@@ -1,8 +1,10 @@
 """Blocks of tokens -> webdataset tars of bounded size, each with an index beside it.
 
-A tar member is `{global_index:012d}.tokens.npy`: the tar header (512 bytes), the npy header, the tokens, zeros up to
-a multiple of 512. All members of a split have one size, so a block's place is also plain arithmetic; the index
-`shard-000000.idx.npy` states it: int64 byte offset, in the tar, of the first token of each sample.
+A tar member is `{index of its first sample:012d}.tokens.npy`: the tar header (512 bytes), the npy header, the tokens of
+n samples as an array [n, W], zeros up to a multiple of 512. n is the smallest number at which all but the tokens is
+below OVERHEAD of them, so that short sequences do not fill a disk with headers; a tar's last member may hold fewer.
+A sample's place is plain arithmetic; the index `shard-000000.idx.npy` states it: int64 byte offset, in the tar, of the
+first token of each sample.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from data_prep.files import atomic
 from data_prep.settings import UserError
 
+OVERHEAD = 0.05
 _END = bytes(2 * tarfile.BLOCKSIZE)
 
 
@@ -32,40 +35,61 @@ class Shard:
     sha256: str
 
 
-def npy_header(width: int, dtype: np.dtype) -> bytes:
-    """Header of an npy file that holds `width` tokens."""
+def npy_header(samples: int, width: int, dtype: np.dtype) -> bytes:
+    """Header of an npy file that holds `samples` blocks of `width` tokens."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.str, "fortran_order": False, "shape": (width,)})
+    shape = (samples, width)
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype.str, "fortran_order": False, "shape": shape})
     return buffer.getvalue()
 
 
 def member_header(index: int, size: int) -> bytes:
-    """Tar header of sample `index`: no time, no owner, so that equal content gives equal bytes."""
+    """Tar header of the member that starts with sample `index`: no time, no owner, so that equal content gives equal
+    bytes."""
     info = tarfile.TarInfo(f"{index:012d}.tokens.npy")
     info.size = size
     return info.tobuf(tarfile.USTAR_FORMAT)
 
 
+def samples_per_member(width: int, dtype: np.dtype) -> int:
+    """How many blocks a full member holds."""
+    tokens = width * dtype.itemsize
+    count = 1
+    while _member_bytes(count, width, dtype) > (1 + OVERHEAD) * count * tokens:
+        count += 1
+    return count
+
+
 def samples_per_shard(width: int, dtype: np.dtype, shard_bytes: int) -> int:
     """How many blocks fit into a tar of `shard_bytes`. Raises UserError when none does."""
-    member = _member_bytes(width, dtype)
-    if shard_bytes < member + len(_END):
+    least = _member_bytes(1, width, dtype) + len(_END)
+    if shard_bytes < least:
         raise UserError(
             f"shard_bytes={shard_bytes} is too small for one sample of sequence_length={width - 1}; "
-            f"set it to {member + len(_END)} or more"
+            f"set it to {least} or more"
         )
-    return (shard_bytes - len(_END)) // member
+    full = samples_per_member(width, dtype)
+    members, rest = divmod(shard_bytes - len(_END), _member_bytes(full, width, dtype))
+    headers = tarfile.BLOCKSIZE + len(npy_header(full, width, dtype))
+    more = (rest // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE - headers) // (width * dtype.itemsize)
+    return members * full + max(0, more)
 
 
-def _member_bytes(width: int, dtype: np.dtype) -> int:
-    payload = len(npy_header(width, dtype)) + width * dtype.itemsize
+def _member_bytes(samples: int, width: int, dtype: np.dtype) -> int:
+    payload = len(npy_header(samples, width, dtype)) + samples * width * dtype.itemsize
     return tarfile.BLOCKSIZE + -(-payload // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def token_offsets(samples: int, width: int, dtype: np.dtype) -> np.ndarray:
-    """The index of a tar: [samples] int64, byte offset of the first token of each sample."""
-    first = tarfile.BLOCKSIZE + len(npy_header(width, dtype))
-    return first + _member_bytes(width, dtype) * np.arange(samples, dtype=np.int64)
+def token_offsets(samples: int, width: int, dtype: np.dtype, per_member: int | None) -> np.ndarray:
+    """The index of a tar: [samples] int64, byte offset of the first token of each sample.
+
+    per_member: samples of a full member; None: one in each, an array [W], as tars were written at first.
+    """
+    if per_member is None:
+        return tarfile.BLOCKSIZE + 128 + _member_bytes(1, width, dtype) * np.arange(samples, dtype=np.int64)
+    members, inside = np.divmod(np.arange(samples, dtype=np.int64), per_member)
+    first = tarfile.BLOCKSIZE + len(npy_header(per_member, width, dtype))
+    return first + _member_bytes(per_member, width, dtype) * members + width * dtype.itemsize * inside
 
 
 def write_shards(blocks: Iterable[np.ndarray], folder: Path, split: str, shard_bytes: int) -> Iterator[Shard]:
@@ -86,19 +110,21 @@ def write_shards(blocks: Iterable[np.ndarray], folder: Path, split: str, shard_b
 
 def _write_shard(blocks: np.ndarray, folder: Path, name: str, first: int) -> Shard:
     """Write one tar and its index. first: global index of its first sample."""
-    header = npy_header(blocks.shape[1], blocks.dtype)
-    payload = len(header) + blocks[0].nbytes
-    padding = bytes(-payload % tarfile.BLOCKSIZE)
+    width, dtype = blocks.shape[1], blocks.dtype
+    per_member = samples_per_member(width, dtype)
     digest, size = hashlib.sha256(), 0
     with atomic(folder / f"{name}.tar") as file:
-        for number, block in enumerate(blocks):
-            piece = member_header(first + number, payload) + header + block.tobytes() + padding
+        for start in range(0, len(blocks), per_member):
+            member = blocks[start : start + per_member]
+            content = npy_header(len(member), width, dtype) + member.tobytes()
+            padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+            piece = member_header(first + start, len(content)) + content + padding
             digest.update(piece)
             size += file.write(piece)
         digest.update(_END)
         size += file.write(_END)
     with atomic(folder / f"{name}.idx.npy") as file:
-        np.save(file, token_offsets(len(blocks), blocks.shape[1], blocks.dtype))
+        np.save(file, token_offsets(len(blocks), width, dtype, per_member))
     return Shard(f"{name}.tar", len(blocks), size, digest.hexdigest())
 
 

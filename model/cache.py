@@ -189,14 +189,14 @@ class MoRCache(Cache):
             self.indices[gate].append(flat // length, flat % length + self.seen, self.batch)
         return None if self._sees_all[gate] else self.indices[gate].mask(tokens.index + self.seen)
 
-    def writers(self, depth: int, count: int) -> int:
-        """How many of `count` rows of hidden states, from the first, store keys and values at this depth."""
-        return count if self._plan[depth][0] is not None else 0
+    def writes(self, depth: int) -> bool:
+        """Whether keys and values are stored at this depth."""
+        return self._plan[depth][0] is not None
 
     def attend(self, query: Tensor, key: Tensor | None, value: Tensor | None, tokens: Tokens, depth: int) -> Tensor:
         """Store this depth's keys and values and attend to all that came before.
 
-        query: [B, K, H, Dh] or [N, H, Dh]; key, value: as query with Hkv heads, None where `writers` is 0.
+        query: [B, K, H, Dh] or [N, H, Dh]; key, value: as query with Hkv heads, None where nothing is stored.
         Returns the shape of `query`.
         """
         own, first = self._plan[depth]

@@ -1,15 +1,16 @@
 """Turn a checkpoint into a folder for others.
 
-    python -m model.export --checkpoint DIR --output DIR --to llama|unrolled|hub
+    python -m model.export --checkpoint DIR --output DIR --to llama|unrolled|gguf|hub
 
 llama: a vanilla model under the names of transformers' Llama; the same weights, bit for bit.
 unrolled: a recursive model as a plain Llama of its effective depth: each use of a shared layer becomes a layer of its
     own, per-depth norms go to their depth, LoRA and DoRA deltas are merged into the weights. What Llama has no place
     for (routing, keys and values shared among recursions, recursion encodings) is refused.
+gguf: what `unrolled` makes, as one file `model.gguf` for llama.cpp, with the vocabulary of a byte-level BPE.
 hub: any model with the code that runs it, so that `from_pretrained(folder, trust_remote_code=True)` needs transformers
     and torch, and not this repository.
 
-A tokenizer beside the weights (`tokenizer.json`) goes along.
+A tokenizer beside the weights (`tokenizer.json`) and the facts of the model card (`README.md`) go along.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from .config import MoRConfig
+from .export_gguf import write_gguf
+from .folder import CARD, model_card, set_modes, write_folder
 from .modeling import MoRForCausalLM
 from .relaxation import RelaxedLinear
 from .sharing import Application, applications
@@ -107,11 +110,11 @@ def _layer_state(model: MoRForCausalLM, use: Application) -> dict[str, Tensor]:
     return state
 
 
-def save_for_hub(model: MoRForCausalLM, output: Path) -> None:
+def save_for_hub(model: MoRForCausalLM, output: Path, tokenizer: Path | None = None, card: str = "") -> None:
     """Write weights, configuration and the files of this package that the model needs, flat, into `output`."""
     model.config.auto_map = dict(_AUTO_MAP)
     try:
-        model.save_pretrained(output)
+        write_folder(model, output, tokenizer, card)
     finally:
         del model.config.auto_map
     for name, source in flat_sources().items():
@@ -137,28 +140,15 @@ def flat_sources() -> dict[str, str]:
             continue
 
         def flat(match: re.Match[str], inside: str = inside) -> str:
+            if match[3] is None:  # names of the package itself, which other modules import by their own names too
+                return f"{match[1]}from . import"
             above = inside.split(".")[: len(inside.split(".")) + 1 - len(match[2])] if inside else []
             target = ".".join([*above, *match[3].split(".")])
             wanted.append(target)
             return f"{match[1]}from .{target.replace('.', '_')} import"
 
-        found[name] = re.sub(r"^( *)from (\.+)([\w.]+) import", flat, file.read_text("utf-8"), flags=re.MULTILINE)
+        found[name] = re.sub(r"^( *)from (\.+)(\w[\w.]*)? import", flat, file.read_text("utf-8"), flags=re.MULTILINE)
     return found
-
-
-def save_tokenizer(source: Path, output: Path, config: MoRConfig | LlamaConfig) -> None:
-    """Carry over `tokenizer.json`, where there is one, in the form that `AutoTokenizer` reads."""
-    file = source / "tokenizer.json"
-    if not file.exists():
-        return
-    described = source / "tokenizer_config.json"
-    if described.exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
-    else:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
-        if isinstance(config.eos_token_id, int):
-            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-    tokenizer.save_pretrained(output)
 
 
 def export(checkpoint: Path, output: Path, to: str) -> MoRForCausalLM | LlamaForCausalLM:
@@ -169,13 +159,36 @@ def export(checkpoint: Path, output: Path, to: str) -> MoRForCausalLM | LlamaFor
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"output: {output} is not empty; name a new folder")
     model = MoRForCausalLM.from_pretrained(checkpoint)
+    file = checkpoint / "tokenizer.json"
+    tokenizer = file if file.is_file() else None
+    before = (checkpoint / CARD).read_text(encoding="utf-8") if (checkpoint / CARD).is_file() else ""
     if to == "hub":
-        save_for_hub(model, output)
+        save_for_hub(model, output, tokenizer, model_card(model, before=before))
+        return model
+    model = to_llama(model) if to == "llama" else unroll(model)
+    card = model_card(model, before=before)
+    if to == "gguf":
+        _write_gguf(model, output, tokenizer, card)
     else:
-        model = to_llama(model) if to == "llama" else unroll(model)
-        model.save_pretrained(output)
-    save_tokenizer(checkpoint, output, model.config)
+        write_folder(model, output, tokenizer, card)
     return model
+
+
+def _write_gguf(model: LlamaForCausalLM, output: Path, tokenizer: Path | None, card: str) -> None:
+    """`model.gguf`, under this name when it is whole, and its card."""
+    made = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    partial = output / "model.gguf.partial"
+    try:
+        write_gguf(model, partial, tokenizer)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        if made:
+            output.rmdir()
+        raise
+    partial.rename(output / "model.gguf")
+    (output / CARD).write_text(card, encoding="utf-8")
+    set_modes(output)
 
 
 def _model_type(checkpoint: Path) -> str:
@@ -193,7 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m model.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder that save_pretrained wrote")
     parser.add_argument("--output", type=Path, required=True, help="new folder to write")
-    parser.add_argument("--to", choices=("llama", "unrolled", "hub"), required=True, help="what the folder will hold")
+    parser.add_argument(
+        "--to", choices=("llama", "unrolled", "gguf", "hub"), required=True, help="what the folder will hold"
+    )
     given = parser.parse_args(arguments)
     try:
         with torch.no_grad():

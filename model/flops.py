@@ -486,8 +486,9 @@ def relaxation_parameters(config: MoRConfig) -> int:
 
 
 def router_parameters(config: MoRConfig) -> int:
-    """Of everything that scores tokens."""
-    return sum(scorer.parameters for scorer in method_of(config).scorers(config))
+    """Of everything that belongs to the method: what scores tokens, and what else it learns."""
+    method = method_of(config)
+    return sum(scorer.parameters for scorer in method.scorers(config)) + method.other_parameters(config)
 
 
 def _parameters(config: MoRConfig, layers: int, norm_layers: int, embeddings: bool) -> int:

@@ -136,7 +136,7 @@ class KeyMap:
             return plain, None
         wrapper, rest = int(match[1]), match[2]
         if rest == "router_bias":
-            return "model.router_bias", None
+            return "model.depth.router_bias", None
         if rest == "recursion_encoding":
             return "model.recursion_encoding", self.uses[wrapper].encoding
         router = re.fullmatch(r"(mor_router|mlp_router)\.router\.(?:(\d)\.)?weight", rest)
@@ -144,7 +144,7 @@ class KeyMap:
             kind = "routers" if router[1] == "mor_router" else "aux_routers"
             weight = "hidden_weight" if router[2] == "0" else "weight"
             number = wrapper - self.start if self.config.routing == "expert_choice" else 0
-            return f"model.{kind}.{number}.{weight}", None
+            return f"model.depth.{kind}.{number}.{weight}", None
         depth, rest = self._depth(wrapper, rest)
         if not 0 <= depth < len(self.uses):
             raise ImportFailure(f"{name}: depth {depth} does not exist in a model of {len(self.uses)} effective layers")

@@ -88,20 +88,32 @@ class Attention(nn.Module):
         self.o_proj = make_projection(config, "o_proj", heads, hidden, bias, shared)
 
     def forward(
-        self, x: Tensor, tokens: Tokens, recursion: int, shared_kv: KeyValue | None, cache=None, depth: int = 0
+        self,
+        x: Tensor,
+        tokens: Tokens,
+        recursion: int,
+        shared_kv: KeyValue | None,
+        around: Tensor | None,
+        everyone: Tokens | None,
+        keys: str,
+        cache=None,
+        depth: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
         """x: [B, K, D] or [N, D] -> the same shape, and the keys and values [B, Hkv, S, Dh] that were attended to.
 
-        shared_kv: keys and values of the first recursion; with `kv_strategy` "shared" they replace this recursion's
-        own, with "shared_update" the tokens at hand replace theirs for this recursion only.
-        cache: of generation (`model.cache.MoRCache`, or the engine's pool); depth: the effective depth of this use.
+        shared_kv: keys and values of an earlier use. With `keys` "none" they replace this one's own; otherwise the
+        tokens at hand replace theirs, for this use only. around: [B, T, D], with `everyone` their `Tokens`: where
+        given, keys and values are made of these, the states of every token.
+        cache: of generation (`model.cache.MoRCache`); depth: the effective depth of this use.
         """
         if cache is not None:
-            return self._cached(x, tokens, recursion, cache, depth)
+            return self._cached(x, tokens, recursion, around, everyone, cache, depth)
         query = self._heads(self.q_proj, x, recursion)
         query = tokens.to_slots(_rotate(query, tokens.cos, tokens.sin)).transpose(1, 2)
-        if shared_kv is not None and self.config.kv_strategy == "shared":
+        if shared_kv is not None and keys == "none":
             key, value = shared_kv
+        elif around is not None and everyone is not None:
+            key, value = (y.transpose(1, 2) for y in self._key_value(around, everyone, recursion))
         else:
             key, value = (tokens.to_slots(y).transpose(1, 2) for y in self._key_value(x, tokens, recursion))
             if shared_kv is not None:
@@ -110,18 +122,23 @@ class Attention(nn.Module):
         mixed = tokens.from_slots(mixed.transpose(1, 2).flatten(2))
         return project(self.o_proj, mixed, recursion), (key, value)
 
-    def _cached(self, x: Tensor, tokens: Tokens, recursion: int, cache, depth: int) -> tuple[Tensor, None]:
+    def _cached(
+        self, x: Tensor, tokens: Tokens, recursion: int, around: Tensor | None, everyone: Tokens | None, cache, depth
+    ) -> tuple[Tensor, None]:
         """As `forward`, with keys and values that `cache` stores, finds and shares among recursions."""
         query = _rotate(self._heads(self.q_proj, x, recursion), tokens.cos, tokens.sin)
-        count = cache.writers(depth, len(x))
-        key, value = self._key_value(x[:count], tokens, recursion) if count else (None, None)
+        key = value = None
+        if cache.writes(depth):
+            made_of, of = (x, tokens) if around is None or everyone is None else (around, everyone)
+            key, value = self._key_value(made_of, of, recursion)
         mixed = cache.attend(query, key, value, tokens, depth).flatten(-2)
         return project(self.o_proj, mixed, recursion), None
 
     def _key_value(self, x: Tensor, tokens: Tokens, recursion: int) -> KeyValue:
-        """Keys and values of the leading tokens x: [B, K, D] or [N, D] -> [..., Hkv, Dh]."""
-        key = self._heads(self.k_proj, x, recursion)
-        return _rotate(key, tokens.cos[: len(x)], tokens.sin[: len(x)]), self._heads(self.v_proj, x, recursion)
+        """Keys and values of the tokens x: [B, K, D] or [N, D] -> [..., Hkv, Dh]."""
+        return _rotate(self._heads(self.k_proj, x, recursion), tokens.cos, tokens.sin), self._heads(
+            self.v_proj, x, recursion
+        )
 
     def _heads(self, projection: nn.Linear, x: Tensor, recursion: int) -> Tensor:
         return project(projection, x, recursion).unflatten(-1, (-1, self.head_dim))
@@ -181,8 +198,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         x: Tensor,
         shared_key: Tensor | None = None,
         shared_value: Tensor | None = None,
+        around: Tensor | None = None,
         *,
         tokens: Tokens,
+        everyone: Tokens | None = None,
+        keys: str = "everyone",
         recursion: int = 0,
         cache=None,
         depth: int = 0,
@@ -192,18 +212,30 @@ class DecoderLayer(GradientCheckpointingLayer):
         The other arguments are those of `Attention.forward`.
         """
         shared_kv = None if shared_key is None or shared_value is None else (shared_key, shared_value)
-        mixed, kv = self.self_attn(
-            _norm(self.input_layernorm, x, recursion), tokens, recursion, shared_kv, cache, depth
-        )
+        around = None if around is None else _norm(self.input_layernorm, around, recursion)
+        normed = _norm(self.input_layernorm, x, recursion)
+        mixed, kv = self.self_attn(normed, tokens, recursion, shared_kv, around, everyone, keys, cache, depth)
         x = x + mixed
         key, value = (None, None) if kv is None else kv
         return x + self.mlp(_norm(self.post_attention_layernorm, x, recursion), recursion), key, value
 
 
+class RMSNorm(LlamaRMSNorm):
+    """RMS norm in fp32, in the precision of x at its end; autocast rounds its weight to that too, as FSDP2 does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] -> the same."""
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight.to(x.dtype) * wide.to(x.dtype)
+
+
 def _make_norm(config: MoRConfig, repeats: int) -> nn.Module:
     if not repeats:
-        return LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    return nn.ModuleList(LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(repeats))
+        return RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    return nn.ModuleList(RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(repeats))
 
 
 def _norm(norm: nn.Module, x: Tensor, recursion: int) -> Tensor:

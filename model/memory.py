@@ -86,14 +86,13 @@ class Communication:
 def layer_activation_bytes(config: MoRConfig, passed: Pass, precision: Precision, *, packed: bool = False) -> int:
     """What autograd saves in one layer of a pass without recomputation.
 
-    fp32, per token: 6h (input, normalised and scaled, of both norms), 2q + 2kv of attention, 4f of SwiGLU. bf16: norms
-    stay fp32 and each of the five projections that read them saves its own bf16 copy. packed: ragged tokens
-    are spread over slots for attention and collected again, which keeps its output in both forms.
+    fp32, per token: 6h (input, normalised and scaled, of both norms), 2q + 2kv of attention, 4f of SwiGLU. bf16: the
+    same in bf16, but for the inputs of the norms, of which fp32 copies are kept. packed: ragged tokens are spread over
+    slots for attention and collected again, which keeps its output in both forms.
     """
     h, f = config.hidden_size, config.intermediate_size
     (q, kv), size = attention_widths(config), BF16 if precision == "bf16" else FP32
-    scaled = 5 * h * BF16 if precision == "bf16" else 2 * h * FP32
-    per_query = 4 * h * FP32 + scaled + (2 * q + 4 * f) * size
+    per_query = 2 * h * (FP32 + 2 * size) + (2 * q + 4 * f) * size
     per_query += FP32 * (2 + config.num_attention_heads)  # of norms and of softmax
     per_key = 2 * kv * size
     if packed:
@@ -119,11 +118,13 @@ def activation_bytes(
     precision: Precision = "bf16",
     recompute: Recompute = "none",
     document_masking: bool = False,
+    weight_copies: bool = True,
     work: Work | None = None,
 ) -> Activations:
     """Activations of one micro-batch, under expected routing unless `work` says what was routed.
 
-    document_masking: attention takes a dense mask, which every layer keeps.
+    document_masking: attention takes a dense mask, which every layer keeps. weight_copies: of autocast, which keeps
+    each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs none.
     """
     work = expected_work(config, sequence_length, num_sequences) if work is None else work
     tokens, h = num_sequences * sequence_length, config.hidden_size
@@ -135,7 +136,7 @@ def activation_bytes(
         packed = passed.stage.selects and not method.fixed
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
         layer += mask_bytes(passed, precision, document_masking)
-        inputs = round(passed.queries * h * FP32)
+        inputs = round(passed.queries * h * size)
         products = round(passed.queries * (2 * q + 2 * h + 2 * config.intermediate_size) + passed.keys * 2 * kv) * size
         whole = (
             recompute == "recursion" and passed.stage.shared
@@ -149,17 +150,18 @@ def activation_bytes(
             "recursion": inputs if whole else passed.layers * inputs,
         }[recompute]
         if passed.stage.gate is not None:
-            saved += round(passed.queries) * h * FP32  # the block's output, for the gradient of its gate
+            saved += round(passed.queries) * h * size  # the block's output, for the gradient of its gate
     shared_keys = 0
     if recompute != "none":  # keys that later stages read outlive their stretch, then their gradients do
         sources = {use.source for passed in work.passes for use in passed.stage.uses if use.source is not None}
         shared_keys = len(sources) * tokens * 2 * kv * size
     saved += shared_keys
-    # Inputs of the deeper gates' scorers; the first one's is the first layer's. Detached copies are no more.
-    deeper = {scorer.gate for scorer in method.scorers(config) if scorer.gate > 0}
-    saved += round(sum(work.offered[gate] for gate in deeper)) * h * FP32
-    saved += 2 * tokens * h * FP32 + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
-    if precision == "bf16" and recompute == "none":
+    # fp32 inputs of the scorers. In fp32 the first one's is the first layer's, and detached copies are no more.
+    gates = [scorer.gate for scorer in method.scorers(config)]
+    copied = gates if precision == "bf16" else {gate for gate in gates if gate > 0}
+    saved += round(sum(work.offered[gate] for gate in copied)) * h * FP32
+    saved += tokens * h * (FP32 + size) + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
+    if precision == "bf16" and recompute == "none" and weight_copies:
         saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
     rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
     head = (3 * rows + h) * config.vocab_size * FP32
@@ -215,7 +217,7 @@ def training_memory(
     layer, root = unit_parameters(config)
     gathered = 0
     if strategy == "zero3":
-        gathered = min(unique_parameters(config), ZERO3_LIVE) * (BF16 if precision == "bf16" else FP32)
+        gathered = min(unique_parameters(config), ZERO3_LIVE) * FP32
     elif strategy == "fsdp2":
         size = BF16 if precision == "bf16" else FP32
         freed = reshard_after_forward and layer >= min_unit_parameters
@@ -228,6 +230,7 @@ def training_memory(
         precision=precision,
         recompute=recompute,
         document_masking=document_masking,
+        weight_copies=strategy != "fsdp2",
     )
     on_device = 0 if offload_optimizer else optimizer
     return Memory(parameters, gradients, on_device, gathered, activations.saved, activations.working)
@@ -251,16 +254,14 @@ def communication(
     each of its applications, forward and backward; this is a bound for zero3, which keeps what it needs again within
     `ZERO3_LIVE` parameters, and so gathers a small model once a micro-batch. fsdp2 without resharding gathers each unit
     once a step, whatever Nr. Accumulated gradients of shared layers travel twice under fsdp2: those of the last
-    micro-batch, and those before. With bf16, fsdp2 gathers in bf16 and reduces in fp32; ZeRO reduces in bf16 (zero3
-    gathers too) but for the embeddings. shard_size: hybrid, copies sum their gradients. min_unit_parameters: fsdp2,
-    smaller layers are gathered with the root, and their gradients travel with its own.
+    micro-batch, and those before. With bf16, fsdp2 gathers in bf16; all else travels in fp32. shard_size: hybrid,
+    copies sum their gradients. min_unit_parameters: fsdp2, smaller layers are gathered with the root, and their
+    gradients travel with its own.
     """
     _check(strategy, world_size, shard_size)
     states = unique_parameters(config) * FP32
     layer, root = unit_parameters(config)
     count, size = unique_parameters(config), BF16 if precision == "bf16" else FP32
-    mixed = unique_parameters(config, embeddings=False)  # what ZeRO exchanges in the forward precision
-    mixed = mixed * size + (count - mixed) * FP32
     shards = (shard_size or world_size) if strategy == "fsdp2" else world_size
     share, copies = Fraction(shards - 1, shards), world_size // shards
     uses, units = config.num_hidden_layers, num_unique_layers(config)
@@ -269,13 +270,13 @@ def communication(
         reduce = round(2 * share * states)
     elif strategy in ("zero1", "zero2"):
         gather, gathers = round(share * states), 1
-        reduce = round(2 * share * mixed) * (micro_batches if strategy == "zero2" else 1)
+        reduce = round(2 * share * states) * (micro_batches if strategy == "zero2" else 1)
     elif strategy == "zero3":
         kept = 2 * effective_parameters(config) <= ZERO3_LIVE
         uses_of_all = 1 if kept else Fraction(2 * _applied_parameters(config), count)
-        gather = round(share * mixed * uses_of_all) * micro_batches
+        gather = round(share * states * uses_of_all) * micro_batches
         gathers = micro_batches * (units + 1 if kept else 2 * uses + 2)
-        scatter = round(share * mixed) * micro_batches
+        scatter = round(share * states) * micro_batches
     elif strategy == "fsdp2":
         alone = layer >= min_unit_parameters
         gathers, weights = units + 1 if alone else 1, count

@@ -3,18 +3,25 @@
 Shapes: B batch, T positions, C candidates of a recursion, K tokens it selects, N tokens packed over the batch,
 D hidden size, Nr recursions. Recursions count from 0 in the code (the paper's r - 1).
 Scores are fp32 whatever the model's precision: in bf16, alpha * sigmoid(s) takes a handful of values, and ties decide.
+Equal states score equal, bit for bit, wherever they stand, so that ties go to the earlier token: a matrix kernel adds
+the products of a row in an order that depends on the row's place in the matrix, so scores are sums that no order
+changes (`exact_linear`, `elementwise`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MoRConfig
+if TYPE_CHECKING:
+    from .config import MoRConfig
+    from .depth.layout import Stage
 
 
 class Router(nn.Module):
@@ -29,14 +36,69 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inner))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D] -> fp32 logits [..., outputs]."""
-        with torch.autocast(x.device.type, enabled=False):
+        """x: [..., D] -> fp32 logits [..., outputs]. Under autocast the weights are rounded as FSDP2 rounds them."""
+        kind = x.device.type
+        weight: Tensor = self.weight
+        hidden_weight: Tensor | None = self.hidden_weight
+        if torch.is_autocast_enabled(kind):
+            weight = weight.to(torch.get_autocast_dtype(kind))
+            hidden_weight = None if hidden_weight is None else hidden_weight.to(weight.dtype)
+        with torch.autocast(kind, enabled=False):
             x = x.float()
             if self.temperature != 1.0:
                 x = x / self.temperature
-            if self.hidden_weight is not None:
-                x = F.gelu(F.linear(x, self.hidden_weight.float()))
-            return F.linear(x, self.weight.float())
+            if hidden_weight is not None:
+                x = elementwise(F.gelu, exact_linear(x, hidden_weight.float()))
+            return exact_linear(x, weight.float())
+
+
+def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight' in fp32, [..., I] and [O, I] -> [..., O]; a row's result depends on that row and the weight alone.
+
+    Rows of both factors are rounded to integers of b bits (times a power of two of the row's own), so that every
+    partial sum of their products is an integer below 2^53: fp64 adds those without rounding, in whatever order a
+    kernel chooses. b = floor((53 - log2 I) / 2), 21 for I = 960: entries keep 2^-22 of the row's largest. The product
+    is one matrix product, counted as such; gradients are those of the plain fp32 product.
+    """
+    return _ExactLinear.apply(x, weight)  # type: ignore[no-any-return]
+
+
+class _ExactLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        bits = (53 - (x.shape[-1] - 1).bit_length()) // 2
+        (rows, unit), (columns, weight_unit) = _integers(x.flatten(0, -2), bits), _integers(weight, bits)
+        y = (rows @ columns.T) * (unit * weight_unit.T)
+        return y.float().unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            rows = grad.flatten(0, -2)
+            grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+            grad_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def _integers(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """fp32 x [N, I] as integers of up to `bits` bits, in fp64, and the power of two [N, 1] that they are counted in."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # without its mantissa: power <= largest
+    # Scaling by a power of two is exact, and fp32 holds every integer of so few bits.
+    return (x * (2.0 ** (bits - 1) / power)).round_().double(), power.double() * 2.0 ** (1 - bits)
+
+
+def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of every entry, the same for equal entries wherever they stand.
+
+    torch's CPU kernels take whole vectors of a dense tensor and its last entries one by one, by functions that differ
+    in the last bit. Entries that do not lie side by side are all taken one by one. GPU kernels have one function.
+    """
+    if x.device.type != "cpu":
+        return function(x)
+    return function(torch.stack([x, x], -1)[..., 0])
 
 
 def random_logits(input_ids: Tensor | None, positions: Tensor, recursion: int, outputs: int) -> Tensor:
@@ -52,7 +114,7 @@ def random_logits(input_ids: Tensor | None, positions: Tensor, recursion: int, o
     for _ in range(2):
         state = ((state ^ (state >> 15)) * 739982445) & 0x7FFFFFFF
     uniform = (state.double() + 0.5) / 2**31
-    return torch.logit(uniform).float()
+    return elementwise(torch.logit, uniform).float()
 
 
 # Expert-choice --------------------------------------------------------------------------------------------------------
@@ -138,7 +200,7 @@ def selection_loss(logits: Tensor, selected: Tensor, used: Tensor | None) -> Ten
 
 def depth_scores(logits: Tensor, activation: str, alpha: float) -> Tensor:
     """Scores of the Nr depths, alpha * softmax(s) or alpha * sigmoid(s) (eq. 2.2). [..., Nr] -> [..., Nr]."""
-    return alpha * (logits.softmax(-1) if activation == "softmax" else torch.sigmoid(logits))
+    return alpha * (logits.softmax(-1) if activation == "softmax" else elementwise(torch.sigmoid, logits))
 
 
 def balancing_loss(load: Tensor, scores: Tensor, used: Tensor | None) -> Tensor:
@@ -184,47 +246,45 @@ def entropy(load: Tensor) -> Tensor:
 class RoutingRecord:
     """What one forward pass routed; detached tensors, made without waiting for the device.
 
-    depth: [B, T] recursions that each token executed, 0 .. Nr; 0 for padding.
-    counts: [B, Nr] queries per sequence and recursion.
-    pairs: [B, Nr] causal (query, key) pairs that attention covers per sequence and recursion, documents ignored.
-    load: [Nr] share of tokens per depth (token-choice), or share that entered each recursion (expert-choice).
-    statistics: scalars by name. Expert-choice: `selection_accuracy` (how often the causal decision agrees with top-k),
-        `score_mean_r`, `entered_r`. Token-choice: `max_violation`, `entropy`, `score_mean_r`. Both: `dead_token_share`,
-        the share of positions that no sequence of the batch sends to the last recursion.
-    scores: raw fp32 logits per recursion, over its candidates; one entry for token-choice.
-    selected: positions [B, K] of the tokens selected per recursion (expert-choice by top-k).
+    depth: [B, T] gates that each token passed, 0 .. G; 0 for padding.
+    entered, offered: [B, G] tokens per sequence that each gate let in, and that it scored.
+    counts: [B, G] queries per sequence in the stage of each gate.
+    pairs: [B, G] causal (query, key) pairs that attention covers per sequence and stage, documents ignored.
+    load: [G] share of tokens per depth (token-choice), or share that passed each gate.
+    statistics: scalars by name. Top-k: `selection_accuracy` (how often the causal decision agrees with top-k). Of every
+        gate `score_mean_r`, and `entered_r`; token-choice: `max_violation`, `entropy`. All: `dead_token_share`, the
+        share of positions that no sequence of the batch sends through the last gate.
+    scores: raw fp32 logits per gate, over its candidates; one entry for token-choice.
+    selected: positions [B, K] of the tokens selected per gate (by top-k). heads: tokens read out before the end.
     """
 
     depth: Tensor
+    entered: Tensor
+    offered: Tensor
     counts: Tensor
     pairs: Tensor
     load: Tensor
     statistics: dict[str, Tensor] = field(default_factory=dict)
     scores: list[Tensor] = field(default_factory=list)
     selected: list[Tensor] = field(default_factory=list)
+    heads: int = 0
 
 
-def make_record(depth: Tensor, used: Tensor | None, config: MoRConfig, dense_first: bool) -> RoutingRecord:
-    """Derive counts, pairs, load and shares from the depth of every token.
+def make_record(entered: Tensor, offered: Tensor, real: Tensor | None, layout: Sequence[Stage]) -> RoutingRecord:
+    """Derive counts, pairs, load and shares from who passed which gate.
 
-    depth: [B, T]; used: [B, T], False for padding, or None; dense_first: the first recursion computes every token.
+    entered, offered: [B, T, G] bool; real: [B, T], False for padding, or None; layout: the method's stages.
     """
-    recursions = torch.arange(1, config.num_recursions + 1, device=depth.device)
-    ran = depth[..., None] >= recursions
-    real = torch.ones_like(depth, dtype=torch.bool) if used is None else used
-    queries = ran.clone()
-    if dense_first:
-        queries[..., 0] = real
-    counts = queries.sum(1)
-    if config.kv_strategy == "recursion_wise":
-        pairs = counts * (counts + 1) // 2
-    else:
-        pairs = (queries * real.cumsum(1)[..., None]).sum(1)
-    tokens = real.sum().clamp(min=1)
-    if config.routing == "token_choice":
-        load = (depth[..., None] == recursions).sum((0, 1)) / tokens
-    else:
-        load = ran.sum((0, 1)) / tokens
-    reached, exists = ran[..., -1].any(0), real.any(0)
-    dead = 1.0 - (reached & exists).sum() / exists.sum().clamp(min=1)
-    return RoutingRecord(depth, counts, pairs, load, {"dead_token_share": dead})
+    exists = torch.ones_like(entered[..., 0]) if real is None else real
+    depth, queries, seen = entered.sum(-1), [], []
+    for stage in layout:  # gates count up along it
+        if stage.gate is None:
+            continue
+        ran = exists if stage.whole else entered[..., stage.gate]
+        queries.append(ran)
+        seen.append((ran * (exists if stage.sees_all else ran).cumsum(1)).sum(1))
+    counts, pairs = torch.stack(queries, -1).sum(1), torch.stack(seen, -1)
+    load = entered.sum((0, 1)) / exists.sum().clamp(min=1)
+    reached, there = entered[..., -1].any(0), exists.any(0)
+    dead = 1.0 - (reached & there).sum() / there.sum().clamp(min=1)
+    return RoutingRecord(depth, entered.sum(1), offered.sum(1), counts, pairs, load, {"dead_token_share": dead})

@@ -43,7 +43,9 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from data_prep.settings import UserError, run_command
+from model.depth import current_name
 from pretrain.dcp_reader import SafeReader, read_metadata
+from pretrain.facts import run_facts
 from pretrain.parallel import Parallel, read_deepspeed
 from pretrain.stop import disk_error
 
@@ -546,8 +548,11 @@ def _sharded_shapes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _load_sharded(parallel: Parallel, folder: Path) -> None:
-    _allocate(parallel, {name: shape for name, (shape, _) in _sharded_shapes(folder).items()}, folder)
-    dcp.load(named_tensors(parallel), storage_reader=SafeReader(folder), process_group=parallel.background_group)
+    shapes = _sharded_shapes(folder)
+    _allocate(parallel, {current_name(name): shape for name, (shape, _) in shapes.items()}, folder)
+    stored, tensors = {current_name(name): name for name in shapes}, named_tensors(parallel)
+    wanted = {stored.get(name, name): tensor for name, tensor in tensors.items()}
+    dcp.load(wanted, storage_reader=SafeReader(folder), process_group=parallel.background_group)
 
 
 def _load_consolidated(parallel: Parallel, folder: Path) -> None:
@@ -556,9 +561,10 @@ def _load_consolidated(parallel: Parallel, folder: Path) -> None:
         for path in (folder / "model.safetensors", folder / "optimizer.safetensors"):
             file = stack.enter_context(safe_open(path, framework="pt"))
             readers.update(dict.fromkeys(file.keys(), file))
-        _allocate(parallel, {n: torch.Size(f.get_slice(n).get_shape()) for n, f in readers.items()}, folder)
+        shapes = {current_name(n): torch.Size(f.get_slice(n).get_shape()) for n, f in readers.items()}
+        _allocate(parallel, shapes, folder)
         for name, file in sorted(readers.items()):
-            kind, parameter, *key = name.split("/")
+            kind, parameter, *key = current_name(name).split("/")
             if kind == "model":
                 parallel.set_model_tensor(parameter, file.get_tensor(name))
             else:
@@ -572,12 +578,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint of any format, whole, in host memory, by name."""
     folder, format = path / "tensors", Marker.read(path).format
     if format == "deepspeed":
-        return read_deepspeed(folder)
-    if format == "consolidated":
-        return load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _sharded_shapes(folder).items()}
-    dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
-    return tensors
+        tensors = read_deepspeed(folder)
+    elif format == "consolidated":
+        tensors = load_file(folder / "model.safetensors") | load_file(folder / "optimizer.safetensors")
+    else:
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in _sharded_shapes(folder).items()}
+        dcp.load(tensors, storage_reader=SafeReader(folder), no_dist=True)
+    return {current_name(name): tensor for name, tensor in tensors.items()}
 
 
 def convert(source: Path, target: Path, format: Literal["consolidated", "sharded"]) -> None:
@@ -598,12 +605,13 @@ def convert(source: Path, target: Path, format: Literal["consolidated", "sharded
     Marker(marker.step, format, marker.strategy, marker.world_size, files).write(target)
 
 
-def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
+def export(source: Path, target: Path, tokenizer: Path | None = None, line: dict[str, Any] | None = None) -> None:
     """Write the model of checkpoint `source` as a `from_pretrained` folder, with its tokenizer if a file is given.
 
-    It is written beside and renamed when whole.
+    It is written beside and renamed when whole. line: of the run's metrics, for the model card; None: its last.
     """
     from model.config import MoRConfig
+    from model.folder import model_card, write_folder
     from model.modeling import MoRForCausalLM
 
     config = MoRConfig.from_json_file(source / "config.json")
@@ -615,11 +623,7 @@ def export(source: Path, target: Path, tokenizer: Path | None = None) -> None:
         raise UserError(f"{source}: weights do not fit its config.json: {sorted(set(missing) - tied) + unexpected}")
     partial, replaced = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "replaced"))
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    if tokenizer is not None:
-        from transformers import PreTrainedTokenizerFast
-
-        PreTrainedTokenizerFast(tokenizer_file=str(tokenizer)).save_pretrained(partial)
+    write_folder(model, partial, tokenizer, model_card(model, run_facts(source.parent.parent, line)))
     if target.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from rich.table import Table
 
 from data_prep.settings import Plain, Settings, UserError, describe, load, typed
 from model.config import MoRConfig
-from pretrain.data import Manifest
+from pretrain.data import Manifest, Mixture
 from pretrain.parallel_settings import ParallelSettings
 from pretrain.schedule import ScheduleKind
 
@@ -72,14 +73,78 @@ Flops = Annotated[int, BeforeValidator(_whole)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+class SourceSettings(Settings):
+    """One source of a mixture."""
+
+    folder: Path = Field(description="prepared folder")
+    weight: float | list[tuple[float, float]] = Field(
+        description="share of the samples, relative to the other sources' weights; [[0, 0.7], [0.8, 0.2]]: 0.7, and "
+        "0.2 from 0.8 of the budget on"
+    )
+    prepare: Path | None = Field(
+        default=None, description="configs/data/*.yaml that makes the folder when it has no manifest"
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _rising(cls, weight: float | list[tuple[float, float]]) -> float | list[tuple[float, float]]:
+        steps = weight if isinstance(weight, list) else [(0.0, weight)]
+        shares = [share for share, _ in steps]
+        if not steps or shares[0] != 0 or shares != sorted(set(shares)) or shares[-1] >= 1:
+            raise ValueError("give [share of the budget, weight] pairs whose shares rise from 0 and stay below 1")
+        if any(not 0 <= value < math.inf for _, value in steps):
+            raise ValueError("a weight must be 0 or more")
+        return weight
+
+    @property
+    def steps(self) -> list[tuple[float, float]]:
+        """[(share of the budget, weight from there on), ...]."""
+        return self.weight if isinstance(self.weight, list) else [(0.0, self.weight)]
+
+
 class DataSettings(Settings):
-    folder: Path = Field(description="prepared folder: manifest.json, train/ and validation/ shards, tokenizer.json")
+    folder: Path = Field(
+        default=Path(), description="prepared folder: manifest.json, train/ and validation/ shards, tokenizer.json"
+    )
+    mixture: dict[str, SourceSettings] = Field(
+        default={}, description="in place of folder: several prepared folders by name, each with folder and weight"
+    )
     prepare: Path | None = Field(
         default=None, description="configs/data/*.yaml that makes the folder when it has no manifest"
     )
     document_masking: bool = Field(
         default=True, description="keep attention inside documents; false reproduces the paper"
     )
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        given = self.folder != Path()
+        if given == bool(self.mixture):
+            raise ValueError("give either folder or mixture")
+        if self.mixture and self.prepare:
+            raise ValueError("prepare: of a mixture, each source has its own")
+        wrong = [name for name in self.mixture if not re.fullmatch(r"\w[\w-]*", name)]
+        if wrong:
+            raise ValueError(f"mixture: {wrong[0]!r} is no name of a source; use letters, digits, _ and -")
+        return self
+
+    @property
+    def folders(self) -> list[tuple[Path, Path | None]]:
+        """Every prepared folder, with what makes it."""
+        if self.mixture:
+            return [(source.folder, source.prepare) for source in self.mixture.values()]
+        return [(self.folder, self.prepare)]
+
+    @property
+    def prepared(self) -> bool:
+        """Whether every folder has a manifest."""
+        return all((folder / "manifest.json").exists() for folder, _ in self.folders)
+
+    def read(self) -> Manifest:
+        """What the folder or the mixture holds. Raises UserError."""
+        if not self.mixture:
+            return Manifest.read(self.folder)
+        return Mixture.of({name: (Manifest.read(item.folder), item.steps) for name, item in self.mixture.items()})
 
 
 class BudgetSettings(Settings):
@@ -275,8 +340,10 @@ class ExperimentSettings(Settings):
     batch: BatchSettings = Field(description="how large a step is")
     optimizer: OptimizerSettings = Field(default=OptimizerSettings(), description="AdamW")
     schedule: ScheduleSettings = Field(default=ScheduleSettings(), description="the learning rate over the budget")
-    precision: Literal["bf16", "fp32"] = Field(
-        default="bf16", description="bf16: autocast over fp32 parameters; or fp32"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto",
+        description="bf16: autocast over fp32 parameters; or fp32; auto: bf16 on GPUs and CPUs that multiply it in "
+        "hardware, else fp32. An existing run goes on in its own",
     )
     recompute: Literal["none", "block", "recursion", "selective"] = Field(
         default="none", description="which activations are computed again in the backward pass, to save memory"
@@ -373,7 +440,12 @@ def micro_size_of(batch: BatchSettings, world_size: int) -> int:
 
 def differing_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ between two resolved configurations, but for those that may change."""
-    return sorted(key for key in _differences(before, now) if not key.startswith(MAY_CHANGE))
+    return sorted(key for key in _differences(before, now) if not may_change(key))
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may go on with another value of this key."""
+    return key.startswith(MAY_CHANGE) or bool(re.fullmatch(r"data\.mixture\.[\w-]+\.(folder|prepare)", key))
 
 
 def noted_changes(before: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:

@@ -7,6 +7,7 @@ The pipeline, stage by stage; every stage is a pure function of the one before i
     place         -> sample index     a keyed pseudo-random permutation per (seed, epoch), computed, never stored
     sample index  -> (shard, offset)  cumulative shard sizes, then the index file beside the shard
     offset        -> tokens           a view of the memory-mapped shard, T + 1 tokens
+                                      (a mixture first: position -> source and rank in it, pretrain/mixture.py)
     tokens        -> MicroBatch       rows gathered as int64, documents numbered by their end-of-text tokens
     MicroBatch    -> trainer          read ahead by threads, handed out in order
 
@@ -21,9 +22,13 @@ Shapes: B global batch (samples), m micro-batch (samples), T tokens of a sequenc
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import mmap
+import os
 import tarfile
+import weakref
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -37,10 +42,13 @@ import numpy.typing as npt
 import torch
 from pydantic import ConfigDict, Field
 
+from data_prep.files import fingerprint as fingerprint_of
 from data_prep.manifest import read_manifest
 from data_prep.manifest import verify as verify_files
 from data_prep.settings import Settings, UserError, build
+from pretrain.mixture import Phase, Proportions, seed_of, starts_of, whole_weights
 
+NEVER = 1 << 62  # a position that no run reaches
 ROUNDS = 6  # of the Feistel network; four make a permutation, two more make small data sets well mixed too
 
 Indices = npt.NDArray[np.int64]
@@ -153,6 +161,94 @@ class Manifest(Settings):
                     raise UserError(f"{index_path(path)}: index is missing; prepare the folder anew")
 
 
+class Mixture(Manifest):
+    """Several prepared folders as one; get one by `Mixture.of`.
+
+    What a run asks of its data it asks of this: `fingerprint` covers every source and its weights, `corpus` and
+    `licence` name all, `unigram_loss` is the mean over `weights`, `folder` is that of the first source, whose tokenizer
+    is everyone's.
+
+    sources: by name; shares [P]: of the budget, at which phases begin; phases [P][K]: weights of the sources by name.
+    """
+
+    sources: dict[str, Manifest]
+    shares: list[float]
+    phases: list[list[float]]
+
+    @staticmethod
+    def of(sources: dict[str, tuple[Manifest, list[tuple[float, float]]]]) -> Mixture:
+        """Mix sources, each with its weights from shares of the budget on: [(share, weight), ...], the first at 0.
+
+        Raises UserError for sources of different tokenizers or lengths, and weights that are none.
+        """
+        names = sorted(sources)
+        manifests = {name: sources[name][0] for name in names}
+        first = manifests[names[0]]
+        for name in names[1:]:
+            manifests[name].check_tokenizer(first.tokenizer_fingerprint, f"source {names[0]!r} ({first.folder})")
+            for key in ("sequence_length", "eos_token_id", "vocab_size"):
+                mine, others = getattr(manifests[name], key), getattr(first, key)
+                if mine != others:
+                    raise UserError(
+                        f"{manifests[name].folder}: {key} {mine}, but {first.folder} has {others}; the sources of a "
+                        "mixture must have the same: prepare one of them anew"
+                    )
+        shares = sorted({share for _, steps in sources.values() for share, _ in steps})
+        phases = [[_weight_at(sources[name][1], share) for name in names] for share in shares]
+        for share, weights in zip(shares, phases, strict=True):
+            if not any(weights):
+                raise UserError(f"data.mixture: from {share:g} of the budget on every weight is 0")
+            try:
+                whole_weights(weights)
+            except ValueError as error:
+                raise UserError(f"data.mixture: {error}") from None
+        mean = _mean_weights(shares, phases)
+        content = {name: manifests[name].fingerprint for name in names}
+        return Mixture.model_construct(
+            **{name: getattr(first, name) for name in Manifest.model_fields},
+            sources=manifests,
+            shares=shares,
+            phases=phases,
+        ).model_copy(
+            update={
+                "fingerprint": fingerprint_of({"sources": content, "shares": shares, "phases": phases}),
+                "corpus": " + ".join(f"{w:.4g} {manifests[n].corpus}" for n, w in zip(names, mean, strict=True)),
+                "licence": "; ".join(f"{name}: {manifests[name].licence}" for name in names),
+                "unigram_loss": sum(manifests[n].unigram_loss * w for n, w in zip(names, mean, strict=True)),
+            }
+        )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Share of each source over the whole budget; what means over the sources are weighted with."""
+        return dict(zip(self.sources, _mean_weights(self.shares, self.phases), strict=True))
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json records: fingerprint, folder, samples and weights of each source."""
+        return {
+            name: {
+                "folder": str(manifest.folder),
+                "corpus": manifest.corpus,
+                "data_fingerprint": manifest.fingerprint,
+                "samples": manifest.split("train").samples,
+                "unigram_loss": manifest.unigram_loss,
+                "weights": [[share, phase[number]] for share, phase in zip(self.shares, self.phases, strict=True)],
+            }
+            for number, (name, manifest) in enumerate(self.sources.items())
+        }
+
+
+def _weight_at(steps: list[tuple[float, float]], share: float) -> float:
+    return [weight for start, weight in steps if start <= share][-1]
+
+
+def _mean_weights(shares: list[float], phases: list[list[float]]) -> list[float]:
+    """Mean share of each source over the budget: [K], summing to 1."""
+    lengths = np.diff([*shares, 1.0])
+    parts = np.array(phases) / np.array(phases).sum(axis=1, keepdims=True)
+    return [float(share) for share in lengths @ parts]
+
+
 def index_path(shard: Path) -> Path:
     """`shard-000000.idx.npy` beside `shard-000000.tar`: byte offset of each sample's first token."""
     return shard.with_suffix(".idx.npy")
@@ -203,12 +299,28 @@ def sample_order(positions: Indices, samples: int, seed: int) -> Indices:
     return order
 
 
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
 def _map(path: Path, dtype: torch.dtype) -> npt.NDArray[Any]:
     """The file at `path`, memory-mapped and read-only, as a flat array of `dtype`.
 
-    `torch.from_file` keeps no file descriptor open, unlike `numpy.memmap`, so thousands of shards stay mapped.
+    Python's own `mmap`, and with it `numpy.memmap`, keeps a file descriptor open for each of thousands of shards;
+    `torch.from_file` makes a private writable map, which the kernel counts as memory in use, and refuses under
+    `vm.overcommit_memory=2` once the shards are larger than memory. A shared map that is only read is neither.
     """
-    mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size // dtype.itemsize, dtype=dtype).numpy()
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file.fileno(), 0)
+    if address == ctypes.c_void_p(-1).value:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(path))
+    pages: Any = (ctypes.c_char * size).from_address(address)
+    weakref.finalize(pages, _libc.munmap, address, size)
+    mapped = np.frombuffer(pages, str(dtype).removeprefix("torch."), size // dtype.itemsize)
     mapped.flags.writeable = False
     return mapped
 
@@ -257,7 +369,7 @@ class Blocks:
         for number, shard in enumerate(self.shards):
             path = self.manifest.folder / shard.name
             with tarfile.open(path) as tar:
-                starts = [member.offset_data + member.size - size for member in tar if member.isfile()]
+                starts = [start for member in tar if member.isfile() for start in _starts(tar, member, size)]
             if not np.array_equal(self._open(number)[1], starts):
                 raise UserError(f"{index_path(path)}: index does not match its shard; prepare the folder anew")
 
@@ -269,6 +381,17 @@ class Blocks:
             offsets = _read_index(index_path(path), shard, self.length, self.dtype.itemsize)
             self._opened[number] = _map(path, self.dtype), offsets
         return self._opened[number]
+
+
+def _starts(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> Iterable[int]:
+    """Bytes of a tar at which the samples of `size` bytes in one of its members start; the npy header comes before."""
+    file = tar.extractfile(member)
+    assert file is not None
+    with file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        header = file.tell()
+    return range(member.offset_data + header, member.offset_data + header + math.prod(shape) * dtype.itemsize, size)
 
 
 def _read_index(path: Path, shard: Shard, length: int, token_bytes: int) -> Indices:
@@ -299,18 +422,20 @@ class MicroBatch:
     document_ids [m,T] int64: end-of-text tokens strictly before each position, so that end-of-text belongs to the
         document that it ends; None where attention crosses documents.
     samples: rows that count. Rows from `samples` on fill up a last validation batch, and all their targets are -100.
+    fault: why these rows stand in for ones that could not be read.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     document_ids: torch.Tensor | None
     samples: int
+    fault: Exception | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on `device`."""
         documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
         inputs, targets = (x.to(device, non_blocking=True) for x in (self.input_ids, self.targets))
-        return MicroBatch(inputs, targets, documents, self.samples)
+        return MicroBatch(inputs, targets, documents, self.samples, self.fault)
 
 
 def number_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
@@ -319,11 +444,10 @@ def number_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor
     return ends.cumsum(dim=1) - ends
 
 
-def _micro_batch(blocks: Blocks, indices: Iterable[int], document_masking: bool, samples: int) -> MicroBatch:
-    rows = blocks.gather(indices)
+def _micro_batch(rows: torch.Tensor, eos_token_id: int, document_masking: bool, samples: int) -> MicroBatch:
     input_ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     targets[samples:] = -100
-    documents = number_documents(input_ids, blocks.manifest.eos_token_id) if document_masking else None
+    documents = number_documents(input_ids, eos_token_id) if document_masking else None
     return MicroBatch(input_ids, targets, documents, samples)
 
 
@@ -399,18 +523,50 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         self.document_masking = document_masking
         self.position = position
         self.skipped: tuple[int, int] | None = None  # positions from .. to (without) that are left out
-        self._blocks = Blocks(manifest, split)
+        sources = manifest.sources if isinstance(manifest, Mixture) else {"": manifest}
+        self._blocks = {name: Blocks(source, split) for name, source in sources.items()}
+        self._starts = [0] * len(manifest.shares) if isinstance(manifest, Mixture) else [0]
+        self._set_starts([0] + [NEVER] * (len(self._starts) - 1))
         self._depth, self._workers = max(1, read_ahead_batches), workers
         self._batches: Generator[list[MicroBatch]] | None = None
 
     @property
     def epoch(self) -> int:
-        """Times that the whole split has been handed out."""
-        return self.position // len(self._blocks)
+        """Times that the whole split has been handed out; of a mixture, all samples of all its sources."""
+        return self.position // len(self)
+
+    @property
+    def source_epochs(self) -> dict[str, float]:
+        """How often each source of a mixture has been handed out; empty where there is none."""
+        return self.epochs_at(self.position)
+
+    def epochs_at(self, position: int) -> dict[str, float]:
+        """How often each source of a mixture has been handed out before `position`."""
+        if not isinstance(self.manifest, Mixture):
+            return {}
+        counts = self._order.counts(position)
+        return {
+            name: int(count) / len(blocks) for (name, blocks), count in zip(self._blocks.items(), counts, strict=True)
+        }
+
+    def spread_over(self, samples: int) -> None:
+        """Say how many samples the whole run has, of which a mixture's weights may change at shares.
+
+        What has been handed out stays as it was, also where the budget is another one than before.
+        """
+        if isinstance(self.manifest, Mixture):
+            self.close()
+            self._set_starts(starts_of(self.manifest.shares, samples, self.position, self._starts))
+
+    def _set_starts(self, starts: list[int]) -> None:
+        self._starts = starts
+        weights = self.manifest.phases if isinstance(self.manifest, Mixture) else [[1.0]]
+        phases = [Phase(start, whole_weights(part)) for start, part in zip(starts, weights, strict=True)]
+        self._order = Proportions([phase for phase in phases if phase.start < NEVER])
 
     def __len__(self) -> int:
-        """Samples of the split."""
-        return len(self._blocks)
+        """Samples of the split; of a mixture, of all its sources."""
+        return sum(map(len, self._blocks.values()))
 
     def _past_skipped(self, position: int) -> int:
         """`position`, or the end of what is left out if it lies in there."""
@@ -418,7 +574,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
             return self.skipped[1]
         return position
 
-    def _starts(self) -> Iterator[int]:
+    def _batch_starts(self) -> Iterator[int]:
         """Where the global batches from here on begin."""
         position = self.position
         while True:
@@ -428,7 +584,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
 
     def __next__(self) -> list[MicroBatch]:
         if self._batches is None:
-            self._batches = read_ahead(self.load, self._starts(), self._depth, self._workers)
+            self._batches = read_ahead(self.load, self._batch_starts(), self._depth, self._workers)
         try:
             batch = next(self._batches)
         except BaseException:  # a generator that raised is finished: the next call must raise too, not end the run
@@ -442,8 +598,25 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         size = self.micro_batch_size
         starts = position + (np.arange(self.accumulation_steps) * self.world_size + self.rank) * size
         positions = (starts[:, None] + np.arange(size)).ravel()
-        order = sample_order(positions, len(self._blocks), self.seed).reshape(-1, size)
-        return [_micro_batch(self._blocks, indices, self.document_masking, size) for indices in order.tolist()]
+        rows = self._rows(positions)
+        return [
+            _micro_batch(rows[first : first + size], self.manifest.eos_token_id, self.document_masking, size)
+            for first in range(0, len(rows), size)
+        ]
+
+    def _rows(self, positions: Indices) -> torch.Tensor:
+        """The samples at `positions` [N], as int64 [N, T+1]."""
+        if len(self._blocks) == 1 and not isinstance(self.manifest, Mixture):
+            (blocks,) = self._blocks.values()
+            return blocks.gather(sample_order(positions, len(blocks), self.seed).tolist())
+        sources, ranks = self._order.locate(positions)
+        rows = torch.empty((len(positions), self.manifest.sequence_length + 1), dtype=torch.int64)
+        for number, (name, blocks) in enumerate(self._blocks.items()):
+            here = np.flatnonzero(sources == number)
+            order = sample_order(ranks[here], len(blocks), seed_of(self.seed, name))
+            if len(here):
+                rows[torch.from_numpy(here)] = blocks.gather(order.tolist())
+        return rows
 
     def stand_in(self) -> list[MicroBatch]:
         """Micro-batches shaped as real ones that predict nothing: what a rank whose data failed ends its step with."""
@@ -460,6 +633,8 @@ class BlockLoader(Iterator[list[MicroBatch]]):
             "skipped": self.skipped,
             "fingerprint": self.manifest.fingerprint,
             "tokenizer_fingerprint": self.manifest.tokenizer_fingerprint,
+            "starts": self._starts,
+            "sources": {name: blocks.manifest.fingerprint for name, blocks in self._blocks.items() if name},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -475,6 +650,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         self.close()
         self.position = state["position"]
         self.skipped = tuple(skipped) if (skipped := state.get("skipped")) else None
+        self._set_starts(state.get("starts", [0]))
 
     def close(self) -> None:
         """End the threads. The loader may be used again; it goes on at `position`."""
@@ -496,7 +672,8 @@ def fixed_batches(
     """The first `samples` (None: all) of a split once, in stored order: this rank's micro-batches, for validation.
 
     Every sample comes exactly once over all ranks. Every rank gets the same number of micro-batches of the same shape,
-    so that collectives inside the model stay in step: the last ones are filled up with rows that predict nothing.
+    so that collectives inside the model stay in step: the last ones are filled up with rows that predict nothing. Of
+    several ranks, one that cannot read yields such rows too, with what it met as their `fault`.
     """
     blocks = Blocks(manifest, split)
     total = len(blocks) if samples is None else min(samples, len(blocks))
@@ -506,6 +683,13 @@ def fixed_batches(
         first = start + rank * micro_batch_size
         real = min(max(total - first, 0), micro_batch_size)
         indices = [index if index < total else 0 for index in range(first, first + micro_batch_size)]
-        return _micro_batch(blocks, indices, document_masking, real)
+        try:
+            return _micro_batch(blocks.gather(indices), manifest.eos_token_id, document_masking, real)
+        except Exception as error:
+            if world_size == 1:
+                raise
+            ids = torch.full((micro_batch_size, manifest.sequence_length), manifest.eos_token_id)
+            documents = number_documents(ids, manifest.eos_token_id) if document_masking else None
+            return MicroBatch(ids, torch.full_like(ids, -100), documents, 0, error)
 
     return read_ahead(load, range(0, total, at_once), depth=2, workers=1)

@@ -1,6 +1,8 @@
-"""Check an allocation before a long run: ranks, bandwidth, disk, clocks, versions, and memory against the estimate.
+"""Look at a machine or an allocation before a run: what it computes in a second, its ranks, bandwidth, memory, disk,
+clocks and versions, what precision `auto` takes, and how long an experiment will take here.
 
-torchrun --nproc_per_node N -m pretrain.doctor [--config configs/experiment/NAME.yaml] [--folder RUNS] [key=value ...]
+python -m pretrain.doctor [--config configs/experiment/NAME.yaml] [--folder RUNS] [--steps N] [key=value ...]
+torchrun --nproc_per_node N -m pretrain.doctor ...
 
 Started exactly as the run will be. Prints a line for each check; exit code 1 if one fails.
 """
@@ -11,8 +13,9 @@ import argparse
 import os
 import platform
 import socket
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +24,20 @@ import psutil
 import torch
 
 from data_prep.settings import UserError, run_command
+from model.flops import training_flops
+from model.hardware import PRECISIONS, auto_precision, describe, require_bf16
 from model.memory import training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
-from pretrain.data import Manifest
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
+from pretrain.plan import Plan, make_plans
+from pretrain.precision import decided, expected, product_rate, recorded, settle
 from pretrain.run_folder import versions
+from pretrain.timing import duration
+from pretrain.trainer import Trainer
 
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
+STEPS = 5  # real steps that the duration of an experiment is told from
 LARGEST_SKEW = 1.0  # seconds between clocks; beyond it, checkpoints and logs of nodes cannot be put in order
 
 
@@ -125,13 +134,15 @@ def check_versions(parallel: Parallel) -> Finding:
 
 def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
     """Memory that a rank can have against what the experiment is estimated to take."""
-    if (settings.data.folder / "manifest.json").exists():
-        manifest = Manifest.read(settings.data.folder)
+    if settings.data.prepared:
+        manifest = settings.data.read()
         config, length = resolve_model(settings, manifest), manifest.sequence_length
     elif settings.batch.sequence_length:
         config, length = make_model_config(settings.model), settings.batch.sequence_length
     else:
-        raise UserError(f"{settings.data.folder} is not prepared; give batch.sequence_length for the memory estimate")
+        raise UserError(
+            f"{settings.data.folders[0][0]} is not prepared; give batch.sequence_length for the memory estimate"
+        )
     micro, rule = micro_size_of(settings.batch, parallel.world_size), parallel.settings
     needed = training_memory(
         config,
@@ -144,22 +155,106 @@ def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
         min_unit_parameters=rule.min_unit_parameters,
         offload_optimizer=rule.offload_optimizer,
         micro_batches=max(1, settings.batch.size // (micro * parallel.world_size)),
-        precision=settings.precision,
+        precision=expected(settings.precision, parallel.device.type == "cuda"),
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
     ).total
-    if parallel.device.type == "cuda":
-        free = torch.cuda.mem_get_info(parallel.device)[0]
-    else:
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free = min(parallel.gather(free))
+    free = free_memory(parallel)
     text = f"estimate {needed / GIBIBYTE:.2f} GiB a rank, {free / GIBIBYTE:.2f} GiB free"
     return Finding("memory", needed <= free, text)
 
 
-def examine(parallel: Parallel, folder: Path, settings: ExperimentSettings | None) -> list[Finding]:
-    """All checks, in order; collective."""
+def free_memory(parallel: Parallel) -> int:
+    """Bytes that a rank can have, on the rank that can have least."""
+    if parallel.device.type == "cuda":
+        free = torch.cuda.mem_get_info(parallel.device)[0]
+    else:
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(min(parallel.gather(free)))
+
+
+def check_free_memory(parallel: Parallel) -> Finding:
+    """Memory that a rank can have, where no experiment says how much it takes."""
+    return Finding("memory", True, f"{free_memory(parallel) / GIBIBYTE:.2f} GiB free for a rank")
+
+
+# --- speed --------------------------------------------------------------------------------------------------------
+
+
+def check_device(parallel: Parallel) -> Finding:
+    """FLOP/s of matrix products in fp32 and bf16, of the slowest rank; a precision that torch refuses is named."""
+    device, rates = parallel.device, {}
+    try:
+        require_bf16(device)
+    except ValueError:
+        rates["bf16"] = 0.0
+    for precision in PRECISIONS:
+        rates.setdefault(precision, product_rate(precision, device))
+    everywhere = parallel.gather(rates)
+    slowest = {name: min(found[name] for found in everywhere) for name in PRECISIONS}
+    told = [f"{name} {rate / 1e9:,.1f} GFLOP/s" if rate else f"{name} refused" for name, rate in slowest.items()]
+    threads = f", {torch.get_num_threads()} threads a rank" if device.type == "cpu" else ""
+    return Finding("device", True, f"{describe(device)}: matrix products in {', '.join(told)}{threads}")
+
+
+def check_precision(parallel: Parallel, settings: ExperimentSettings | None) -> Finding:
+    """What `auto` takes here and why, and what the experiment will be computed in, where that is something else."""
+
+    def decide() -> tuple[bool, str]:
+        auto, reason = auto_precision(parallel.device)
+        text = f"auto takes {auto}: {reason}"
+        if settings is None:
+            return True, text
+        before = recorded(settings.run_dir)
+        try:
+            own = decided(settings.precision, before, parallel.device, str(settings.run_dir))[1]
+        except UserError as error:
+            return False, str(error)
+        return True, text if settings.precision == "auto" and before is None else f"{own}; {text}"
+
+    return Finding("precision", *parallel.gather(parallel.on_main("deciding the precision", decide))[0])
+
+
+def check_duration(parallel: Parallel, settings: ExperimentSettings, folder: Path, steps: int) -> Finding:
+    """How long the experiment will take here: from real steps of it, or, without its data or where it does not fit,
+    from its FLOPs and the speed of matrix products. Validation, checkpoints and the start come on top."""
+    if not settings.data.prepared or steps == 0:
+        return Finding("duration", True, duration_by_flops(parallel, settings))
+    trainer = Trainer(settle(settings, parallel), settings.data.read(), parallel)
+    planned = whole_steps(trainer.plans, settings)
+    seconds = trainer.rehearse(steps + 1, folder)[1:]  # the first one warms up
+    typical = max(parallel.gather(statistics.median(seconds)))
+    text = f"{planned:,} steps of {typical:.2f} s (median of {steps} real ones): about {duration(planned * typical)}"
+    return Finding("duration", True, f"{text}, validation and checkpoints apart")
+
+
+def whole_steps(plans: Sequence[Plan], settings: ExperimentSettings) -> int:
+    """Steps of all plans: one run's, or those of the largest budget and the cool-downs of the others."""
+    *smaller, largest = [plan.planned_steps for plan in plans if not plan.trunk]
+    return largest + round(settings.schedule.decay_share * sum(smaller))
+
+
+def duration_by_flops(parallel: Parallel, settings: ExperimentSettings) -> str:
+    """A lower bound, from FLOPs and the measured rate of products, where no step can be taken."""
+    config, length, size = make_model_config(settings.model), settings.batch.sequence_length, settings.batch.size
+    if length is None:
+        return f"{settings.data.folders[0][0]} is not prepared; give batch.sequence_length for an estimate from FLOPs"
+    budgeted = training_flops(config, length, size, convention=settings.budget.convention)
+    steps = whole_steps(make_plans(settings, budgeted, size * length), settings)
+    cost = training_flops(config, length, size)
+    precision = expected(settings.precision, parallel.device.type == "cuda")
+    rate = sum(parallel.gather(product_rate(precision, parallel.device)))
+    return (
+        f"{steps:,} steps, at least {duration(steps * cost / rate)}: no real step was taken, {cost:.4g} FLOPs each "
+        f"(exact) at the {rate / 1e9:,.1f} GFLOP/s of matrix products in {precision}"
+    )
+
+
+def examine(parallel: Parallel, folder: Path, settings: ExperimentSettings | None, steps: int = STEPS) -> list[Finding]:
+    """All checks, in order; collective. steps: real ones of the experiment that its duration is told from."""
     checks: list[Callable[[], Finding]] = [
+        lambda: check_device(parallel),
+        lambda: check_precision(parallel, settings),
         lambda: check_ranks(parallel),
         lambda: check_bandwidth(parallel),
         lambda: check_disk(parallel, folder),
@@ -168,8 +263,13 @@ def examine(parallel: Parallel, folder: Path, settings: ExperimentSettings | Non
     ]
     if settings is not None:
         checks.append(lambda: check_memory(parallel, settings))
-    findings = []
+        checks.append(lambda: check_duration(parallel, settings, folder, steps))
+    else:
+        checks.append(lambda: check_free_memory(parallel))
+    findings: list[Finding] = []
     for check in checks:
+        if check is checks[-1] and settings is not None and not all(finding.passed for finding in findings):
+            break  # what does not fit, or cannot compute, takes no step
         findings.append(check())
         if parallel.is_main:
             print(findings[-1], flush=True)
@@ -179,13 +279,16 @@ def examine(parallel: Parallel, folder: Path, settings: ExperimentSettings | Non
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and examine; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", help="the experiment that is to run, for the memory estimate")
+    parser.add_argument("--config", help="the experiment that is to run, for its memory and its duration")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help="real steps to tell its duration from; 0: its FLOPs (%(default)s)"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where checkpoints will be written")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment")
     options: Any = parser.parse_intermixed_args(arguments)
     settings = read_settings(options.config, options.overrides) if options.config else None
     parallel = Parallel.start(settings.parallel if settings else ParallelSettings.model_validate({}))
-    findings = examine(parallel, options.folder, settings)
+    findings = examine(parallel, options.folder, settings, options.steps)
     parallel.finish()
     return int(not all(finding.passed for finding in findings))
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any
 
 import rich.table
 import torch
@@ -29,6 +29,8 @@ from transformers import PreTrainedTokenizerFast
 
 from data_prep.settings import Settings, UserError, load, run_command
 from model.config import MoRConfig
+from model.depth import method_of
+from model.hardware import Precision, device_here
 from model.inference.text import load_checkpoint
 from model.modeling import MoRForCausalLM
 from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state, verify
@@ -37,12 +39,13 @@ from pretrain.data import Manifest
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
+from pretrain.precision import for_evaluation
 from pretrain.run_folder import versions
 from pretrain.validation import Validation
 
 PRESETS = Path(__file__).resolve().parents[1] / "configs" / "evaluation"
 BOOTSTRAP_ITERATIONS = 1000  # for the standard errors of figures that are no means, such as perplexity
-Precision = Literal["bf16", "fp32"]
+TRAINED = {"torch.bfloat16": "bf16", "bfloat16": "bf16", "torch.float32": "fp32", "float32": "fp32"}
 Scores = dict[str, dict[str, float]]
 
 
@@ -120,7 +123,7 @@ def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Pat
     if fault := verify(folder):
         raise UserError(f"{folder}: {fault}; use another checkpoint of the run")
     with tempfile.TemporaryDirectory() as temporary:
-        export(folder, Path(temporary), settings.data.folder / "tokenizer.json")
+        export(folder, Path(temporary), settings.data.folders[0][0] / "tokenizer.json")
         yield Path(temporary)
 
 
@@ -133,10 +136,12 @@ def make_validation(checkpoint: Checkpoint, data: Path | None, batch_size: int, 
     Raises UserError where the data does not fit the model or its tokenizer.
     """
     settings, config = checkpoint.settings, checkpoint.model.config
-    folder = data or (settings.data.folder if settings is not None else None)
-    if folder is None:
+    if data is not None:
+        manifest = Manifest.read(data)
+    elif settings is not None:
+        manifest = settings.data.read()
+    else:
         return None
-    manifest = Manifest.read(folder)
     manifest.check_model(config.vocab_size, min(manifest.sequence_length, config.max_position_embeddings))
     if checkpoint.run is not None:
         facts = json.loads((checkpoint.run / "run.json").read_text(encoding="utf-8"))
@@ -215,7 +220,7 @@ def run_tasks(
 
 def has_causal_decision(config: MoRConfig) -> bool:
     """Whether the model can route a token without looking at later ones."""
-    return config.routing != "expert_choice" or config.selection != "none" or config.router == "random"
+    return method_of(config).refuses(config, "causal") is None
 
 
 @functools.cache
@@ -329,7 +334,9 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     validation = make_validation(checkpoint, given.data, given.batch_size, given.limit)
     if validation is None and (not tasks or given.depths):
         raise UserError(f"{given.checkpoint}: belongs to no run; give --data FOLDER, or tasks alone")
-    precision = given.precision or (checkpoint.settings.precision if checkpoint.settings else "fp32")
+    trained = checkpoint.settings.precision if checkpoint.settings else str(checkpoint.model.config.dtype or "")
+    precision, sentence = for_evaluation(given.precision, TRAINED.get(trained, trained), device_here())
+    print(f"precision: {sentence}", flush=True)
     config = checkpoint.model.config
     results: dict[str, Any] = {
         "checkpoint": str(given.checkpoint),
@@ -381,7 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr too")
     add("--limit", type=_positive, metavar="N", help="only the first N questions of a task and N validation sequences")
     add("--batch-size", type=_positive, default=8, metavar="N", help="sequences in a forward pass (%(default)s)")
-    add("--precision", choices=["bf16", "fp32"], help="of the forward pass (default: the run's, else fp32)")
+    precisions = ["auto", "bf16", "fp32"]
+    add("--precision", choices=precisions, help="of the forward pass (default auto: the run's where it is fast here)")
     add("--output", type=Path, metavar="FILE", help="where the results go (default: evaluation.json in the run)")
     evaluate(parser.parse_args(arguments))
     return 0

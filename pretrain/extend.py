@@ -6,7 +6,8 @@ cool-down with its metrics and its final model, becomes a branch in `branches/`:
 budgets grows by a branch for each new one.
 
 The result is, bit for bit, that of a run which had the larger budget from its beginning and the same warm-up in steps
-(the old run's is kept), on the same ranks; the points of validation before the cool-down are the old budget's.
+(the old run's is kept), on the same ranks; the points of validation before the cool-down are the old budget's. A
+mixture whose weights change at shares of the budget is the exception: what was handed out before stays as it was.
 """
 
 from __future__ import annotations

@@ -14,10 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
+from model.config import MoRConfig
+from model.depth import method_of
 from pretrain.analysis import Isoflop, PairedDifference
 from pretrain.runs import Run, Variant
 
-COLOURS = {"vanilla": "#0072b2", "recursive": "#d55e00", "mor_expert": "#009e73", "mor_token": "#cc79a7"}
+COLOURS = {"vanilla": "#0072b2", "recursive": "#d55e00", "mor_expert": "#009e73", "mor_token": "#cc79a7",
+           "mod": "#e69f00", "ut": "#56b4e9"}  # fmt: skip
 MARKERS = "osD^vP*X"
 DEPTH_COLOURS = "viridis"
 MANY = 12  # variants, beyond which a legend names architectures
@@ -26,6 +29,12 @@ UNIGRAM = "unigram model"
 LOSS_LABEL = "validation loss (nats per token, causal routing)"
 IsoflopCurve = tuple[float, Sequence[float], Sequence[float], Isoflop]  # budget, parameters [n], losses [n], fit
 AXIS_LABEL = {"flops": "training FLOPs", "tokens": "training tokens"}
+
+
+def looks_ahead(variant: Variant) -> bool:
+    """Whether it is evaluated by top-k too, which sees the whole sequence."""
+    config = MoRConfig.from_dict(variant.model)
+    return "topk" in method_of(config).modes(config)
 
 
 def styles(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
@@ -60,7 +69,7 @@ def _legend(axes: Axes, variants: Sequence[Variant]) -> None:
     else:
         names = {v.name: style[v.name] for v in variants}
     handles = [axes.plot([], [], ls="-", label=name, **look)[0] for name, look in names.items()]
-    if any(v.architecture == "mor_expert" for v in variants):
+    if any(looks_ahead(v) for v in variants):
         handles += axes.plot([], [], color="#555555", ls="--", lw=1, label="top-k routing (sees the whole sequence)")
     handles += [line for line in axes.get_lines() if line.get_label() == UNIGRAM]
     axes.legend(handles=handles, fontsize=8, frameon=False)
@@ -80,7 +89,7 @@ def loss_curves(variants: Sequence[Variant], x: str, unigram_loss: float, note: 
         alpha = 0.9 / len(variant.runs) ** 0.5
         for run in variant.runs:
             axes.plot(*_curve(run, x, "validation_loss"), color=colour, lw=1.6, alpha=alpha)
-            if variant.architecture == "mor_expert":
+            if looks_ahead(variant):
                 axes.plot(*_curve(run, x, "validation_loss_topk"), color=colour, lw=1, ls="--", alpha=alpha)
         at = variant.flops if x == "flops" else variant.tokens
         axes.plot(at, np.mean(list(variant.losses().values())), ms=7, markeredgecolor="white", **style[variant.name])
@@ -100,7 +109,7 @@ def _final_losses(axes: Axes, variants: Sequence[Variant]) -> None:
     for place, variant in enumerate(variants):
         look = style[variant.name]
         losses = list(variant.losses().values())
-        if variant.architecture == "mor_expert":
+        if looks_ahead(variant):
             topk = list(variant.losses("validation_loss_topk").values())
             axes.plot(topk, [place] * len(topk), ls="", ms=5, mfc="white", **look)
         axes.plot(losses, [place] * len(losses), ls="", ms=6, **look)

@@ -23,8 +23,8 @@ if __name__ == "__main__":  # run by path: import from the repository, not from 
 
 from data_prep.settings import UserError, run_command
 from pretrain.config import DataSettings, ExperimentSettings, print_config, read_settings
-from pretrain.data import Manifest
 from pretrain.parallel import Parallel, RunFailed
+from pretrain.precision import settle
 from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.trainer import Trainer
 
@@ -63,7 +63,8 @@ def train(settings: ExperimentSettings, restart: bool = False) -> int:
     parallel = Parallel.start(
         settings.parallel, settings.precision, settings.seed, first=lambda: prepare_data(settings.data)
     )
-    trainer = Trainer(settings, Manifest.read(settings.data.folder), parallel)
+    settings = settle(settings, parallel, restart)
+    trainer = Trainer(settings, settings.data.read(), parallel)
     try:
         code = trainer.run(restart)
     except RunFailed:
@@ -80,14 +81,15 @@ def _starts_again(environment: Mapping[str, str]) -> bool:
 
 
 def prepare_data(settings: DataSettings) -> None:
-    """Make the prepared folder from `data.prepare` if it has no manifest. Raises UserError where that fails."""
-    if settings.prepare is None or (settings.folder / "manifest.json").exists():
-        return
-    print(f"{settings.folder}: not prepared yet; preparing it from {settings.prepare}", flush=True)
+    """Make each prepared folder from its `prepare` if it has no manifest. Raises UserError where that fails."""
     script = Path(__file__).resolve().parent.parent / "data_prep" / "prepare.py"
-    command = [sys.executable, str(script), "--config", str(settings.prepare), f"folder={settings.folder}"]
-    if subprocess.run(command, check=False).returncode:
-        raise UserError(f"{settings.folder}: its preparation from {settings.prepare} failed; see above")
+    for folder, prepare in settings.folders:
+        if prepare is None or (folder / "manifest.json").exists():
+            continue
+        print(f"{folder}: not prepared yet; preparing it from {prepare}", flush=True)
+        command = [sys.executable, str(script), "--config", str(prepare), f"folder={folder}"]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError(f"{folder}: its preparation from {prepare} failed; see above")
 
 
 if __name__ == "__main__":

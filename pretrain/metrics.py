@@ -313,6 +313,8 @@ class TerminalLine:
             causal = line["validation_loss"]
             shown = f"{causal:.4f} causal, " if causal is not None else ""
             self.say(f"step {line['step']}  validation loss {shown}{line['validation_loss_topk']:.4f} top-k")
+            if sources := line.get("validation_loss_sources"):
+                self.say("  of each source: " + ", ".join(f"{name} {loss:.4f}" for name, loss in sources.items()))
         if "loss" not in line:
             return
         text = (

@@ -113,18 +113,20 @@ class Parallel:
     @staticmethod
     def start(
         settings: ParallelSettings,
-        precision: Precision = "fp32",
+        precision: Precision | Literal["auto"] = "fp32",
         seed: int = 0,
         first: Callable[[], None] | None = None,
     ) -> Parallel:
         """Join the other ranks (gloo on CPU, NCCL on GPU) and seed this one so that all build the same model.
 
+        precision: `auto` leaves it to `pretrain.precision.settle`, once the ranks have met.
         first: what rank 0 does before the ranks join, while the others wait without a time limit.
         Raises UserError where the ranks or the strategy asked for are not those that were started.
         """
         settings = resolve_strategy(settings, os.environ)
-        check_precision(settings, precision, os.environ)
-        parallel = _STRATEGIES[settings.strategy](settings, precision, seed)
+        parallel = _STRATEGIES[settings.strategy](settings, "fp32", seed)
+        if precision != "auto":
+            parallel.compute_in(precision)
         store: dist.Store | None = None
         if "WORLD_SIZE" in os.environ:
             store, _, _ = next(dist.rendezvous("env://", parallel.rank, parallel.world_size))
@@ -145,6 +147,11 @@ class Parallel:
             assert dist.get_world_size() == parallel.world_size
         torch.manual_seed(seed)
         return parallel
+
+    def compute_in(self, precision: Precision) -> None:
+        """Set the precision of the passes, before `prepare`. Raises UserError where the launcher was told another."""
+        check_precision(self.settings, precision, os.environ)
+        self.precision = precision
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
         """Around work of this rank for which the others may have to wait, however long: the watchdog lets it be."""
@@ -516,7 +523,11 @@ class _DeepSpeed(Parallel):
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             # fp32 weights under autocast, as under the other strategies
-            "torch_autocast": {"enabled": self.precision == "bf16", "dtype": "bfloat16"},
+            "torch_autocast": {
+                "enabled": self.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # whose gradients would be reduced in bf16: fp32 as elsewhere
+            },
             "steps_per_print": 2**62,
         }
 

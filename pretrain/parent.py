@@ -28,7 +28,7 @@ from pretrain.config import ExperimentSettings, StartSettings
 from pretrain.metrics import METRICS
 from pretrain.parallel import Parallel
 
-OWN = ("router",)  # in the names of tensors that a routed model has and a recursive one has not
+OWN = "model.depth."  # what decides a token's depth: a routed model has it, a recursive one has not
 # What decides which layer a tensor belongs to: two models of equal shapes are told apart by it.
 LAYOUT = ("num_hidden_layers", "num_recursions", "sharing", "share_norms")
 
@@ -136,7 +136,7 @@ def describe_parent(settings: ExperimentSettings, config: MoRConfig) -> dict[str
 
 def _check_models(source: MoRConfig, config: MoRConfig, parent: Parent) -> None:
     """Raise UserError where the parent's weights cannot mean the same in this model."""
-    if source.architecture == "vanilla" != config.architecture:
+    if source.architecture == "vanilla" and config.num_recursions > 1:
         raise UserError(
             f"start_from.path: {parent.folder} is a vanilla model, this run a {config.architecture} one: "
             "initialize_from.folder=MODEL makes the shared layers from an exported vanilla model (a run's final/)"
@@ -187,8 +187,8 @@ def _write_weights(parent: Parent, shapes: dict[str, tuple[int, ...]], target: P
     for name in sorted(shapes.keys() | there.keys()):
         if shapes.get(name) == there.get(name):
             continue
-        if (name not in shapes or name not in there) and any(word in name for word in OWN):
-            continue  # a router begins anew, or is left behind
+        if (name not in shapes or name not in there) and name.startswith(OWN):
+            continue  # it begins anew, or is left behind
         raise UserError(
             f"start_from.path: {parent.folder} is of another model: {name} is {there.get(name, 'absent')} there and "
             f"{shapes.get(name, 'absent')} here; give its model section"

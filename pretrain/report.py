@@ -84,11 +84,18 @@ def statement(results: Results) -> str:
     spread = "± is the standard deviation over seeds" if len(results["seeds"]) > 1 else "one seed: the noise is unknown"
     attention = f" ({results['attention']})" if results["attention"] else ""
     return (
-        f"Corpus: {results['corpus']} (data {short(results['data_fingerprint'])}). Tokenizer: {results['vocab_size']} "
-        f"tokens ({short(results['tokenizer_fingerprint'])}). Sequences of {results['sequence_length']} tokens, "
-        f"{masking}. FLOPs: `{results['convention']}` convention{attention}. Seeds: {seeds}; {spread}. "
+        f"Corpus: {results['corpus']} (data {short(results['data_fingerprint'])}{mixed(results)}). "
+        f"Tokenizer: {results['vocab_size']} tokens ({short(results['tokenizer_fingerprint'])}). "
+        f"Sequences of {results['sequence_length']} tokens, {masking}. Precision: {results['precision']}. "
+        f"FLOPs: `{results['convention']}` convention{attention}. Seeds: {seeds}; {spread}. "
         f"Losses are nats per token on the validation split. Evaluation: {results['evaluation']}."
     )
+
+
+def mixed(results: Results) -> str:
+    """The sources of a mixture with their fingerprints; nothing where there is none."""
+    sources = results.get("mixture") or {}
+    return "".join(f"; {name} {short(source['data_fingerprint'])}" for name, source in sources.items())
 
 
 def short(fingerprint: str) -> str:
@@ -340,11 +347,23 @@ def conventions_table(results: Results) -> Table:
 
 def runs_table(results: Results) -> Table:
     """One row per run."""
-    header = ["model", "seed", "FLOPs", "tokens", "steps", "validation loss, causal", "top-k", "seconds", "finished"]
+    header = [
+        "model",
+        "seed",
+        "precision",
+        "FLOPs",
+        "tokens",
+        "steps",
+        "validation loss, causal",
+        "top-k",
+        "seconds",
+        "finished",
+    ]
     rows = [
         [
             row["variant"],
             str(row["seed"]),
+            row["precision"],
             f"{row['flops']:.6g}",
             f"{row['tokens']:,}",
             f"{row['steps']:,}",

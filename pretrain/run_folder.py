@@ -1,5 +1,5 @@
-"""What a run writes into its directory besides metrics and checkpoints: config.yaml, run.json, last_checkpoint (it
-outlives the checkpoints). And what is set aside where a run begins anew. Rank 0 only."""
+"""What a run writes into its directory besides metrics and checkpoints: config.yaml, run.json and last_checkpoint (it
+outlives them). And what is set aside where a run begins anew. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_prep.settings import UserError, read_yaml
 from model.config import MoRConfig
 from model.flops import effective_parameters, unique_parameters
 from pretrain.config import ExperimentSettings, differing_keys, noted_changes, refusal
-from pretrain.data import Manifest
+from pretrain.data import Manifest, Mixture
 from pretrain.lock import LOCK
 from pretrain.metrics import METRICS, last_step
 from pretrain.parallel import Parallel
@@ -125,11 +125,13 @@ def describe_run(
         "seed": settings.seed,
         "unique_parameters": unique_parameters(config),
         "effective_parameters": effective_parameters(config),
+        "precision": settings.precision,
         "convention": settings.budget.convention,
         "attention": "causal work; document boundaries ignored",
         "corpus": manifest.corpus,
         "licence": manifest.licence,
         "data_fingerprint": manifest.fingerprint,
+        **({"mixture": manifest.describe()} if isinstance(manifest, Mixture) else {}),
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "vocab_size": manifest.vocab_size,
         "unigram_loss": manifest.unigram_loss,

@@ -37,6 +37,7 @@ CONDITIONS = {
     "sequence length": ("sequence_length",),
     "evaluation (document masking)": ("document_masking",),
     "FLOP convention": ("convention",),
+    "precision": ("precision",),
 }
 REQUIRED_FACTS = [
     *("name", "architecture", "seed", "unique_parameters", "unigram_loss", "model", "budget"),
@@ -116,7 +117,8 @@ class Run:
         """The condition in words, short enough for a heading."""
         facts = self.facts
         masking = "documents masked" if facts["document_masking"] else "attention across documents"
-        return f"{facts['corpus']}, {facts['sequence_length']} tokens, {masking}, FLOPs `{facts['convention']}`"
+        computed = f"{facts['sequence_length']} tokens, {masking}, {facts['precision']}"
+        return f"{facts['corpus']}, {computed}, FLOPs `{facts['convention']}`"
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Variant:
         Without routing, every token executes all of them.
         """
         shares = [run.depth_lines[-1]["depth_shares"] for run in self.runs if run.depth_lines]
-        if self.model.get("routing", "none") == "none" or not shares:
+        if not shares:
             return float(self.model.get("num_recursions", 1))
         return sum(sum(depth * share for depth, share in enumerate(row)) for row in shares) / len(shares)
 
@@ -224,11 +226,18 @@ def read_run(folder: str | Path) -> Run:
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
+    facts.setdefault("precision", _precision_of(folder))
     missing = [key for key in REQUIRED_FACTS if key not in facts]
     if missing:
         raise UserError(f"{path}: lacks {', '.join(missing)}; it was not written by this version of the trainer")
     lines, warnings = read_metrics(folder / "metrics.jsonl")
     return Run(folder, facts, lines, warnings)
+
+
+def _precision_of(folder: Path) -> str:
+    """Of a run whose run.json does not name it yet: as config.yaml has it."""
+    path = folder / "config.yaml"
+    return str(read_yaml(path).get("precision", "unknown")) if path.exists() else "unknown"
 
 
 def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:

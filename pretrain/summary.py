@@ -31,9 +31,11 @@ def build_results(runs: Sequence[Run], baseline: str | None = None) -> Results:
     matched = [[g for g in groups if g in members] for members in budget_classes([g for g in groups if g.finished])]
     return {
         "convention": facts["convention"],
+        "precision": facts["precision"],
         "attention": facts.get("attention", ""),
         "corpus": facts["corpus"],
         "data_fingerprint": facts["data_fingerprint"],
+        "mixture": facts.get("mixture"),
         "tokenizer_fingerprint": facts["tokenizer_fingerprint"],
         "vocab_size": facts["vocab_size"],
         "sequence_length": facts["sequence_length"],
@@ -71,6 +73,7 @@ def run_row(variant: str, run: Run) -> Results:
         "variant": variant,
         "architecture": run.architecture,
         "seed": run.seed,
+        "precision": run.facts["precision"],
         "unique_parameters": run.facts["unique_parameters"],
         "effective_parameters": flops.effective_parameters(config, embeddings=False),
         "flops": last["flops"],

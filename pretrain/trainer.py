@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from data_prep.settings import UserError
 from model.config import MoRConfig
-from model.flops import StepFlops, training_flops
+from model.depth import method_of
+from model.flops import StepFlops, gates_of, training_flops
 from model.initialization import from_vanilla
 from model.modeling import MoRForCausalLM
 from pretrain import extend, parent, run_folder
@@ -47,6 +48,7 @@ from pretrain.lock import RunLock
 from pretrain.metrics import METRICS, LossSpikes, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
 from pretrain.parallel import Parallel, RunFailed
 from pretrain.plan import Plan, RunState, make_plans
+from pretrain.precision import settle
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE, StopRequest
 from pretrain.timing import rank_spread, traced
 from pretrain.validation import Validation
@@ -93,6 +95,8 @@ class Trainer:
 
     def __init__(self, settings: ExperimentSettings, manifest: Manifest, parallel: Parallel) -> None:
         """Build model, optimizer and loader. Raises UserError where settings, data and ranks contradict each other."""
+        if settings.precision == "auto":
+            settings = settle(settings, parallel)
         self.settings, self.manifest, self.parallel = settings, manifest, parallel
         if settings.evaluation.tasks and parallel.settings.strategy in ("fsdp2", "zero3"):
             raise UserError(
@@ -100,6 +104,7 @@ class Trainer:
                 "`python -m pretrain.evaluate --checkpoint RUN` on the checkpoints"
             )
         self.config = resolve_model(settings, manifest)
+        self.method = method_of(self.config)
         self.micro_size = micro_size_of(settings.batch, parallel.world_size)
         self.loader = BlockLoader(
             manifest,
@@ -168,6 +173,20 @@ class Trainer:
                 if not self.fit(plan):
                     return self.stop.exit_code
         return 0
+
+    def rehearse(self, steps: int, folder: Path) -> list[float]:
+        """Take a few real steps without a run directory: nothing is written, no budget is spent. Returns the seconds
+        of each, on this rank. Collective. folder: any that exists.
+        """
+        self.stop, self.plan = StopRequest(folder), self.plans[0]
+        self.checkpoints = self.checkpoints_of(replace(self.plan, settings=self.settings))
+        seconds = []
+        for _ in range(steps):
+            before = self.state.seconds
+            self.training_step()
+            seconds.append(self.state.seconds - before)
+        self.loader.close()
+        return seconds
 
     def fit(self, plan: Plan) -> bool:
         """Train one run directory from where it stands to its end; False if a stop was asked for first."""
@@ -267,7 +286,7 @@ class Trainer:
         rate = rule.learning_rate * self.plan.schedule.factor(self.state.step, self.plan.progress(self.state))
         self.wait_for_copy()
         norm, finite = parallel.optimizer_step(rate, rule.clip_norm)
-        if finite and self.config.routing == "token_choice" and self.config.balancing == "loss_free":
+        if finite and self.method.follows_load(self.config):
             self.model.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
         parallel.clock.stop()
         parts = self.parts() if (self.state.step + 1) % self.settings.metrics.every_steps == 0 else {}
@@ -280,7 +299,7 @@ class Trainer:
 
         Takes a forward pass up to the router, without gradients. It belongs to no FLOP convention and is not counted.
         """
-        if self.config.routing != "token_choice" or self.config.balancing != "loss" or share == 1:
+        if share == 1 or not self.method.needs_load(self.config):
             return None
         load: Tensor | float = 0.0
         with torch.no_grad():
@@ -308,7 +327,8 @@ class Trainer:
         routing = output.routing
         sums.add("counts", routing.counts.sum(0))
         sums.add("pairs", routing.pairs.sum(0))
-        depths = torch.bincount(routing.depth.flatten(), minlength=self.config.num_recursions + 1)
+        sums.add("offered", routing.offered.sum(0))
+        depths = torch.bincount(routing.depth.flatten(), minlength=gates_of(self.config) + 1)
         sums.add("depth_shares", depths * (share / routing.depth.numel()))
         sums.add("load", routing.load * share)
         for name, value in routing.statistics.items():
@@ -337,28 +357,29 @@ class Trainer:
 
     def advance(self, totals: dict[str, Any], seconds: float, finite: bool) -> dict[str, float]:
         """Count the step; returns its rates. Takes from `totals` what is not a figure of the step's own."""
-        counts, pairs = ([round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs"))
+        routed = [[round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs", "offered")]
         self.stopping, self.save_due = totals.pop("stop") > 0, totals.pop("save") > 0
         size = self.settings.batch.size
         self.state.step += 1
         self.state.tokens += self.tokens_per_step
-        self.state.flops += self.step_flops(size, counts, pairs)
+        self.state.flops += self.step_flops(size, *routed)
         self.state.seconds += seconds
         self.state.skipped_steps += not (finite and math.isfinite(totals["total_loss"]))
         rates = {"tokens_per_second": self.tokens_per_step / seconds, "loss_spike": self.spikes(totals["loss"])}
         if self.peak_flops is not None:
-            executed = self.exact_flops(size, counts, pairs)
+            executed = self.exact_flops(size, *routed)
             rates["mfu"] = executed / seconds / self.peak_flops / self.parallel.world_size
         return rates
 
     def line(self, totals: dict[str, Any], rate: float, norm: float) -> dict[str, Any]:
         """The step's line of metrics, without its rates."""
-        if self.config.routing == "token_choice":  # of the whole batch, in place of the mean over micro-batches
-            totals["max_violation"] = max(totals["load"]) * self.config.num_recursions / sum(totals["load"]) - 1
+        totals |= self.method.summarize(totals)  # of the whole batch, in place of the mean over micro-batches
         if "entropy" in totals:
             totals["routing_entropy"] = totals.pop("entropy")
         memory = memory_bytes(self.parallel.device)
-        return self.counters() | totals | {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        epochs = {"source_epochs": self.loader.source_epochs} if self.loader.source_epochs else {}
+        figures = {"learning_rate": rate, "gradient_norm": norm, "memory_bytes": memory}
+        return self.counters() | totals | figures | epochs
 
     # --- after a step -------------------------------------------------------------------------------------------------
 
@@ -433,7 +454,7 @@ class Trainer:
             folder=rule.task_folder,
             batch_size=self.validation.micro_size,
             limit=rule.task_limit,
-            precision=self.settings.precision,
+            precision=self.parallel.precision,
         )
         hook.remove()
         self.parallel.model.train()
@@ -524,6 +545,7 @@ class Trainer:
         snapshot: dict[str, Any] = {}
         if found is not None:
             snapshot = self.checkpoints.load(parallel, found)
+            self.require_precision(found, snapshot)
             self.state, self.spikes = RunState(**snapshot["run"]), LossSpikes(**snapshot.get("loss_spikes", {}))
             self.loader.load_state(snapshot["loader"])
         elif plan.settings.start_from is not None and plan is self.plans[0]:
@@ -534,6 +556,7 @@ class Trainer:
             )
         self.cooldown_step = snapshot.get("cooldown_step")
         self.checkpoints.held = set() if self.cooldown_step is None else {self.cooldown_step}
+        self.loader.spread_over(plan.planned_steps * plan.settings.batch.size)
         self.saved_step, self.saved_at = self.state.step if found else -1, time.monotonic()
         self.tracker_id = snapshot.get("tracker_id")
         if plan is self.plans[0] and plan.settings.start_from is not None:
@@ -545,6 +568,9 @@ class Trainer:
         self.output = parallel.on_main("opening the metrics", self.open_output)
         if self.output and found is not None:
             self.output.say(f"goes on from {found}")
+        if self.output and (epochs := self.loader.epochs_at(plan.planned_steps * plan.settings.batch.size)):
+            told = ", ".join(f"{name} {count:.2f}" for name, count in epochs.items())
+            self.output.say(f"epochs of each source over the whole budget: {told}")
         if found is None and plan.settings.evaluation.at_start:
             self.validate()
 
@@ -566,6 +592,15 @@ class Trainer:
                 "one, an earlier start_from.step, or start_from.take: optimizer, which counts anew"
             )
         return {"cooldown_step": snapshot.get("cooldown_step") if start.take == "run" else None}
+
+    def require_precision(self, checkpoint: Any, snapshot: dict[str, Any]) -> None:
+        """Refuse a checkpoint that was trained in another precision, as one that was copied here may be."""
+        before, now = snapshot.get("settings", {}).get("precision"), self.settings.precision
+        if before not in (None, "auto", now):
+            raise UserError(
+                f"{checkpoint}: was trained in {before}, this run in {now}; a run goes on in the precision that it was "
+                f"started with: give precision={before} and another run_dir, or remove this checkpoint"
+            )
 
     def open_output(self) -> Output:
         """Where the run's figures go; on rank 0."""
@@ -637,6 +672,7 @@ class Trainer:
                 folder_of(self.checkpoints.folder, self.state.step),
                 self.manifest.folder / "tokenizer.json",
             )
-            self.parallel.on_main("exporting the model", lambda: export(source, self.plan.folder / "final", tokenizer))
-            self.write(self.counters() | last | {"event": "finished"})
+            final, line = self.plan.folder / "final", self.counters() | last
+            self.parallel.on_main("exporting the model", lambda: export(source, final, tokenizer, line))
+            self.write(line | {"event": "finished"})
         self.meet(self.output.sync if self.output else None)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
-from model.config import MoRConfig, RoutingMode
-from pretrain.data import Manifest, fixed_batches
+from model.config import MoRConfig
+from model.depth import method_of
+from model.flops import gates_of
+from pretrain.data import Manifest, Mixture, fixed_batches
 from pretrain.metrics import Sums
 from pretrain.parallel import Parallel
 
@@ -37,7 +39,7 @@ class Validation:
         max_recursions: no token executes more (test-time depth, Fig. 5c); None: as many as the model has.
         """
         parallel.model.eval()
-        lines = {mode: self._evaluate(parallel, mode, max_recursions) for mode in self._modes()}
+        lines = {mode: self._every_source(parallel, mode, max_recursions) for mode in self._modes()}
         parallel.model.train()
         topk = lines.get("topk", lines.get("causal"))
         line = lines.get("causal", topk)
@@ -47,15 +49,35 @@ class Validation:
             "validation_loss_topk": topk["validation_loss"],
         }
 
-    def _modes(self) -> list[RoutingMode]:
-        if self.config.routing != "expert_choice":
-            return ["causal"]
-        return ["topk"] if self.config.selection == "none" else ["causal", "topk"]
+    def _modes(self) -> list[str]:
+        return list(method_of(self.config).modes(self.config))
 
-    def _evaluate(self, parallel: Parallel, routing_mode: RoutingMode, max_recursions: int | None) -> dict[str, Any]:
-        sums = Sums()
+    def _every_source(self, parallel: Parallel, mode: str, max_recursions: int | None) -> dict[str, Any]:
+        """The line of the folder; of a mixture, the mean of its sources' lines over its weights, and every loss.
+
+        `validation_loss_sources`: loss by name of the source. The weights are those over the whole budget, so that the
+        mean stays comparable where weights change.
+        """
+        if not isinstance(self.manifest, Mixture):
+            return self._evaluate(parallel, mode, max_recursions, self.manifest)
+        lines = {n: self._evaluate(parallel, mode, max_recursions, m) for n, m in self.manifest.sources.items()}
+        weights = self.manifest.weights
+        line: dict[str, Any] = {}
+        for key, value in next(iter(lines.values())).items():
+            if isinstance(value, list):
+                places = range(len(value))
+                line[key] = [sum(weights[name] * lines[name][key][place] for name in lines) for place in places]
+            else:
+                line[key] = sum(weights[name] * lines[name][key] for name in lines)
+        line["validation_tokens"] = sum(found["validation_tokens"] for found in lines.values())
+        return line | {"validation_loss_sources": {name: found["validation_loss"] for name, found in lines.items()}}
+
+    def _evaluate(
+        self, parallel: Parallel, routing_mode: str, max_recursions: int | None, manifest: Manifest
+    ) -> dict[str, Any]:
+        sums, fault = Sums(), None
         batches = fixed_batches(
-            self.manifest,
+            manifest,
             "validation",
             self.micro_size,
             parallel.rank,
@@ -78,12 +100,16 @@ class Validation:
             sums.add("loss", output.losses["lm"].double() * places)
             sums.add("tokens", (batch.targets != -100).sum())
             sums.add("sequences", batch.samples)
+            fault = fault or batch.fault
             if output.routing is not None:
                 depth = output.routing.depth[: batch.samples].flatten()
-                sums.add("depth", torch.bincount(depth, minlength=self.config.num_recursions + 1))
+                sums.add("depth", torch.bincount(depth, minlength=gates_of(self.config) + 1))
                 for name, value in output.routing.statistics.items():
                     sums.add(name, value.double() * batch.samples)
+        sums.add("faults", float(fault is not None))
         totals = sums.reduce(parallel)
+        if totals.pop("faults"):
+            parallel.fail_together(fault)
         tokens, rows = totals.pop("tokens"), totals.pop("sequences")
         line = {"validation_loss": totals.pop("loss") / tokens, "validation_tokens": round(tokens)}
         if "depth" in totals:

@@ -24,8 +24,9 @@ import torch
 from matplotlib.figure import Figure
 
 from data_prep.settings import UserError, run_command
-from model import routing
 from model.config import MoRConfig
+from model.depth import method_of
+from model.flops import gates_of
 from model.inference.text import pieces
 from model.modeling import MoRForCausalLM
 from model.routing import RoutingRecord
@@ -72,10 +73,12 @@ def route(model: MoRForCausalLM, ids: torch.Tensor, documents: torch.Tensor | No
 
 def token_scores(record: RoutingRecord, config: MoRConfig, mode: str) -> Floats:
     """The record's scores at their tokens, [B, T, Nr] in 0..1, NaN where a recursion did not see a token."""
-    if config.routing == "token_choice":
-        scores = routing.depth_scores(record.scores[0], str(config.router_activation), 1.0)
-        return scores.double().cpu().numpy()
-    offered = record.depth[..., None] >= torch.arange(config.num_recursions, device=record.depth.device)
+    method = method_of(config)
+    shown = method.shown(config, record)
+    if shown is not None:
+        return shown.double().cpu().numpy()
+    gates = torch.arange(gates_of(config), device=record.depth.device)
+    offered = record.depth[..., None] >= gates * method.nested
     result = torch.full(offered.shape, torch.nan, dtype=torch.float64, device=record.depth.device)
     for r, logits in enumerate(record.scores):
         values = torch.sigmoid(logits).double()
@@ -84,7 +87,7 @@ def token_scores(record: RoutingRecord, config: MoRConfig, mode: str) -> Floats:
             result[..., r].view(-1)[places] = values[: len(places)]  # one token too many where none is left
         else:
             every = torch.arange(values.shape[1], device=values.device).expand_as(values)
-            index = record.selected[r - 1] if r else every
+            index = record.selected[r - 1] if r and method.nested else every
             result[..., r] = result[..., r].scatter(1, index, values)
     return result.masked_fill(~offered, torch.nan).cpu().numpy()
 
@@ -189,8 +192,8 @@ def stacked(names: Sequence[str], rows: Floats, label: str) -> Figure:
 
 def score_histograms(routed: Routed, config: MoRConfig) -> Figure:
     """A panel per recursion: scores of the tokens that executed it and of those that were offered to it and did not."""
-    depth, count = routed.depth, config.num_recursions
-    token = config.routing == "token_choice"
+    depth, count = routed.depth, gates_of(config)
+    token = method_of(config).chooses_depth
     figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
     for r, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
         scores = routed.scores[..., r]
@@ -214,7 +217,7 @@ def score_histograms(routed: Routed, config: MoRConfig) -> Figure:
 
 def statistics(routed: Routed, classes: Sequence[str], config: MoRConfig) -> dict[str, Any]:
     """Depth shares by class and by position, and mean scores. classes: of every token, row after row [B * T]."""
-    count, length = config.num_recursions, routed.depth.shape[1]
+    count, length = gates_of(config), routed.depth.shape[1]
     flat, named = routed.depth.ravel(), np.array(classes)
     edges = np.unique(np.linspace(0, length, min(POSITION_BINS, length) + 1).astype(int))
     offered = ~np.isnan(routed.scores)
@@ -237,7 +240,7 @@ def statistics(routed: Routed, classes: Sequence[str], config: MoRConfig) -> dic
 
 def statistics_blocks(found: dict[str, Any], routed: Routed, config: MoRConfig) -> list[Block]:
     """The histograms of `statistics`, with a table of the classes."""
-    depths = range(config.num_recursions + 1)
+    depths = range(gates_of(config) + 1)
     rows = [
         [name, f"{row['tokens']:,}", f"{np.dot(depths, row['depth_shares']):.2f}"]
         + [f"{share:.1%}" for share in row["depth_shares"]]
@@ -286,8 +289,10 @@ def sequences(checkpoint: Checkpoint, folder: Path, count: int) -> tuple[torch.T
 def view(checkpoint: Checkpoint, text: str, output: Path, data: Path | None, count: int) -> dict[str, Any]:
     """Write the views to `output`; returns what `results.json` holds."""
     model, config = checkpoint.model, checkpoint.model.config
-    if config.routing == "none":
-        raise UserError(f"{checkpoint.folder}: a {config.architecture} model routes nothing; give a mor_* model")
+    if not gates_of(config):
+        raise UserError(
+            f"{checkpoint.folder}: a {config.architecture} model routes nothing; give one whose depth adapts"
+        )
     mode = "causal" if has_causal_decision(config) else "topk"
     tokenizer, ends = checkpoint.tokenizer.backend_tokenizer, np.ravel([config.eos_token_id])
     ids = tokenizer.encode(text, add_special_tokens=False).ids

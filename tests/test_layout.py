@@ -109,6 +109,19 @@ def unsafe_load(name: str, source: str) -> list[str]:
     return faults
 
 
+# Files that may know a method by its name, or by how its keys are shared: its own, the settings, and conversions.
+KNOWS_METHODS = ("model/depth/", "model/config.py", "model/export.py", "model/import_reference.py", "model/convert/")
+METHOD_WORDS = re.compile(r"\bconfig\.(?:routing|kv_strategy|selection|balancing)\b|[\"'](?:expert|token)_choice[\"']")
+
+
+def names_a_method(name: str, source: str) -> list[str]:
+    """Lines of a package that ask for a method's name; a layout or a rule of the method answers them (model/depth)."""
+    if name.startswith(KNOWS_METHODS):
+        return []
+    lines = enumerate(source.splitlines(), 1)
+    return [f"{name}:{number} {found[0]}" for number, line in lines if (found := METHOD_WORDS.search(line))]
+
+
 MACHINE_TEXT = re.compile(
     r"(?<![\w.$}])/(?:work|root|home)/"  # a folder of one machine
     r"|https?://(?:10\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.)"  # a host of one network
@@ -148,6 +161,9 @@ BROKEN = [
     (too_long, "model/x.py", "def f():\n" + "    pass\n" * LONGEST_FUNCTION),
     (unsafe_load, "pretrain/x.py", "import torch\ntorch.load('x')"),
     (unsafe_load, "pretrain/x.py", "import torch\ntorch.load('x', weights_only=False)"),
+    (names_a_method, "model/cache.py", "if self.config.routing == 'none':"),
+    (names_a_method, "pretrain/x.py", "config.kv_strategy"),
+    (names_a_method, "pretrain/x.py", "name = 'expert_choice'"),
     (machine_text, "README.md", "cd /" + "work/main"),
     (machine_text, "README.md", "a\npip install -i http:" + "//192.168.0.1/simple"),
     (machine_text, "README.md", "https:" + "//user:password@example.org"),
@@ -158,6 +174,8 @@ SOUND = [
     (eager, "pretrain/x.py", "def f():\n    import wandb"),
     (too_long, "model/x.py", "def f():\n" + "    pass\n" * (LONGEST_FUNCTION - 1)),
     (unsafe_load, "pretrain/x.py", "import torch\ntorch.load('x', weights_only=True)"),
+    (names_a_method, "model/depth/x.py", "config.selection"),
+    (names_a_method, "pretrain/x.py", "config.routing_mode, random.choice, output.routing"),
     (machine_text, "README.md", "https:" + "//example.org/home/, $HOME/" + "work/x, runs/" + "work/x"),
 ]
 Rule = Callable[[str, str], list[str]]
@@ -173,7 +191,7 @@ def test_rule_passes_what_is_sound(rule: Rule, name: str, source: str) -> None:
     assert rule(name, source) == []
 
 
-@pytest.mark.parametrize("rule", [wrong_direction, distributed, eager], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize("rule", [wrong_direction, distributed, eager, names_a_method], ids=lambda rule: rule.__name__)
 def test_packages_keep(rule: Rule) -> None:
     assert len({name_of(path).split("/")[0] for path in PACKAGED}) == len(MAY_IMPORT)
     assert [fault for path in PACKAGED for fault in rule(name_of(path), path.read_text(encoding="utf-8"))] == []

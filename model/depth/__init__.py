@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from .base import DepthMethod
 from .dense import Dense
 from .expert_choice import ExpertChoice
 from .layout import Stage
+from .mixture_of_depths import MixtureOfDepths
 from .token_choice import TokenChoice
+from .universal import Universal
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
 
-METHODS: dict[str, type[DepthMethod]] = {"none": Dense, "expert_choice": ExpertChoice, "token_choice": TokenChoice}
+METHODS: dict[str, type[DepthMethod]] = {
+    "none": Dense,
+    "expert_choice": ExpertChoice,
+    "token_choice": TokenChoice,
+    "mixture_of_depths": MixtureOfDepths,
+    "universal": Universal,
+}
 
 
 def method_of(config: MoRConfig) -> type[DepthMethod]:
@@ -24,3 +33,8 @@ def method_of(config: MoRConfig) -> type[DepthMethod]:
 def stages_of(config: MoRConfig) -> tuple[Stage, ...]:
     """The layout of a configuration."""
     return method_of(config).stages(config)
+
+
+def current_name(name: str) -> str:
+    """A parameter's name today, from that in a checkpoint written before routers belonged to the method."""
+    return re.sub(r"(?<!depth\.)(?<!\w)(?:routers\.|aux_routers\.|router_bias\b)", r"depth.\g<0>", name)

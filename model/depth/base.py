@@ -1,15 +1,24 @@
 """The interface: a way of spending depth is a layout, and rules on the tokens at hand, whatever their shape.
 
 From the configuration alone: which stages there are, what its gates cost, how many tokens they are expected to let in.
+The rules on tokens: `begin`, then for each gate `prepare`, `score`, `admit` (or a top-k of `size`) and `merge`, then
+`end`. `model.decoder` runs them on whole batches, the engine on the tokens in flight; both in the same order.
+
+Shapes: states x are [..., D] and scores [...] of the same leading shape: rows [B, T], slots [B, C], or packed [N].
+What tokens carry from gate to gate is a name for each tensor [..., *] of that leading shape. G gates count from 0.
+`run` is a `model.decoder.Run`, or the engine's likeness of one: rules ask it for `mode`, `step`, `input_ids`,
+`positions`, `real`, `load`, `last` (the last gate), `cached`, `all_in` (every token takes all of the depth), `readout`;
+they give it `loss`, `exit`, `scored`, `figure`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .layout import Stage
 
@@ -22,7 +31,8 @@ class Scorer:
     """The matrices that score the tokens offered to a gate.
 
     name: of the component in `flops.breakdown`. shapes: (inputs, outputs) of each, one after the other. biases: their
-    number. to_weights, to_input: whether gradients reach them, and the states that they score.
+    number. to_weights, to_input: whether gradients reach them, and the states that they score. counted: False where an
+    earlier gate has the same ones.
     """
 
     name: str
@@ -31,10 +41,17 @@ class Scorer:
     biases: int = 0
     to_weights: bool = True
     to_input: bool = True
+    counted: bool = True
 
     @property
     def parameters(self) -> int:
-        return sum(inputs * outputs for inputs, outputs in self.shapes) + self.biases
+        return (sum(inputs * outputs for inputs, outputs in self.shapes) + self.biases) * self.counted
+
+
+class Carry(Protocol):
+    """What the tokens at hand carry, by name."""
+
+    def __getitem__(self, name: str) -> Tensor: ...
 
 
 class DepthMethod(nn.Module):
@@ -44,6 +61,48 @@ class DepthMethod(nn.Module):
     nested: ClassVar[bool] = True
     # Training lets in as many tokens as `size` says, at fixed shapes; otherwise batches are ragged.
     fixed: ClassVar[bool] = False
+
+    # Fields of the configuration that mean something to it alone; set for another method they are refused.
+    fields: ClassVar[frozenset[str]] = frozenset()
+    # Values of `router_activation` that fit; empty: it has no router.
+    activations: ClassVar[tuple[str, ...]] = ()
+    # Whether a token chooses a depth, so that scores are of depths and not of gates.
+    chooses_depth: ClassVar[bool] = False
+    # Whether a generating model may be asked for its load before the first gate (`routing_only`).
+    previews: ClassVar[bool] = False
+
+    def __init__(self, config: MoRConfig):
+        super().__init__()
+        self.config, self.layout = config, self.stages(config)
+        self.gates = len(self.shares(config))
+        # Whether the states between its gates are what it gives, or only what `end` makes of them.
+        self.mixes = type(self).end is not DepthMethod.end
+
+    # --- from the configuration alone ---------------------------------------------------------------------------------
+
+    @classmethod
+    def architecture(cls, config: MoRConfig) -> str:
+        """What reports call a model, one of `config.ARCHITECTURES`."""
+        raise NotImplementedError
+
+    @classmethod
+    def resolved(cls, config: MoRConfig) -> dict[str, Any]:
+        """Values of fields that were left None."""
+        return {"router_activation": "sigmoid", "router_alpha": 0.1}
+
+    @classmethod
+    def check_recursions(cls, config: MoRConfig) -> None:
+        """Raise ValueError where the layers' sharing does not fit; by default what is no loop over a shared block."""
+        if config.num_recursions < 2:
+            raise ValueError(
+                f"num_recursions: routing {config.routing!r} needs at least 2, got {config.num_recursions}; use 2"
+            )
+        if config.sharing not in ("cycle", "middle_cycle"):
+            raise ValueError(f"sharing: routing cannot use {config.sharing!r}; use 'middle_cycle' or 'cycle'")
+
+    @classmethod
+    def check(cls, config: MoRConfig) -> None:
+        """Raise ValueError, naming the field and a value that works, where the method's own settings do not fit."""
 
     @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
@@ -56,6 +115,11 @@ class DepthMethod(nn.Module):
         return []
 
     @classmethod
+    def other_parameters(cls, config: MoRConfig) -> int:
+        """Parameters of the method outside what scores tokens."""
+        return 0
+
+    @classmethod
     def shares(cls, config: MoRConfig) -> list[Fraction]:
         """Expected share of the tokens that each gate lets in, [G]."""
         return []
@@ -64,3 +128,89 @@ class DepthMethod(nn.Module):
     def selected(cls, config: MoRConfig, gate: int, length: int) -> Fraction | int:
         """Tokens of a sequence that a gate is expected to let in, in whole tokens where the method counts them."""
         return cls.shares(config)[gate] * length
+
+    @classmethod
+    def modes(cls, config: MoRConfig) -> tuple[str, ...]:
+        """Ways to decide at evaluation; first the one that a generating model can use, if there is one."""
+        return ("causal",)
+
+    @classmethod
+    def refuses(cls, config: MoRConfig, mode: str) -> str | None:
+        """Why a model cannot be evaluated in this mode."""
+        return None
+
+    @classmethod
+    def follows_load(cls, config: MoRConfig) -> bool:
+        """Whether `update` has something to do after an optimizer step."""
+        return False
+
+    @classmethod
+    def needs_load(cls, config: MoRConfig) -> bool:
+        """Whether a loss is a function of the whole batch's load, which is then asked for first (`routing_only`)."""
+        return False
+
+    @classmethod
+    def shown(cls, config: MoRConfig, record: Any) -> Tensor | None:
+        """Scores [B, T, G] in 0..1 for pictures; None: the sigmoid at each gate, of the tokens offered there."""
+        return None
+
+    @classmethod
+    def summarize(cls, totals: dict[str, Any]) -> dict[str, float]:
+        """Figures of a step that are no means over micro-batches. totals: sums over the global batch."""
+        return {}
+
+    # --- rules on the tokens at hand ----------------------------------------------------------------------------------
+
+    def begin(self, x: Tensor, run: Any) -> dict[str, Tensor]:
+        """What tokens carry, from their states before the first gate. x: [..., D]."""
+        return {}
+
+    def prepare(self, gate: int, x: Tensor, run: Any) -> Tensor:
+        """The states that a gate scores and its stage computes. x: [..., D]."""
+        return x
+
+    def score(self, gate: int, x: Tensor, carry: Carry, run: Any) -> Tensor | None:
+        """Raw fp32 scores [...] of the tokens offered; None: the gate needs none."""
+        return None
+
+    def admit(self, gate: int, logits: Tensor | None, x: Tensor, carry: Carry, run: Any) -> Tensor | None:
+        """Who passes the gate, bool [...], each token by itself; None: all that are offered."""
+        return None
+
+    def size(self, gate: int, step: int | None) -> float:
+        """Share of the sequence that a top-k takes in training. step: optimizer steps done; None: warm-ups are over."""
+        raise NotImplementedError
+
+    def merge(
+        self, gate: int, before: Tensor, after: Tensor, logits: Tensor | None, carry: Carry, run: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The states of those let in after their stage, and what changes of what they carry.
+
+        before, after: [..., D] states that went into the layers and came out.
+        """
+        return after, {}
+
+    def end(self, x: Tensor, carry: Carry, run: Any) -> Tensor:
+        """The states of all tokens after the last gate. x: [..., D]."""
+        return x
+
+    # --- the training step --------------------------------------------------------------------------------------------
+
+    def losses(self, gate: int, x: Tensor, logits: Tensor, chosen: Tensor, used: Tensor | None, run: Any) -> None:
+        """Auxiliary losses and figures of a top-k. x: [B, C, D]; logits, chosen, used (None: all): [B, C]."""
+
+    def coefficients(self) -> dict[str, float]:
+        """Weight of each auxiliary loss; "lm" is 1 unless named."""
+        return {}
+
+    def describe(self, record: Any, run: Any) -> None:
+        """Add the method's own figures to a `RoutingRecord`."""
+        record.statistics |= {f"entered_{gate + 1}": record.load[gate] for gate in range(self.gates)}
+
+    @torch.no_grad()
+    def update(self, load: Tensor) -> None:
+        """Once an optimizer step. load: [G] of the global batch."""
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Start what is neither a router nor a plain linear layer."""

@@ -15,5 +15,13 @@ class Dense(DepthMethod):
     """No gates."""
 
     @classmethod
+    def architecture(cls, config: MoRConfig) -> str:
+        return "recursive" if config.num_recursions > 1 else "vanilla"
+
+    @classmethod
+    def check_recursions(cls, config: MoRConfig) -> None:
+        """Any sharing fits."""
+
+    @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
         return looped(config, gated=False, first_takes_all=True)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from .base import DepthMethod, Scorer
+import torch
+from torch import Tensor, nn
+
+from .. import routing
+from ..routing import Router
+from .base import Carry, DepthMethod, Scorer
 from .layout import Stage, looped
 from .routers import router_shapes
 
@@ -17,6 +24,52 @@ class ExpertChoice(DepthMethod):
     """A router before each recursion."""
 
     fixed = True
+    fields = frozenset(
+        {"router", "router_activation", "router_alpha", "router_temperature", "gating", "z_loss_coefficient"}
+        | {"selection", "selection_coefficient", "capacity_factors", "capacity_warmup_steps"}
+    )
+    activations: ClassVar[tuple[str, ...]] = ("sigmoid", "tanh", "none")
+
+    def __init__(self, config: MoRConfig):
+        super().__init__(config)
+        self.capacities = self.capacities_of(config)
+        if config.router != "random":
+            self.routers = nn.ModuleList(Router(config, 1) for _ in range(self.gates))
+            if config.selection == "aux_router":
+                self.aux_routers = nn.ModuleList(Router(config, 1, tempered=False) for _ in range(self.gates))
+
+    @classmethod
+    def architecture(cls, config: MoRConfig) -> str:
+        return "mor_expert"
+
+    @classmethod
+    def resolved(cls, config: MoRConfig) -> dict[str, Any]:
+        depth = config.num_recursions
+        return super().resolved(config) | {"capacity_factors": [(depth - r) / depth for r in range(depth)]}
+
+    @classmethod
+    def check(cls, config: MoRConfig) -> None:
+        if config.selection == "predictor":
+            raise ValueError("selection: 'predictor' is of mixture_of_depths; use 'aux_router', or 'aux_loss'")
+        default = [round((config.num_recursions - r) / config.num_recursions, 4) for r in range(config.num_recursions)]
+        capacities = list(config.capacity_factors or ())
+        if len(capacities) != config.num_recursions:
+            raise ValueError(
+                f"capacity_factors: {len(capacities)} values for num_recursions {config.num_recursions}; use {default}"
+            )
+        if any(not 0.0 < c <= 1.0 for c in capacities):
+            raise ValueError(f"capacity_factors: each must lie in (0, 1], got {capacities}; use {default}")
+        if any(later > earlier for earlier, later in itertools.pairwise(capacities)):
+            falling = sorted(capacities, reverse=True)
+            raise ValueError(
+                f"capacity_factors: must not rise, since each recursion chooses among the tokens of the one before, "
+                f"got {capacities}; use {falling}"
+            )
+
+    @classmethod
+    def capacities_of(cls, config: MoRConfig) -> list[float]:
+        """Share of the sequence that each gate takes, [G]."""
+        return [float(c) for c in config.capacity_factors or ()]
 
     @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
@@ -28,7 +81,7 @@ class ExpertChoice(DepthMethod):
         if not shapes:
             return []
         learns = config.gating == "weighted" or config.selection == "aux_loss" or config.z_loss_coefficient > 0
-        gates = range(config.num_recursions)
+        gates = range(len(cls.capacities_of(config)))
         found = [Scorer("router", gate, shapes, to_weights=learns, to_input=learns) for gate in gates]
         if config.selection == "aux_router":
             found += [Scorer("aux_router", gate, shapes, to_input=False) for gate in gates]
@@ -36,13 +89,89 @@ class ExpertChoice(DepthMethod):
 
     @classmethod
     def shares(cls, config: MoRConfig) -> list[Fraction]:
-        depth = config.num_recursions
-        if config.capacity_factors is not None:
-            return [Fraction(c).limit_denominator(10**6) for c in config.capacity_factors]
-        return [Fraction(depth - r, depth) for r in range(depth)]
+        return [Fraction(c).limit_denominator(10**6) for c in cls.capacities_of(config)]
 
     @classmethod
     def selected(cls, config: MoRConfig, gate: int, length: int) -> int:
         """max(1, floor(c_r T)) in floating point, as the model computes it."""
-        assert config.capacity_factors is not None
-        return max(1, int(config.capacity_factors[gate] * length))
+        return max(1, int(cls.capacities_of(config)[gate] * length))
+
+    @classmethod
+    def modes(cls, config: MoRConfig) -> tuple[str, ...]:
+        return ("topk",) if cls.refuses(config, "causal") else ("causal", "topk")
+
+    @classmethod
+    def refuses(cls, config: MoRConfig, mode: str) -> str | None:
+        if mode == "causal" and config.selection == "none" and config.router != "random":
+            return (
+                "'causal' needs a router that was trained to decide without looking ahead, and selection is 'none'; "
+                "use routing_mode='topk', or train with selection 'aux_loss' or 'aux_router'"
+            )
+        return None
+
+    # --- rules --------------------------------------------------------------------------------------------------------
+
+    def begin(self, x: Tensor, run: Any) -> dict[str, Tensor]:
+        if self.config.router != "random":
+            return {}
+        dice = [routing.random_logits(run.input_ids, run.positions, gate, 1) for gate in range(self.gates)]
+        return {"dice": torch.cat(dice, -1).expand(*x.shape[:-1], -1)}
+
+    def score(self, gate: int, x: Tensor, carry: Carry, run: Any) -> Tensor:
+        if self.config.router != "random":
+            return self.routers[gate](x).squeeze(-1)
+        # Shifted so that a score of at least 0, the causal decision, comes with the share that the capacity keeps.
+        before = self.capacities[gate - 1] if gate and self.nested else 1.0
+        left_out = max(1.0 - self.capacities[gate] / before, 1e-6)
+        return carry["dice"][..., gate] - math.log(left_out / (1.0 - left_out))
+
+    def admit(self, gate: int, logits: Tensor | None, x: Tensor, carry: Carry, run: Any) -> Tensor:
+        """By the token's own score (section 3.1); a recursion of capacity 1 takes all, as it does in training."""
+        assert logits is not None
+        if self.capacities[gate] == 1.0:
+            return torch.ones_like(logits, dtype=torch.bool)
+        return self.decision(gate, x, logits) >= 0
+
+    def decision(self, gate: int, x: Tensor, logits: Tensor) -> Tensor:
+        """The scores that decide without looking ahead. x: [..., D], logits: [...] -> [...]."""
+        if self.config.router != "random" and self.config.selection == "aux_router":
+            return self.aux_routers[gate](x.detach()).squeeze(-1)
+        return logits
+
+    def size(self, gate: int, step: int | None) -> float:
+        if not self.training or self.config.capacity_warmup_steps == 0:
+            # Without a look at the step: a compiled model would be specialised to it.
+            return self.capacities[gate]
+        return routing.capacity(self.capacities[gate], step, self.config.capacity_warmup_steps)
+
+    def merge(
+        self, gate: int, before: Tensor, after: Tensor, logits: Tensor | None, carry: Carry, run: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """h + g * block(h) (eq. 2.1); additive gating leaves the gate out."""
+        assert logits is not None
+        if self.config.gating == "additive":
+            return before + after, {}
+        if self.config.router == "random":
+            logits = torch.zeros_like(logits)
+        g = routing.gate(logits, str(self.config.router_activation), float(self.config.router_alpha or 0.0))
+        return before + g[..., None].to(after.dtype) * after, {}
+
+    # --- training -----------------------------------------------------------------------------------------------------
+
+    def losses(self, gate: int, x: Tensor, logits: Tensor, chosen: Tensor, used: Tensor | None, run: Any) -> None:
+        """The selection's BCE and the z-loss, and how often the causal decision agrees with the selection."""
+        config, learned = self.config, self.config.router != "random"
+        decision = self.decision(gate, x, logits)
+        if self.training and learned:
+            if config.selection != "none":
+                run.loss("selection", routing.selection_loss(decision, chosen, used))
+            if config.z_loss_coefficient > 0:
+                run.loss("z", routing.z_loss(logits[..., None], used))
+        if config.selection != "none":
+            agrees = ((decision.detach() >= 0) == chosen).float()
+            run.figure("selection_accuracy", routing.masked_mean(agrees, used))
+
+    def coefficients(self) -> dict[str, float]:
+        apart = self.config.selection == "aux_router"  # it trains nothing else, so its weight would be a learning rate
+        selection = 1.0 if apart else self.config.selection_coefficient
+        return {"selection": selection, "z": self.config.z_loss_coefficient}

@@ -111,3 +111,16 @@ def stack(config: MoRConfig, gate_of: Callable[[int], int | None], keys: Keys) -
         else:
             stages.append(Stage((use,), gate, call=len(stages)))
     return tuple(stages)
+
+
+def within(stages: tuple[Stage, ...], recursions: int | None) -> tuple[Stage, ...]:
+    """The stages without the uses of deeper recursions than so many; None: all of them."""
+    if recursions is None:
+        return stages
+    kept = ((stage, tuple(use for use in stage.uses if (use.recursion or 0) < recursions)) for stage in stages)
+    return tuple(replace(stage, uses=uses) for stage, uses in kept if uses)
+
+
+def last_gate(stages: tuple[Stage, ...]) -> int:
+    """The last decision that a token meets; -1 where it meets none."""
+    return max([-1, *[stage.gate for stage in stages if stage.gate is not None]])

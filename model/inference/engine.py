@@ -1,93 +1,34 @@
 """The engine: continuous depth-wise batching (paper section 2.2.3), everything counted from request to token.
 
-One step takes tokens in at the first layers, runs the shared block once on a batch of tokens at different recursions,
-and takes those that are done through the last layers and the head; a request's next token enters with the next step, so
-that no slot of the block stands empty. Prompts go the same way in chunks, beside the decoding of other requests. For
-vanilla and recursive models the same step is ordinary continuous batching: all layers are "before" an empty block.
+Stages that share their layers form a call (`model.depth.layout`). In a step every call runs once, in order; a token
+passes each call that it needs, and waits for the next step when its next stage belongs to a call that has run. So one
+call of a shared block serves tokens at different recursions, and a request's next token enters with the next step, so
+that no slot of the block stands empty; where no layers are shared, the same rule is ordinary continuous batching.
+Prompts go the same way in chunks, beside the decoding of other requests. What lets a token in, and what becomes of its
+state, are the rules of the model's method (`model.depth.base`), those of its causal pass.
 
-Shapes: M tokens in flight, N tokens of one call, D hidden size, Nr recursions, V vocabulary. Recursions count from 0 in
-the code (the paper's r - 1).
+Shapes: M tokens in flight, N tokens of one call, D hidden size, V vocabulary. Stages and gates count from 0.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from model import routing
-from model.cache import owned_uses
-from model.depth.layout import Use
+from model.depth.base import DepthMethod
+from model.depth.layout import Stage, Use, last_gate, within
+from model.inference.flight import Carried, Flight, InFlight, Rules
 from model.inference.packed import Norm, PackedLayer, Product, rotary
 from model.inference.pool import CallPlan, PagePool, Reader, Run, Writer
 from model.inference.sampling import SamplingParams, choose, score
 from model.inference.scheduler import DepthPolicy, Event, Request, Scheduler, gate_share
-from model.layers import Tokens
-from model.modeling import MoRForCausalLM, Row
-
-
-@dataclass(eq=False)
-class Flight:
-    """Consecutive tokens of one request between first and last layer: one when decoding, else a chunk of a prompt.
-
-    start: position of the first; ends: whether the text ends with the last, so that the next token is wanted; at: the
-    recursion that they enter next; offset: where they stand among all the tokens in flight.
-    """
-
-    request: Request
-    start: int
-    count: int
-    ends: bool
-    at: int = 0
-    offset: int = 0
-
-    @property
-    def place(self) -> slice:
-        return slice(self.offset, self.offset + self.count)
-
-
-@dataclass
-class InFlight:
-    """All tokens between the first layer and the last, [M] each.
-
-    ids, positions, state [M, D], logits (of the router that judged last), base [M, D] and gate (token-choice: the
-    state before the recursions, and the factor of their output); on the host: active (takes part in the next call of
-    the block), kept (and goes on with its result), depth (recursions executed), chosen (token-choice: to execute).
-    """
-
-    ids: Tensor
-    positions: Tensor
-    state: Tensor
-    logits: Tensor
-    base: Tensor | None
-    gate: Tensor | None
-    active: np.ndarray
-    kept: np.ndarray
-    depth: np.ndarray
-    chosen: np.ndarray
-
-    def select(self, index: np.ndarray) -> InFlight:
-        """The tokens `index`, in this order."""
-        on_device = torch.from_numpy(index).to(self.ids.device)
-        values: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            picks = index if isinstance(value, np.ndarray) else on_device
-            values[name] = None if value is None else value[picks]
-        return InFlight(**values)
-
-    def join(self, other: InFlight) -> InFlight:
-        """These tokens, then the others."""
-        values: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            more = getattr(other, name)
-            join: Any = np.concatenate if isinstance(value, np.ndarray) else torch.cat
-            values[name] = None if value is None else join([value, more])
-        return InFlight(**values)
+from model.modeling import MoRForCausalLM
 
 
 @dataclass
@@ -134,16 +75,16 @@ class Engine:
         self.model, self.inner, self.config = model.eval(), model.model, config
         self.inner._mode("causal")  # refuses a model that cannot decide without looking ahead
         self.policy = (depth or DepthPolicy()).checked(config)
-        # Plain attributes: those of a transformers configuration are slow to read.
-        self.kv_strategy, self.context = config.kv_strategy, config.max_position_embeddings
-        self.token_choice, self.expert_choice = config.routing == "token_choice", config.routing == "expert_choice"
-        self.first_sees_everyone = self.token_choice or self.kv_strategy != "recursion_wise"
-        self.limit = self.policy.limit(config)
+        # A plain attribute: those of a transformers configuration are slow to read.
+        self.context = config.max_position_embeddings
+        self.method: DepthMethod = self.inner.depth
         self._lay_out()
-        self.layers = [PackedLayer(layer) for layer in self.inner.layers]
+        silent = {use.layer for stage in self.layout for use in stage.uses if use.keys == "none"}
+        self.layers = [PackedLayer(layer, i in silent) for i, layer in enumerate(self.inner.layers)]
         self.norm, self.head = Norm(self.inner.norm), Product(model.lm_head)
         share, pages = gate_share(config, self.policy), -(-kv_tokens // page_size)
-        layers = len(self.block[0]) if share else 0
+        ragged = [len(s.uses) for s in self.layout if s.gate is not None and s.uses[0].keys == "entered"]
+        layers = max(ragged, default=0)
         self.everyone = PagePool(config, len(self.layer_of_use), pages, page_size, model.dtype, model.device)
         self.recursed = PagePool(config, layers, round(pages * share), page_size, model.dtype, model.device)
         self.scheduler = Scheduler(config, self.everyone, self.recursed, self.policy, max_batch, max_waiting)
@@ -153,27 +94,29 @@ class Engine:
         self.statistics = Statistics()
 
     def _lay_out(self) -> None:
-        """Which layers stand before, in and after the block, and which layer of the pool each depth reads."""
-        config = self.config
-        segments = [list(stage.uses) for stage in self.inner.layout]
-        self.block: list[list[Use]] = []
-        self.after: list[Use] = []
-        if config.routing == "none":
-            self.before = [use for segment in segments for use in segment if (use.recursion or 0) < self.limit]
-        elif config.sharing == "middle_cycle":
-            self.before, self.block, self.after = segments[0], segments[1:-1], segments[-1]
-        else:
-            self.before, self.block = [], segments
-        owned = [use.depth for use in owned_uses(config) if use.keys == "everyone"]
+        """Stages, calls, and which layer of the pool of every token's keys each depth writes and reads."""
+        layout = within(self.method.layout, self.policy.limit(self.config))
+        self.layout: list[Stage] = []
+        self.calls: list[list[int]] = []
+        for stage in layout:
+            before = self.layout[-1] if self.layout else None
+            if before is not None and before.gate is None and stage.gate is None:
+                self.layout[-1] = Stage((*before.uses, *stage.uses), None, call=before.call)  # one call for all of them
+                continue
+            if before is not None and before.gate is not None and stage.gate is not None and stage.call == before.call:
+                self.calls[-1].append(len(self.layout))
+            else:
+                self.calls.append([len(self.layout)])
+            self.layout.append(stage)
+        self.last_gate = last_gate(layout)
+        # Layers of the pool are those of the whole model, whatever the depth policy leaves out.
+        uses = [use for stage in self.method.layout for use in stage.uses]
+        owned = [use.depth for use in uses if use.keys == "everyone"]
         self.layer_of_use = {depth: i for i, depth in enumerate(owned)}
-        self.silent = frozenset(use.depth for use in self.before if use.keys == "none")
+        self.silent = frozenset(use.depth for use in uses if use.keys == "none")
         self.reads = self.layer_of_use | {
-            use.depth: self.layer_of_use[use.source]
-            for use in self.before
-            if use.source is not None and use.depth in self.silent
+            use.depth: self.layer_of_use[use.source] for use in uses if use.source is not None
         }
-        # One call of the block serves every recursion, unless recursions have weights of their own.
-        self.apart = config.relaxation != "none" or not config.share_norms
 
     # Requests --------------------------------------------------------------------------------------------------------
 
@@ -212,30 +155,24 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """Take tokens in, run the block once, take finished tokens out. Returns what can be handed out."""
+        """Take tokens in, run every call once, take finished tokens out. Returns what can be handed out."""
         began = time.perf_counter()
         self.scheduler.admit()
         self._enter()
-        if self.block:
-            self._run_block()
-        done = [flight for flight, waiting in zip(self.flights, self._waiting(), strict=True) if not waiting]
+        for call in self.calls:
+            self._run_call(call)
+        done = [flight for flight in self.flights if flight.at == len(self.layout)]
         events = self._leave(done) if done else []
         self.statistics.steps += 1
         self.statistics.seconds += time.perf_counter() - began
         return events
-
-    def _waiting(self) -> list[int]:
-        """How many tokens of each flight have yet to pass the block."""
-        if self.air is None:
-            return [0] * len(self.flights)
-        return np.add.reduceat(self.air.active, [flight.offset for flight in self.flights], dtype=np.int64).tolist()
 
     def _retain(self, wanted: Callable[[Flight], bool]) -> None:
         """Forget the flights that are not wanted."""
         kept = [flight for flight in self.flights if wanted(flight)]
         if len(kept) == len(self.flights):
             return
-        index = [np.arange(flight.offset, flight.offset + flight.count) for flight in kept]
+        index = [flight.indices() for flight in kept]
         self.air = self.air.select(np.concatenate(index)) if kept and self.air is not None else None
         self.flights, offset = kept, 0
         for flight in kept:
@@ -250,7 +187,7 @@ class Engine:
                 self.statistics.preemptions += 1
         self._retain(lambda flight: flight.request.running)
 
-    def _call(self, uses: list[Use], hidden: Tensor, positions: Tensor, plan: CallPlan) -> Tensor:
+    def _call(self, uses: Sequence[Use], hidden: Tensor, positions: Tensor, plan: CallPlan) -> Tensor:
         """Apply layers to packed tokens. hidden: [N, D]; positions: [N]."""
         began = time.perf_counter()
         cos, sin = self.inner.rotary_emb(hidden, positions[None])
@@ -294,22 +231,207 @@ class Engine:
         self._join(entering, self._indices(ids), self._indices(positions))
 
     def _join(self, entering: list[Flight], ids: Tensor, positions: Tensor) -> None:
-        """Embedding and first layers of new flights, and the routers' first decision on them."""
-        state = self.inner.embed_tokens(ids)
-        if self.before:
-            state = self._call(self.before, state, positions, self._plan_everyone(entering))
-        count, offset = len(ids), self.air.state.shape[0] if self.air is not None else 0
+        """Embeddings of new flights, which then stand before the first stage."""
+        fresh = InFlight.new(ids, positions, self.inner.embed_tokens(ids))
+        offset = len(self.tokens.ids) if self.air is not None else 0
         for flight in entering:
             flight.offset, offset = offset, offset + flight.count
-        ones, zeros = np.ones(count, dtype=bool), np.zeros(count, dtype=np.int64)
-        logits = torch.zeros(count, device=state.device)
-        fresh = InFlight(ids, positions, state, logits, None, None, ones & bool(self.block), ones, zeros, zeros.copy())
-        if self.token_choice:
-            self._choose_depths(fresh)
         self.air = fresh if self.air is None else self.air.join(fresh)
         self.flights += entering
-        if self.expert_choice:
-            self._decide(entering)
+        self._arrive(entering)
+
+    @property
+    def tokens(self) -> InFlight:
+        """The tokens in flight, where there are any."""
+        assert self.air is not None
+        return self.air
+
+    # Gates -----------------------------------------------------------------------------------------------------------
+
+    def _advance(self, flights: list[Flight]) -> None:
+        """Bring flights that have passed their stage, or that nobody needs there, before the next one."""
+        ending = [flight for flight in flights if self.layout[flight.at].gate == self.last_gate]
+        if ending and self.last_gate >= 0 and self.method.mixes:
+            index = self._indices([flight.indices() for flight in ending])
+            air = self.tokens
+            air.state.index_copy_(0, index, self.method.end(air.state[index], Carried(air, index), Rules(self, index)))
+        for flight in flights:
+            flight.at += 1
+        self._arrive([flight for flight in flights if flight.at < len(self.layout)])
+
+    def _arrive(self, flights: list[Flight]) -> None:
+        """Decide who takes part in the stage that flights stand before; they go on where that is nobody."""
+        if not flights:
+            return
+        began = time.perf_counter()
+        for at in sorted({flight.at for flight in flights}):
+            indices = np.concatenate([flight.indices() for flight in flights if flight.at == at])
+            self._decide(self.layout[at], indices)
+        self.statistics.model_seconds += time.perf_counter() - began
+        computes = self.tokens.computes
+        needless = [flight for flight in flights if not computes[flight.place].any()]
+        if needless:
+            self._advance(needless)
+
+    def _decide(self, stage: Stage, indices: np.ndarray) -> None:
+        """Which of the tokens `indices` pass the gate of a stage, and which take part in it."""
+        air, method, gate = self.tokens, self.method, stage.gate
+        if gate is None:
+            air.enters[indices] = air.computes[indices] = True
+            return
+        if gate == 0:
+            index = self._indices([indices])
+            air.bring(index, method.begin(air.state[index], Rules(self, index)))
+            air.offered[indices] = True
+        offered = indices[air.offered[indices]]
+        air.enters[indices] = False
+        if len(offered):
+            index = self._indices([offered])
+            own, rules = Carried(air, index), Rules(self, index)
+            x = method.prepare(gate, air.state[index], rules)
+            logits = method.score(gate, x, own, rules)
+            if logits is not None:
+                air.logits.index_copy_(0, index, logits.to(air.logits.dtype))
+            admitted = None if rules.all_in else method.admit(gate, logits, x, own, rules)
+            air.enters[offered] = True if admitted is None else admitted.cpu().numpy()
+        if method.nested:
+            air.offered[indices] = air.enters[indices]
+        # Others look at keys of every token, made by passing the stage, or from the states with which tokens stopped.
+        everyone = stage.whole or stage.uses[0].keys == "everyone"
+        air.computes[indices] = True if everyone else air.enters[indices]
+
+    # Calls -----------------------------------------------------------------------------------------------------------
+
+    def _run_call(self, call: list[int]) -> None:
+        """One call of the layers that the stages `call` share, on every token that stands before one of these."""
+        waiting = [flight for flight in self.flights if flight.at in call]
+        if not waiting:
+            return
+        computes, wanted = self.tokens.computes, []
+        for flight in waiting:
+            stage = self.layout[flight.at]
+            if stage.gate is not None and stage.uses[0].keys == "entered":
+                run, tokens = flight.request.runs[1 + stage.gate], int(computes[flight.place].sum())
+                wanted.append((flight, self.recursed, run, tokens))
+        if wanted:
+            self._reserve(wanted)
+        flights = sorted((flight for flight in self.flights if flight.at in call), key=lambda flight: flight.at)
+        if flights:
+            if self.layout[call[0]].gate is None:
+                self._pass_everyone(flights, self.layout[call[0]])
+            else:
+                self._pass_gates(flights)
+            self._advance(flights)
+
+    def _pass_everyone(self, flights: list[Flight], stage: Stage) -> None:
+        """Layers that every token passes."""
+        air, index = self.tokens, self._indices([flight.indices() for flight in flights])
+        everyone = len(index) == len(air.ids) and len(flights) == len(self.flights)
+        state = air.state if everyone and flights == self.flights else air.state[index]
+        positions = air.positions if state is air.state else air.positions[index]
+        fresh = self._call(stage.uses, state, positions, self._plan_everyone(flights))
+        if state is air.state:
+            air.state = fresh
+        else:
+            air.state.index_copy_(0, index, fresh)
+
+    def _pass_gates(self, flights: list[Flight]) -> None:
+        """The shared layers on flights in order of their stages, and the results put in place."""
+        air, method = self.tokens, self.method
+        reading, giving = [], []  # of each flight: tokens that pass the layers, and tokens that give keys alone
+        for flight in flights:
+            computes, whole = air.computes[flight.place], self.layout[flight.at].whole
+            reads = computes if whole else computes & air.enters[flight.place]
+            reading.append(np.flatnonzero(reads))
+            giving.append(np.flatnonzero(computes & ~reads))
+        plan = self._plan_gates(flights, reading, giving)
+        rows = [
+            flight.offset + own for own_of in (reading, giving) for flight, own in zip(flights, own_of, strict=True)
+        ]
+        indices = np.concatenate(rows)
+        index = torch.from_numpy(indices).to(self.model.device)
+        before = air.state[index]
+        groups = self._groups(flights, reading)
+        if type(method).prepare is not DepthMethod.prepare:
+            for at, start, count in [*groups, *self._groups(flights, giving, plan.reading)]:
+                part = slice(start, start + count)
+                before[part] = method.prepare(self._gate(at), before[part], Rules(self, index[part]))
+        after = self._call(self.layout[flights[0].at].uses, before, air.positions[index], plan)
+        self.statistics.block_tokens += plan.reading
+        for at, start, count in groups:
+            part = slice(start, start + count)
+            self._merge(self._gate(at), indices[part], index[part], before[part], after[part])
+
+    def _gate(self, at: int) -> int:
+        gate = self.layout[at].gate
+        assert gate is not None
+        return gate
+
+    def _groups(self, flights: list[Flight], chosen: list[np.ndarray], start: int = 0) -> list[tuple[int, int, int]]:
+        """(stage, first row, number of rows) of each stage's tokens in a call, from row `start` on."""
+        found = []
+        for at in sorted({flight.at for flight in flights}):
+            count = sum(len(own) for flight, own in zip(flights, chosen, strict=True) if flight.at == at)
+            if count:
+                found.append((at, start, count))
+            start += count
+        return found
+
+    def _merge(self, gate: int, indices: np.ndarray, index: Tensor, before: Tensor, after: Tensor) -> None:
+        """Give the tokens that a gate let in the result of its stage."""
+        air, enters = self.tokens, self.tokens.enters[indices]
+        if not enters.all():
+            going = torch.from_numpy(np.flatnonzero(enters)).to(index.device)
+            indices, index, before, after = indices[enters], index[going], before[going], after[going]
+        if not len(indices):
+            return
+        own, rules = Carried(air, index), Rules(self, index)
+        state, changes = self.method.merge(gate, before, after, air.logits[index], own, rules)
+        air.state.index_copy_(0, index, state)
+        air.bring(index, changes)
+        air.depth[indices] += 1
+
+    def _plan_gates(self, flights: list[Flight], reading: list[np.ndarray], giving: list[np.ndarray]) -> CallPlan:
+        """Who writes and reads where. flights: by stage; reading, giving: tokens of each that take part."""
+        readers: list[Reader] = []
+        writing: list[tuple[PagePool, int, np.ndarray]] = []
+        for flight, own in zip(flights, reading, strict=True):
+            use, run_of_all, count = self.layout[flight.at].uses[0], flight.request.runs[0], len(own)
+            positions, over = flight.start + own, None
+            base = self.reads.get(use.depth, 0)
+            if use.keys == "everyone":
+                writing.append((self.everyone, base, run_of_all.first * self.everyone.page_size + positions))
+            elif use.keys == "entered":
+                run = flight.request.runs[1 + self._gate(flight.at)]
+                held = flight.request.places[1 + self._gate(flight.at)]
+                first = run.first * self.recursed.page_size + run.length
+                writing.append((self.recursed, 0, first + np.arange(count)))
+                held += positions.tolist()
+                seen = list(range(run.length + 1, run.length + count + 1))
+                run.length += count
+                if use.source is None:
+                    readers.append(Reader(self.recursed, 0, run, seen))
+                    continue
+                over = (self.recursed, run, torch.tensor(held, device=self.model.device))
+            if count:
+                readers.append(Reader(self.everyone, base, run_of_all, (positions + 1).tolist(), over))
+        for flight, own in zip(flights, giving, strict=True):
+            base = self.reads.get(self.layout[flight.at].uses[0].depth, 0)
+            first = flight.request.runs[0].first * self.everyone.page_size
+            writing.append((self.everyone, base, first + flight.start + own))
+        uses = self.layout[flights[0].at].uses
+        return CallPlan(self._writers(writing), readers, {use.depth: i for i, use in enumerate(uses)})
+
+    def _writers(self, writing: list[tuple[PagePool, int, np.ndarray]]) -> list[Writer]:
+        """One writer for neighbours that write to the same layers of the same pool."""
+        writers, begin = [], 0
+        for (_, layer), parts in itertools.groupby(writing, key=lambda part: (id(part[0]), part[1])):
+            stretch = list(parts)
+            index = self._indices([slots for _, _, slots in stretch])
+            if len(index):
+                writers.append(Writer(begin, len(index), stretch[0][0], layer, index))
+                begin += len(index)
+        return writers
 
     def _plan_everyone(self, flights: list[Flight]) -> CallPlan:
         """The plan of layers that see every token: slot and position of a token are the same."""
@@ -324,154 +446,13 @@ class Engine:
         writer = Writer(0, len(index), self.everyone, 0, index)
         return CallPlan([writer], readers, self.reads, self.silent)
 
-    # Routing ---------------------------------------------------------------------------------------------------------
-
-    def _row(self, ids: Tensor, positions: Tensor) -> Row:
-        """What the random control needs to know of tokens [N]."""
-        return Row(Tokens(ids, ids), positions[None], input_ids=ids[None])
-
-    def _choose_depths(self, air: InFlight) -> None:
-        """Token-choice: the recursions of new tokens, and their gates (eq. 2.2)."""
-        began, config = time.perf_counter(), self.config
-        if config.router == "random":
-            logits = routing.random_logits(air.ids[None], air.positions[None], 0, config.num_recursions)[0]
-        else:
-            logits = self.inner.routers[0](air.state)
-        scores = routing.depth_scores(logits, self.inner.activation, self.inner.alpha)
-        choice = self.inner._choose_depth(scores[None], None)[0].clamp(max=self.limit - 1)
-        if self.policy.mode == "uniform":
-            choice = torch.full_like(choice, self.limit - 1)
-        air.base, air.gate = air.state.clone(), scores.gather(1, choice[:, None])[:, 0].to(air.state.dtype)
-        air.chosen = choice.cpu().numpy() + 1
-        self.statistics.model_seconds += time.perf_counter() - began
-
-    def _decide(self, flights: list[Flight]) -> None:
-        """Expert-choice: which of the tokens kept so far enter the next recursion, by their own score (section 3.1)."""
-        began, air = time.perf_counter(), self.air
-        assert air is not None
-        for r in sorted({flight.at for flight in flights}):
-            here = [flight for flight in flights if flight.at == r]
-            places = np.concatenate([np.arange(flight.offset, flight.offset + flight.count) for flight in here])
-            offered = places[air.kept[places]]
-            air.active[places] = air.kept[places] = False
-            if r >= self.limit or not len(offered):
-                continue
-            index = torch.from_numpy(offered).to(self.model.device)
-            row, states, flat = (
-                self._row(air.ids[index], air.positions[index]),
-                air.state[index],
-                torch.arange(len(offered)),
-            )
-            logits = self.inner._logits("routers", r, states, row, flat.to(index.device))
-            air.logits[index] = logits
-            if self.policy.mode == "uniform" or self.inner.capacities[r] == 1.0:
-                air.kept[offered] = True
-            else:
-                if self.config.selection == "aux_router" and self.config.router != "random":
-                    logits = self.inner._logits("aux_routers", r, states, row, flat)
-                air.kept[offered] = (logits >= 0).cpu().numpy()
-            air.active[places] = air.kept[places]
-            if r == 0 and self.kv_strategy != "recursion_wise":
-                air.active[places] = True  # deeper tokens look at the first recursion's keys of every token
-        self.statistics.model_seconds += time.perf_counter() - began
-
-    # The block -------------------------------------------------------------------------------------------------------
-
-    def _run_block(self) -> None:
-        """One call of the shared block on every active token, whatever its recursion, and the decisions that follow."""
-        if self.air is None:
-            return
-        wanted = [
-            (flight, self.recursed, flight.request.runs[1 + flight.at], tokens)
-            for flight, tokens in zip(self.flights, self._waiting(), strict=True)
-            if tokens and not self._reads_shared(flight.at)
-        ]
-        self._reserve(wanted)
-        waiting = zip(self.flights, self._waiting(), strict=True)
-        flights = sorted((flight for flight, tokens in waiting if tokens), key=lambda flight: flight.at)
-        groups = [flights]
-        if self.apart:
-            groups = [[f for f in flights if f.at == r] for r in sorted({flight.at for flight in flights})]
-        for group in groups:
-            if group:
-                self._run_group(group)
-        if self.expert_choice:
-            self._decide(flights)
-
-    def _reads_shared(self, recursion: int) -> bool:
-        """Whether tokens of a recursion write nothing into its own run."""
-        return self.kv_strategy == "shared" or (recursion == 0 and self.first_sees_everyone)
-
-    def _run_group(self, flights: list[Flight]) -> None:
-        """The block on flights in order of recursion, and its result put in place."""
-        air = self.air
-        assert air is not None
-        alone = np.zeros(1, dtype=np.int64)
-        chosen = [np.flatnonzero(air.active[flight.place]) if flight.count > 1 else alone for flight in flights]
-        places = np.concatenate([flight.offset + own for flight, own in zip(flights, chosen, strict=True)])
-        uses = self.block[flights[0].at if self.apart else 0]
-        plan = self._plan_block(flights, chosen, {use.depth: i for i, use in enumerate(uses)})
-        index = torch.from_numpy(places).to(self.model.device)
-        state = air.state[index]
-        fresh = self._call(uses, state, air.positions[index], plan)
-        self.statistics.block_tokens += len(places)
-        if self.expert_choice:
-            fresh = self.inner._mix(state, fresh, air.logits[index])
-        kept = air.kept[places]
-        if not kept.all():
-            places, going = places[kept], torch.from_numpy(np.flatnonzero(kept)).to(index.device)
-            index, fresh = index[going], fresh[going]
-        air.state.index_copy_(0, index, fresh)
-        air.depth[places] += 1
-        for flight in flights:
-            flight.at += 1
-            if self.token_choice:
-                air.active[flight.place] = air.chosen[flight.place] > flight.at
-                air.kept[flight.place] = True
-
-    def _plan_block(self, flights: list[Flight], chosen: list[np.ndarray], layers: dict[int, int]) -> CallPlan:
-        """Who writes and reads where. flights: by recursion; chosen: the tokens of each that take part."""
-        readers: list[Reader] = []
-        everyone, recursed = [], []
-        base = self.layer_of_use.get(self.block[0][0].depth, 0)
-        for flight, own in zip(flights, chosen, strict=True):
-            r, whole, count = flight.at, flight.request.runs[0], len(own)
-            positions, run = flight.start + own, flight.request.runs[1 + r]
-            over = None
-            if r == 0 and self.first_sees_everyone:
-                everyone.append(whole.first * self.everyone.page_size + positions)
-            elif self.kv_strategy != "shared":
-                recursed.append(run.first * self.recursed.page_size + run.length + np.arange(count))
-                held = flight.request.places[1 + r]
-                held += positions.tolist()
-                seen = list(range(run.length + 1, run.length + count + 1))
-                run.length += count
-                if self.kv_strategy == "recursion_wise":
-                    readers.append(Reader(self.recursed, 0, run, seen))
-                    continue
-                over = (self.recursed, run, torch.tensor(held, device=self.model.device))
-            readers.append(Reader(self.everyone, base, whole, (positions + 1).tolist(), over))
-        writers, begin = [], 0
-        for pool, layer, slots in ((self.everyone, base, everyone), (self.recursed, 0, recursed)):
-            if slots:
-                index = self._indices(slots)
-                writers.append(Writer(begin, len(index), pool, layer, index))
-                begin += len(index)
-        return CallPlan(writers, readers, layers)
-
     # Out -------------------------------------------------------------------------------------------------------------
 
     def _leave(self, done: list[Flight]) -> list[Event]:
-        """Last layers, head and next token of flights that passed the block."""
-        assert self.air is not None
-        order = [np.arange(flight.offset, flight.offset + flight.count) for flight in done]
-        air = self.air.select(np.concatenate(order))
+        """Head and next token of flights that passed all stages."""
+        air = self.tokens.select(np.concatenate([flight.indices() for flight in done]))
         self._retain(lambda flight: flight not in done)
         state = air.state
-        if air.base is not None and air.gate is not None:
-            state = air.base + (air.gate[:, None] * state if self.config.gating == "weighted" else state)
-        if self.after:
-            state = self._call(self.after, state, air.positions, self._plan_everyone(done))
         ends, begin = [], 0
         for flight in done:
             request, end = flight.request, begin + flight.count

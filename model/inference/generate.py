@@ -1,6 +1,9 @@
 """Generate text from a checkpoint: one prompt, a file of prompts, or a conversation with the terminal.
 
 python -m model.inference.generate --checkpoint DIR --prompt TEXT | --prompts FILE | (neither: interactive)
+
+With --output each answer is written when it ends, as one line of JSON with the number of its prompt's line, so that a
+batch that was interrupted goes on with --resume. Colours' legend and throughput go to stderr in pipes.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import contextlib
 import json
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,7 @@ from model.inference.text import TextStream, end_of_text, load_checkpoint, piece
 # From one recursion to many: cold to warm.
 COLOURS = ("bright_black", "blue", "cyan", "green", "yellow", "red", "magenta")
 FIELDS = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+RESULTS = {"line", "text", "tokens", "prompt_depths", "depths", "finished", "error"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,9 +44,22 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--prompts",
         metavar="FILE",
-        help="one prompt a line, or .jsonl with `prompt` and optionally sampling fields in each line; - is stdin",
+        help="one prompt a line, or .jsonl with `prompt` in each line, optionally sampling fields, and others, which "
+        "the output repeats; - is stdin",
     )
-    add("--output", metavar="FILE", help="write one JSON object per prompt: text, tokens, depths, why it ended")
+    add("--output", metavar="FILE", help="one line of JSON per prompt as it ends: text, tokens, depths, why it ended")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with an --output that exists: what it holds is not done again",
+    )
+    add(
+        "--too-long",
+        choices=("error", "skip", "cut"),
+        default="error",
+        help="prompts that leave no room in the context: end with their line's number (default), leave them out with a "
+        "note in the output, or keep their end, with room for --max-tokens",
+    )
     add("--max-tokens", type=int, default=64, help="most tokens to generate (default %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--top-k", type=int, default=0, help="0 keeps every token (default)")
@@ -58,44 +76,98 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     add("--depth", default="adaptive", help="adaptive (the router decides), uniform:N or cap:N recursions per token")
     add("--max-batch", type=int, default=32, help="requests that run at once (default %(default)s)")
     add("--kv-tokens", type=int, default=16384, help="tokens that keys and values are held for (default %(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    add("--tokenizer", metavar="FILE", help="tokenizer.json, or a folder with one, in place of the checkpoint's")
+    kinds = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="auto", choices=kinds, help="auto: as saved; 16 bits as float32 where they are slow")
     add("--device", help="default: an accelerator if there is one")
 
 
 def load_engine(options: argparse.Namespace, **limits: Any) -> tuple[Engine, Tokenizer]:
     """Engine and tokenizer as the options say. Raises ValueError."""
     policy = DepthPolicy.parse(options.depth)
-    model, tokenizer = load_checkpoint(options.checkpoint, options.dtype, options.device)
+    model, tokenizer = load_checkpoint(options.checkpoint, options.dtype, options.device, options.tokenizer)
     sizes = {"max_batch": options.max_batch, "kv_tokens": options.kv_tokens}
     return Engine(model, depth=policy, **sizes, **limits), tokenizer
 
 
 def read_prompts(path: str) -> list[dict[str, Any]]:
-    """Prompts of a file, each with `prompt` and perhaps sampling fields. Raises ValueError naming file and line."""
+    """Prompts of a file, each with `prompt`, its `line`, and perhaps other fields. A line ends with \\n, or \\r\\n.
+
+    Raises ValueError naming file and line.
+    """
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        content = sys.stdin.read() if path == "-" else Path(path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, text in enumerate(content.removeprefix("\ufeff").split("\n"), 1):
+        line = text.removesuffix("\r")
         if not line.strip():
             continue
-        if not path.endswith(".jsonl"):
-            rows.append({"prompt": line})
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: no JSON: {error}") from None
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-            raise ValueError(f"{path}:{number}: expected an object with a text `prompt`")
-        unknown = sorted(set(row) - {"prompt", *FIELDS})
-        if unknown:
-            raise ValueError(f"{path}:{number}: unknown field {unknown[0]!r}; known: prompt, {', '.join(FIELDS)}")
-        rows.append(row)
+        row = _record(f"{path}:{number}", line) if path.endswith(".jsonl") else {"prompt": line}
+        rows.append(row | {"line": number})
     if not rows:
         raise ValueError(f"{path}: holds no prompts")
     return rows
+
+
+def _record(where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: no JSON: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ValueError(f"{where}: expected an object with a text `prompt`")
+    taken = sorted(set(row) & RESULTS)
+    if taken:
+        raise ValueError(f"{where}: {taken[0]} is a field of the output; give it another name")
+    try:
+        SamplingParams(**{name: row[name] for name in FIELDS if name in row})
+    except (TypeError, ValueError) as error:
+        fault = error if isinstance(error, ValueError) else f"sampling fields of the wrong type: {error}"
+        raise ValueError(f"{where}: {fault}") from None
+    return row
+
+
+class Results:
+    """The output of a batch: a line of JSON for each prompt, written when its answer ends."""
+
+    def __init__(self, path: str, rows: Sequence[dict[str, Any]], resume: bool):
+        self.path, self.done = Path(path), set[int]()
+        if not self.path.parent.is_dir():
+            raise ValueError(f"--output: no folder {self.path.parent}")
+        if self.path.exists() and not self.path.is_file() and not self.path.is_char_device():
+            raise ValueError(f"--output: {path} is no file")
+        if self.path.is_file() and self.path.stat().st_size and not resume:
+            raise ValueError(f"--output: {path} exists; add --resume to go on with it, or name another file")
+        if resume and self.path.is_file():
+            self._take_up(rows)
+        try:
+            self.file = self.path.open("a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise ValueError(f"--output: {path} cannot be written: {error}") from None
+
+    def _take_up(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note what is done already; a last line that was cut short is taken off."""
+        prompts = {row["line"]: row["prompt"] for row in rows}
+        kept = self.path.read_bytes()
+        whole = kept[: kept.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+            try:
+                row = json.loads(line)
+                place, prompt = row["line"], row["prompt"]
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"--output: {self.path}:{number} is no result of this command") from None
+            if prompts.get(place) != prompt:
+                raise ValueError(f"--output: {self.path}:{number} answers another prompt than line {place} has now")
+            self.done.add(place)
+        if len(whole) < len(kept):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
 
 
 class Session:
@@ -106,16 +178,19 @@ class Session:
         self.defaults = {name: getattr(options, name) for name in FIELDS}
         self.ends = end_of_text(engine.model)
 
-    def submit(self, prompt: str, **fields: Any) -> tuple[Request, TextStream]:
+    def submit(self, prompt: str, cut: bool = False, **fields: Any) -> tuple[Request, TextStream]:
+        """Queue a prompt. cut: keep the end of one that leaves no room for the answer. Raises ValueError."""
+        params = SamplingParams(**(self.defaults | fields), stop=self.ends)
         try:
-            params = SamplingParams(**(self.defaults | fields), stop=self.ends)
-        except TypeError as error:
-            raise ValueError(f"sampling fields of the wrong type: {error}") from None
-        request = self.engine.submit(self.tokenizer.encode(prompt).ids, params)
-        return request, TextStream(self.tokenizer, self.stop)
+            ids = self.tokenizer.encode(prompt).ids
+        except (TypeError, UnicodeEncodeError):
+            raise ValueError("prompt: holds a lone surrogate, which is no character") from None
+        if cut and len(ids) > self.engine.context:
+            ids = ids[-max(1, self.engine.context - params.max_tokens) :]
+        return self.engine.submit(ids, params), TextStream(self.tokenizer, self.stop)
 
-    def run(self, live: list[tuple[Request, TextStream]], show=lambda: None) -> None:
-        """Serve the requests to their end; `show` is called after every step."""
+    def run(self, live: list[tuple[Request, TextStream]], show=lambda: None, ended=lambda order: None) -> None:
+        """Serve the requests to their end; `show` is called after every step, `ended` as each ends."""
         streams = {request.order: stream for request, stream in live}
         while not self.engine.idle:
             for event in self.engine.step():
@@ -123,6 +198,8 @@ class Session:
                 stream.feed(event.tokens, bool(event.finished))
                 if stream.stopped and not event.finished:
                     self.engine.cancel(event.request)
+                if stream.stopped or event.finished:
+                    ended(event.request.order)
             show()
 
     def coloured(self, request: Request, whole: bool = True) -> Text:
@@ -138,36 +215,61 @@ class Session:
     def legend(self) -> Text:
         """What the colours mean."""
         text = Text("recursions: ")
-        for depth in range(self.engine.config.num_recursions + 1):
+        for depth in range(self.engine.method.gates + 1):
             text.append(f" {depth} ", style=COLOURS[min(depth, len(COLOURS) - 1)])
         return text.append("  (prompt underlined)")
 
 
-def answer_all(session: Session, rows: list[dict[str, Any]], output: str | None, console: Console) -> None:
-    """Serve all the prompts, print the answers, write `output`."""
-    live = [session.submit(row["prompt"], **{k: v for k, v in row.items() if k != "prompt"}) for row in rows]
-    session.run(live)
-    routed = session.engine.config.routing != "none"
+def answer_all(
+    session: Session, rows: list[dict[str, Any]], results: Results | None, console: Console, too_long: str = "error"
+) -> None:
+    """Serve all the prompts; print each answer and write it to `results` as it ends."""
+    routed = session.engine.method.gates > 0
+    aside = console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+    live: dict[int, tuple[dict[str, Any], Request, TextStream]] = {}
+    for row in rows:
+        if results is not None and row["line"] in results.done:
+            continue
+        fields = {name: row[name] for name in FIELDS if row.get(name) is not None}
+        try:
+            request, stream = session.submit(row["prompt"], too_long == "cut", **fields)
+        except ValueError as error:
+            where = f"line {row['line']}: " if len(rows) > 1 else ""
+            if too_long != "skip" or "no room" not in str(error):
+                raise ValueError(f"{where}{error}") from None
+            aside.print(f"{where}skipped: {error}", markup=False)
+            if results is not None:
+                results.write(row | {"text": None, "finished": "skipped", "error": str(error)})
+            continue
+        live[request.order] = row, request, stream
     if routed:
-        console.print(session.legend())
-    lines = []
-    for row, (request, stream) in zip(rows, live, strict=True):
+        aside.print(session.legend())
+
+    def ended(order: int) -> None:
+        row, request, stream = live[order]
         console.print(session.coloured(request) if routed else Text(row["prompt"] + stream.shown))
-        depths = request.depths[len(request.prompt) :] if routed else None
-        finished = "stop" if stream.stopped else request.finished
-        lines.append(
-            {
-                "prompt": row["prompt"],
-                "text": stream.shown,
-                "tokens": request.tokens,
-                "prompt_depths": request.depths[: len(request.prompt)] if routed else None,
-                "depths": depths,  # the last token has not been run, so it has none
-                "finished": finished,
-            }
-        )
-    if output:
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        Path(output).write_text(text, encoding="utf-8")
+        if results is not None:
+            results.write(result_of(row, request, stream, routed))
+
+    began = time.perf_counter()
+    session.run([(request, stream) for _, request, stream in live.values()], ended=ended)
+    seconds = time.perf_counter() - began
+    made = sum(len(request.tokens) for _, request, _ in live.values())
+    if len(rows) > 1:
+        speed = f"{made / seconds:.1f} tokens/s" if live else "all done before"
+        aside.print(f"{len(live)} prompts, {made} tokens in {seconds:.1f} s: {speed}", markup=False)
+
+
+def result_of(row: dict[str, Any], request: Request, stream: TextStream, routed: bool) -> dict[str, Any]:
+    """A line of the output: the prompt's record and what became of it."""
+    start = len(request.prompt)
+    return row | {
+        "text": stream.shown,
+        "tokens": request.tokens,
+        "prompt_depths": request.depths[:start] if routed else None,
+        "depths": request.depths[start:] if routed else None,  # the last token has not been run, so it has none
+        "finished": "stop" if stream.stopped else request.finished,
+    }
 
 
 @contextlib.contextmanager
@@ -214,13 +316,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = make_parser().parse_args(arguments)
     disable_progress_bar()
     try:
-        rows = read_prompts(options.prompts) if options.prompts else [{"prompt": text} for text in options.prompt or ()]
+        given = [{"prompt": text, "line": i} for i, text in enumerate(options.prompt or (), 1)]
+        rows = read_prompts(options.prompts) if options.prompts else given
         SamplingParams(**{name: getattr(options, name) for name in FIELDS})
-        if options.output and not Path(options.output).parent.is_dir():
-            raise ValueError(f"--output: no folder {Path(options.output).parent}")
+        if options.output and not rows:
+            raise ValueError("--output: needs --prompt or --prompts")
+        results = Results(options.output, rows, options.resume) if options.output else None
         engine, tokenizer = load_engine(options)
         session, console = Session(engine, tokenizer, options), Console(highlight=False, soft_wrap=True)
-        answer_all(session, rows, options.output, console) if rows else converse(session, console)
+        if rows:
+            answer_all(session, rows, results, console, options.too_long)
+        else:
+            converse(session, console)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import hardware
 from model.layers import DecoderLayer
 from model.relaxation import RelaxedLinear, project
 
@@ -26,16 +27,17 @@ FEW_ROWS = 4  # fp32: below this many rows the plain product reads the weights f
 class Product:
     """Projections of one input as one product: [N, I] -> [N, sum of their O].
 
-    Packed on a CPU in fp32 and bf16; elsewhere, and where recursions have deltas of their own, one after the other.
+    Packed on a CPU in fp32, and in bf16 where it has the instructions; elsewhere, and where recursions have deltas of
+    their own, one after the other.
     """
 
     def __init__(self, *projections: nn.Linear):
         self.projections = projections
         first = projections[0].weight
-        packs = first.device.type == "cpu" and first.dtype in (torch.float32, torch.bfloat16)
-        packs = packs and torch.backends.mkldnn.is_available()
         self.packed, self.bias = None, None
-        if packs and not any(isinstance(projection, RelaxedLinear) for projection in projections):
+        if hardware.packs(first.dtype, first.device) and not any(
+            isinstance(projection, RelaxedLinear) for projection in projections
+        ):
             weight = torch.cat([projection.weight.detach() for projection in projections])
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
             biases = [projection.bias.detach() for projection in projections if projection.bias is not None]
@@ -65,28 +67,32 @@ class Norm:
 
 
 class PackedLayer:
-    """One unique layer, for packed tokens whose keys and values lie in the pool."""
+    """One unique layer, for packed tokens whose keys and values lie in the pool.
 
-    def __init__(self, layer: DecoderLayer):
+    shares: whether some of its uses read keys and need none of their own; the matrices of keys then stand apart.
+    """
+
+    def __init__(self, layer: DecoderLayer, shares: bool = False):
         attention, mlp = layer.self_attn, layer.mlp
         self.head_dim, self.activation = attention.head_dim, mlp.activation
         self.before, self.between = Norm(layer.input_layernorm), Norm(layer.post_attention_layernorm)
         self.heads = attention.q_proj.out_features // attention.head_dim
-        # Where tokens of deeper recursions read keys and need none of their own, these stand apart.
-        self.shares = attention.config.kv_strategy == "shared"
         keys = (attention.k_proj, attention.v_proj)
-        self.query = Product(attention.q_proj) if self.shares else Product(attention.q_proj, *keys)
-        self.keys = Product(*keys) if self.shares else None
+        self.query = Product(attention.q_proj) if shares else Product(attention.q_proj, *keys)
+        self.keys = Product(*keys) if shares else None
         self.output, self.down = Product(attention.o_proj), Product(mlp.down_proj)
         self.gate_up = Product(mlp.gate_proj, mlp.up_proj)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, recursion: int, plan, depth: int) -> Tensor:
         """x: [N, D] -> [N, D]. cos, sin: [N, 1, Dh], see `rotary`; plan: `model.inference.pool.CallPlan`."""
         query, key, value = self._heads(self.before(x, recursion), cos, sin, recursion, plan, depth)
-        x = x + self.output(plan.attend(query, key, value, depth).flatten(1), recursion)
+        reading = plan.reading
+        kept = x[reading:]  # these give keys alone, and keep their states
+        x = x[:reading] + self.output(plan.attend(query[:reading], key, value, depth).flatten(1), recursion)
         inner = self.gate_up(self.between(x, recursion), recursion)
         gate, up = inner.chunk(2, -1)
-        return x + self.down(self.activation(gate) * up, recursion)
+        x = x + self.down(self.activation(gate) * up, recursion)
+        return torch.cat([x, kept]) if len(kept) else x
 
     def _heads(self, x: Tensor, cos: Tensor, sin: Tensor, recursion: int, plan, depth: int):
         """Queries [N, H, Dh] of all tokens, keys and values [`plan.writers`, G, Dh] of the leading ones, or None."""

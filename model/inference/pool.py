@@ -175,8 +175,9 @@ class Writer:
 class CallPlan:
     """What each token of one call of consecutive layers writes and reads.
 
-    readers: in the order of the tokens, of which each has one. layers: effective depth -> how far its layer lies behind
-    the one that writers and readers name. silent: the depths that read keys of an earlier depth and write none.
+    readers: in the order of the tokens, of which each but the last ones has one; those give keys alone. layers:
+    effective depth -> how far its layer lies behind the one that writers and readers name. silent: the depths that read
+    keys of an earlier depth and write none.
     """
 
     def __init__(
@@ -190,6 +191,7 @@ class CallPlan:
         self.writing, self.readers = writers, readers
         self.written = max((writer.start + writer.count for writer in writers), default=0)
         self.counts = [reader.count for reader in readers]
+        self.reading = sum(self.counts)
 
     def writers(self, depth: int, count: int) -> int:
         """How many tokens, from the first, need keys and values of their own."""
@@ -204,6 +206,8 @@ class CallPlan:
                 layer, pool = writer.layer + offset, writer.pool
                 pool.layer_keys[layer][0].index_copy_(1, writer.slots, key[own].transpose(0, 1))
                 pool.layer_values[layer][0].index_copy_(1, writer.slots, value[own].transpose(0, 1))
+        if not self.readers:
+            return query.flatten(1)
         # The heads of a group may be as many queries to the same keys, which fp32 likes better and bf16 worse.
         groups = query.shape[1] if query.dtype.itemsize < 4 else self.readers[0].keys.shape[2]
         parts = query.unflatten(1, (groups, -1)).split(self.counts)

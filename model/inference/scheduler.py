@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from model.config import MoRConfig
 from model.depth import stages_of
-from model.flops import capacities
+from model.depth.layout import within
+from model.flops import capacities, gates_of
 from model.inference.pool import PagePool, Run
 from model.inference.sampling import SamplingParams, TokenScore
 
@@ -53,8 +54,8 @@ class DepthPolicy:
 
 def ragged_gates(config: MoRConfig, policy: DepthPolicy) -> list[int]:
     """Gates whose tokens' keys and values lie apart, those of the tokens that they let in alone."""
-    gated = [stage for stage in stages_of(config) if stage.gate is not None and stage.uses[0].keys == "entered"]
-    return sorted(stage.gate for stage in gated if stage.gate is not None and stage.gate < policy.limit(config))
+    kept = within(stages_of(config), policy.limit(config))
+    return sorted(stage.gate for stage in kept if stage.gate is not None and stage.uses[0].keys == "entered")
 
 
 def gate_share(config: MoRConfig, policy: DepthPolicy) -> float:
@@ -69,7 +70,7 @@ class Request:
 
     text: prompt and generated ids; done: how many of them passed all layers since the last (re)start; depths:
     recursions that each of the `done` executed; tokens: the generated ids without a stop sequence; released: how many
-    of those were handed out; runs: pages of all tokens, then one run per recursion; places: positions of their tokens.
+    of those were handed out; runs: pages of all tokens, then one run per gate; places: positions of their tokens.
     finished: `stop`, `length`, `cancelled` or "" while it lives. scores: position -> log-probability of its token,
     where the parameters ask for it, a stop sequence's tokens included; the first token of a prompt has none.
     """
@@ -168,7 +169,7 @@ class Scheduler:
             )
         if self.max_waiting is not None and len(self.waiting) >= self.max_waiting:
             raise QueueFull(f"{len(self.waiting)} requests wait already")
-        runs = [Run() for _ in range(1 + self.config.num_recursions)]
+        runs = [Run() for _ in range(1 + gates_of(self.config))]
         places: list[list[int]] = [[] for _ in runs]
         request = Request(next(self._orders), prompt, params, params.generator(), list(prompt), runs, places)
         self.waiting.append(request)

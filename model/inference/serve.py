@@ -2,8 +2,12 @@
 
 python -m model.inference.serve --checkpoint DIR [--host 127.0.0.1] [--port 8000]
 
-POST /v1/completions (streaming or not), GET /v1/models, /health and /metrics (Prometheus). The engine runs in a thread
-of its own; requests reach it through a queue of commands, so that no request ever waits for a lock.
+POST /v1/completions (streaming or not; log-probabilities, so that lm-evaluation-harness's `local-completions` works),
+GET /v1/models, /health, /metrics (Prometheus), and / (a page that colours tokens by depth). The engine runs in a thread
+of its own; requests reach it through a queue of commands, so that no request ever waits for a lock; bodies are read and
+tokenized in other threads, so that no request stops the event loop.
+
+`model/inference/protocol.py` has the fields and the limits, `connection.py` who may ask and for how long.
 """
 
 from __future__ import annotations
@@ -12,84 +16,42 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
+import os
 import queue
 import sys
 import threading
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from tokenizers import Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from model.inference import scheduler
+from model.inference.connection import Gate, guarded, is_loopback
 from model.inference.engine import Engine
 from model.inference.generate import add_engine_arguments, load_engine
+from model.inference.page import PAGE
+from model.inference.protocol import Ids, Limits, Prepared, Reader, ServiceError, error_body
 from model.inference.sampling import SamplingParams
-from model.inference.text import TextStream, end_of_text
+from model.inference.text import TextStream, end_of_text, pieces, token_text
 
-Ids = list[int]
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-
-
-class CompletionRequest(BaseModel):
-    """The fields of OpenAI's completions that are honoured; any other is refused rather than ignored."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    prompt: str | list[str] | Ids | list[Ids]
-    model: str | None = None
-    max_tokens: int = Field(16, ge=1)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    n: int = Field(1, ge=1)
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stream: bool = False
-    stream_options: dict[str, bool] | None = None
-    user: str | None = None
-
-    def prompts(self, tokenizer: Tokenizer) -> list[Ids]:
-        """Token ids of every prompt."""
-        if isinstance(self.prompt, str):
-            return [tokenizer.encode(self.prompt).ids]
-        if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return [tokenizer.encode(item).ids if isinstance(item, str) else item for item in self.prompt]  # type: ignore[misc]
-
-    def stops(self) -> list[str]:
-        """Stop strings. Raises ValueError for an empty one."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if not all(stops) or len(stops) > 16:
-            raise ValueError("stop: give at most 16 texts, none of them empty")
-        return stops
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Sizes beyond which a request is refused. body: bytes; choices: prompts times n; patience: seconds for a drain."""
-
-    body: int = 1 << 20
-    choices: int = 16
-    patience: int = 30
-
-
-class ServiceError(Exception):
-    """A refusal, with its HTTP status."""
-
-    def __init__(self, status: int, message: str, kind: str = "invalid_request_error"):
-        super().__init__(message)
-        self.status, self.kind = status, kind
+KEY = "MOR_API_KEY"
+logger = logging.getLogger("uvicorn.error")
 
 
 class Metrics:
@@ -215,102 +177,179 @@ class Service:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits):
         self.engine, self.tokenizer, self.name, self.limits = engine, tokenizer, name, limits
         self.metrics, self.worker = Metrics(engine), EngineThread(engine)
-        self.ends = end_of_text(engine.model)
+        self.reader = Reader(tokenizer, engine.context, end_of_text(engine.model), limits)
+        self.threads = ThreadPoolExecutor(2, "tokenize")
+        self.token_text = lru_cache(100_000)(lambda token: token_text(tokenizer, token))
 
-    async def read(self, http: Request) -> CompletionRequest:
-        """The body, within its limit, checked."""
-        body = b""
-        async for part in http.stream():
-            body += part
-            if len(body) > self.limits.body:
-                raise ServiceError(413, f"body: more than {self.limits.body} bytes")
+    async def off_loop(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a function that may take long, computed beside the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
+
+    async def read(self, http: Request) -> Prepared:
+        """The body, within its limits, checked and tokenized. Raises ServiceError."""
+        body, limits = bytearray(), self.limits
         try:
-            return CompletionRequest.model_validate(json.loads(body))
-        except ValidationError as error:
-            faults = {".".join(map(str, e["loc"][:1])) or "body": e["msg"] for e in error.errors()}
-            raise ServiceError(400, "; ".join(f"{name}: {text}" for name, text in faults.items())) from None
-        except (ValueError, RecursionError) as error:
-            raise ServiceError(400, f"body: no JSON object: {error}") from None
+            async with asyncio.timeout(limits.body_seconds):
+                async for part in http.stream():
+                    body += part
+                    if len(body) > limits.body:
+                        raise ServiceError(413, f"body: more than {limits.body} bytes")
+        except TimeoutError:
+            raise ServiceError(408, f"body: not whole within {limits.body_seconds:g} seconds") from None
+        except ClientDisconnect:
+            logger.info("%s: the client left while it sent its request", http.client.host if http.client else "?")
+            raise ServiceError(499, "the client is gone") from None
+        return await self.off_loop(self.reader.read, body)
 
-    async def start(self, asked: CompletionRequest) -> Completion:
+    async def start(self, prepared: Prepared) -> Completion:
         """Queue what is asked for. Raises ServiceError."""
+        asked = prepared.asked
+        if asked.model not in (None, self.name):
+            raise ServiceError(404, f"model: this server has {self.name!r}, not {asked.model!r}")
+        events: asyncio.Queue = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        prompts = [prompt for prompt in prepared.prompts for _ in range(asked.candidates)]
+        sink = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)  # noqa: E731
         try:
-            if asked.model not in (None, self.name):
-                raise ServiceError(404, f"model: this server has {self.name!r}, not {asked.model!r}")
-            prompts, stops = asked.prompts(self.tokenizer), asked.stops()
-            if not 1 <= len(prompts) * asked.n <= self.limits.choices:
-                raise ValueError(f"prompt: {len(prompts)} texts times n must make 1 to {self.limits.choices} choices")
-            if asked.stream_options and not asked.stream:
-                raise ValueError("stream_options: only with stream")
-            common = SamplingParams(asked.max_tokens, asked.temperature, asked.top_k, asked.top_p, stop=self.ends)
-            params = [
-                replace(common, seed=None if asked.seed is None else asked.seed + i)
-                for _ in prompts
-                for i in range(asked.n)
-            ]
-            events: asyncio.Queue = asyncio.Queue()
-            loop = asyncio.get_running_loop()
-            everything = [prompt for prompt in prompts for _ in range(asked.n)]
-            sink = lambda event: loop.call_soon_threadsafe(events.put_nowait, event)  # noqa: E731
-            requests = await asyncio.wrap_future(self.worker.submit(everything, params, sink))
+            submitted = self.worker.submit(prompts, prepared.params * len(prepared.prompts), sink)
+            requests = await asyncio.wrap_future(submitted)
         except scheduler.QueueFull as error:
             raise ServiceError(429, f"{error}; try again later", "rate_limit_error") from None
         except ValueError as error:
             raise ServiceError(400, str(error)) from None
-        return Completion(self, asked, requests, [TextStream(self.tokenizer, stops) for _ in requests], events)
+        return Completion(self, prepared, requests, events)
+
+
+class Choice:
+    """One answer while it is made: its text, its log-probabilities, its part of the response."""
+
+    def __init__(self, service: Service, prepared: Prepared, request: scheduler.Request, prompt: int):
+        self.service, self.asked, self.request = service, prepared.asked, request
+        self.stream = TextStream(service.tokenizer, prepared.asked.stops())
+        self.reason: str | None = None
+        self.echo = ""
+        if self.asked.echo:
+            text = prepared.texts[prompt]
+            self.echo = service.tokenizer.decode(request.prompt, skip_special_tokens=False) if text is None else text
+        self.listed = 0  # tokens of the answer whose log-probabilities were given
+        self.offset = len(self.echo)
+
+    def feed(self, event: scheduler.Event) -> str:
+        """Take in an event; returns the text that it adds, and sets `reason` at the end."""
+        text = self.stream.feed(event.tokens, bool(event.finished))
+        self.reason = "stop" if self.stream.stopped else event.finished or None
+        return text
+
+    def rank(self) -> float:
+        """Log-probability per token, which the best of several has highest."""
+        start = len(self.request.prompt)
+        values = [scored.logprob for place, scored in self.request.scores.items() if place >= start]
+        return fmean(values) if values else 0.0
+
+    def logprobs(self, whole: bool) -> dict[str, list] | None:
+        """OpenAI's four lists, of all tokens or of those since the last call; None where they are not asked for.
+
+        They hold every token that was generated, those of a stop text and the token that ended the text included.
+        """
+        if self.asked.logprobs is None:
+            return None
+        tokens, scores, start = self.service.token_text, self.request.scores, len(self.request.prompt)
+        ids = self.stream.ids if self.stream.stopped or not self.reason else self.request.text[start:]
+        shown = pieces(self.service.tokenizer, ids) if whole else [tokens(token) for token in ids[self.listed :]]
+        places = list(range(start + (0 if whole else self.listed), start + len(ids)))
+        offset = len(self.echo) if whole else self.offset
+        if self.echo and (whole or not self.listed):
+            shown = pieces(self.service.tokenizer, self.request.prompt) + shown
+            places, offset = [*range(start), *places], 0
+        offsets = []
+        for piece in shown:
+            offsets.append(offset)
+            offset += len(piece)
+        self.listed, self.offset = len(ids), offset
+        text = [*self.request.prompt, *ids]
+        found = [scores.get(place) for place in places]
+        best = [None if s is None else self._top(text[place], s) for place, s in zip(places, found, strict=True)]
+        return {
+            "tokens": [tokens(text[place]) for place in places],
+            "token_logprobs": [None if s is None else s.logprob for s in found],
+            "top_logprobs": best,
+            "text_offset": offsets,
+        }
+
+    def _top(self, token: int, scored: Any) -> dict[str, float]:
+        """The likeliest tokens, and this one, which may come in addition."""
+        named = {self.service.token_text(other): value for other, value in reversed(scored.top)}
+        return named | {self.service.token_text(token): scored.logprob}
+
+    def body(self, text: str, whole: bool) -> dict[str, Any]:
+        answer = {"text": text, "finish_reason": self.reason, "logprobs": self.logprobs(whole)}
+        if self.asked.return_depth and (whole or self.reason):
+            answer["mor"] = self._depths()
+        return answer
+
+    def _depths(self) -> dict[str, Any]:
+        """Recursions that each token executed: prompt and answer; the last token has not been run and has none."""
+        start, depths = len(self.request.prompt), self.request.depths
+        return {"prompt_depths": depths[:start], "depths": depths[start : start + len(self.stream.ids)]}
 
 
 class Completion:
     """One HTTP request's texts while they are made."""
 
-    def __init__(self, service: Service, asked: CompletionRequest, requests, streams: list[TextStream], events):
-        self.service, self.asked, self.requests, self.streams, self.events = service, asked, requests, streams, events
+    def __init__(self, service: Service, prepared: Prepared, requests: list[scheduler.Request], events: asyncio.Queue):
+        self.service, self.asked, self.requests, self.events = service, prepared.asked, requests, events
+        each = self.asked.candidates
+        self.choices = [Choice(service, prepared, request, i // each) for i, request in enumerate(requests)]
         self.index = {request.order: i for i, request in enumerate(requests)}
-        self.reasons: dict[int, str] = {}
         self.id, self.created, self.began = f"cmpl-{uuid.uuid4().hex}", int(time.time()), time.perf_counter()
 
-    async def pieces(self) -> AsyncGenerator[tuple[int, str, str | None], None]:
-        """(choice, text that it gains, why it ended or None), until all have ended. Leaving early cancels the rest."""
-        metrics = self.service.metrics
+    async def pieces(self) -> AsyncGenerator[tuple[int, str], None]:
+        """(choice, text that it gains), until all have ended. Leaving early cancels the rest."""
+        metrics, left = self.service.metrics, len(self.choices)
+        first = True
         try:
-            while len(self.reasons) < len(self.requests):
+            while left:
                 event = await self.events.get()
                 if isinstance(event, Exception):
                     raise ServiceError(500, "the model failed on this batch", "server_error") from event
-                choice = self.index[event.request.order]
-                if choice in self.reasons:
+                place = self.index[event.request.order]
+                choice = self.choices[place]
+                if choice.reason:
                     continue
-                if not self.reasons and not any(stream.ids for stream in self.streams):
+                if first:
                     metrics.first_token.observe(time.perf_counter() - self.began)
-                stream = self.streams[choice]
-                text, reason = stream.feed(event.tokens, bool(event.finished)), event.finished or None
-                if stream.stopped:
-                    reason = "stop"
-                    self.service.worker.cancel([event.request])
-                if reason:
-                    self.reasons[choice] = reason
-                yield choice, text, reason
+                first, text = False, choice.feed(event)
+                if choice.reason:
+                    left -= 1
+                    if choice.stream.stopped:
+                        self.service.worker.cancel([event.request])
+                yield place, text
             metrics.duration.observe(time.perf_counter() - self.began)
         finally:
-            self.service.worker.cancel([r for r in self.requests if self.index[r.order] not in self.reasons])
-            usage = self.usage()
-            metrics.prompt_tokens.inc(usage["prompt_tokens"])
-            metrics.generated_tokens.inc(usage["completion_tokens"])
-            if self.service.engine.config.routing != "none":
-                for request in self.requests:
-                    for depth in request.depths[len(request.prompt) :]:
-                        metrics.depth.labels(depth).inc()
+            self._close()
+
+    def _close(self) -> None:
+        """Stop what still runs, and count what was done."""
+        metrics = self.service.metrics
+        self.service.worker.cancel([choice.request for choice in self.choices if not choice.reason])
+        usage = self.usage()
+        metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        metrics.generated_tokens.inc(usage["completion_tokens"])
+        if self.service.engine.method.gates:
+            for request in self.requests:
+                for depth in request.depths[len(request.prompt) :]:
+                    metrics.depth.labels(depth).inc()
 
     def usage(self) -> dict[str, int]:
-        prompt = sum(len(request.prompt) for request in self.requests[:: self.asked.n])
-        answer = sum(len(stream.ids) for stream in self.streams)
+        prompt = sum(len(request.prompt) for request in self.requests[:: self.asked.candidates])
+        answer = sum(len(choice.stream.ids) for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
     def body(self, choices: list[dict], **more: Any) -> dict[str, Any]:
         head = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.service.name}
         return {**head, "choices": choices, **more}
 
-    async def whole(self, http: Request) -> dict[str, Any]:
+    async def whole(self, http: Request) -> Response:
         """The answer in one piece; stops when the client is gone."""
 
         async def collect() -> None:
@@ -326,34 +365,59 @@ class Completion:
         if task.cancelled():
             raise ServiceError(499, "the client is gone")
         task.result()
-        choices = [
-            {"index": i, "text": stream.shown, "finish_reason": self.reasons[i], "logprobs": None}
-            for i, stream in enumerate(self.streams)
-        ]
-        return self.body(choices, usage=self.usage())
+        # Each choice on its own: a list of log-probabilities can be long.
+        parts = [await self.service.off_loop(self._part, i, choice) for i, choice in enumerate(self._best())]
+        text = json.dumps(self.body([], usage=self.usage())).replace(
+            '"choices": []', f'"choices": [{", ".join(parts)}]'
+        )
+        return Response(text, media_type="application/json")
+
+    def _best(self) -> list[Choice]:
+        """The choices that are given: of each prompt's candidates the best `n`."""
+        each, chosen = self.asked.candidates, []
+        for begin in range(0, len(self.choices), each):
+            candidates = self.choices[begin : begin + each]
+            if each > self.asked.n:
+                candidates = sorted(candidates, key=Choice.rank, reverse=True)[: self.asked.n]
+            chosen += candidates
+        return chosen
+
+    @staticmethod
+    def _part(index: int, choice: Choice) -> str:
+        return json.dumps({"index": index, **choice.body(choice.echo + choice.stream.shown, whole=True)})
 
     async def chunks(self) -> AsyncGenerator[str, None]:
         """The answer as server-sent events."""
+        usage = self.asked.stream_options and self.asked.stream_options.include_usage
+        more = {"usage": None} if usage else {}
+        begun: set[int] = set()
         try:
             async with contextlib.aclosing(self.pieces()) as pieces:
-                async for choice, text, reason in pieces:
-                    if text or reason:
-                        item = {"index": choice, "text": text, "finish_reason": reason, "logprobs": None}
-                        yield f"data: {json.dumps(self.body([item]))}\n\n"
-            if (self.asked.stream_options or {}).get("include_usage"):
+                async for place, text in pieces:
+                    choice = self.choices[place]
+                    if place not in begun:
+                        begun.add(place)
+                        text = choice.echo + text
+                    if text or choice.reason or self.asked.logprobs is not None:
+                        item = {"index": place, **choice.body(text, whole=False)}
+                        yield f"data: {json.dumps(self.body([item], **more))}\n\n"
+            if usage:
                 yield f"data: {json.dumps(self.body([], usage=self.usage()))}\n\n"
             yield "data: [DONE]\n\n"
         except ServiceError as error:
             yield f"data: {json.dumps(error_body(error))}\n\n"
 
 
-def error_body(error: ServiceError) -> dict[str, Any]:
-    """An error as OpenAI's clients read it."""
-    return {"error": {"message": str(error), "type": error.kind, "param": None, "code": error.status}}
-
-
-def build_app(engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits | None = None) -> FastAPI:
-    """The web application. name: of the model, as clients ask for it."""
+def build_app(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    name: str,
+    limits: Limits | None = None,
+    hosts: Sequence[str] | None = (),
+    key: str | None = None,
+) -> FastAPI:
+    """The web application. name: of the model, as clients ask for it; hosts: names that a request's Host may hold
+    beside loopback's, None for any; key: what clients must send as Bearer, None for no check."""
     service = Service(engine, tokenizer, name, limits or Limits())
 
     @contextlib.asynccontextmanager
@@ -362,29 +426,62 @@ def build_app(engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits | 
         yield
         service.worker.stop()
         await asyncio.to_thread(service.worker.thread.join, service.limits.patience)
+        service.threads.shutdown(wait=False)
 
     app = FastAPI(title="Mixture-of-Recursions", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Gate, hosts=hosts, key=key)
+    _add_refusals(app, service)
+    _add_routes(app, service)
+    return app
+
+
+def _add_refusals(app: FastAPI, service: Service) -> None:
+    """Every error in OpenAI's form."""
 
     @app.exception_handler(ServiceError)
     async def refuse(_: Request, error: ServiceError) -> Response:
         service.metrics.requests.labels(error.status).inc()
-        headers = {"Retry-After": "1"} if error.status == 429 else None
-        return JSONResponse(error_body(error), error.status, headers)
+        headers = {429: {"Retry-After": "1"}, 408: {"Connection": "close"}, 413: {"Connection": "close"}}
+        return JSONResponse(error_body(error), error.status, headers.get(error.status))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(http: Request, error: HTTPException) -> Response:
+        text = f"{http.method} {http.url.path}: {error.detail}"
+        answer = await refuse(http, ServiceError(error.status_code, text))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @app.exception_handler(Exception)
+    async def failed(http: Request, error: Exception) -> Response:
+        return await refuse(http, ServiceError(500, "the server failed; its log says why", "server_error"))
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
     @app.post("/v1/completions")
     async def completions(http: Request) -> Response:
-        asked = await service.read(http)
-        completion = await service.start(asked)
-        if asked.stream:
+        completion = await service.start(await service.read(http))
+        if completion.asked.stream:
             service.metrics.requests.labels(200).inc()
             return StreamingResponse(completion.chunks(), media_type="text/event-stream")
-        body = await completion.whole(http)
+        answer = await completion.whole(http)
         service.metrics.requests.labels(200).inc()
-        return JSONResponse(body)
+        return answer
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "local"}]}
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.name:
+            raise ServiceError(404, f"model: this server has {service.name!r}, not {name!r}")
+        return card
+
+    @app.get("/")
+    async def page() -> Response:
+        return HTMLResponse(PAGE)
 
     @app.get("/health")
     async def health() -> Response:
@@ -396,29 +493,62 @@ def build_app(engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits | 
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return app
+
+def model_name(checkpoint: str) -> str:
+    """What clients call a checkpoint: its folder's name, its run's for the final model; never a path."""
+    path = Path(checkpoint).resolve()
+    return path.parent.name if path.name == "final" else path.name
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; a user's mistake ends with exit code 2 and one message."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m model.inference.serve", description=__doc__)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="from_pretrained folder with tokenizer.json")
     add("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     add("--port", type=int, default=8000)
-    add("--model-name", help="name that clients ask for (default: the checkpoint's path)")
+    add("--allowed-host", action="append", default=[], metavar="NAME", help="a further name that Host may hold")
+    add(
+        "--api-key",
+        metavar="VARIABLE",
+        help=f"environment variable with the key that clients must send (default: {KEY}, if it is set)",
+    )
+    add("--model-name", help="name that clients ask for (default: the run's or folder's name)")
     add("--max-waiting", type=int, default=256, help="requests that may wait before others get status 429")
+    add("--max-connections", type=int, default=Limits.connections, help="connections at once (default %(default)s)")
     add_engine_arguments(parser)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Command line; a user's mistake ends with exit code 2 and one message."""
+    options = make_parser().parse_args(arguments)
     disable_progress_bar()
     try:
+        key = os.environ.get(options.api_key or KEY)
+        if options.api_key and not key:
+            raise ValueError(f"--api-key: the environment variable {options.api_key} is not set")
         engine, tokenizer = load_engine(options, max_waiting=options.max_waiting)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    limits = Limits()
-    app = build_app(engine, tokenizer, options.model_name or str(options.checkpoint), limits)
-    uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=limits.patience)
+    local = is_loopback(options.host)
+    if not local:
+        guard = "it asks for a key" if key else f"anyone who reaches it can use it; set {KEY}"
+        print(
+            f"warning: --host {options.host}: not this machine alone, and without encryption; {guard}", file=sys.stderr
+        )
+    limits = Limits(connections=options.max_connections)
+    # Behind another address a name of the network is as good as any, unless names are given.
+    hosts = options.allowed_host if local or options.allowed_host else None
+    app = build_app(engine, tokenizer, options.model_name or model_name(options.checkpoint), limits, hosts, key or None)
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        http=guarded(limits),
+        ws="none",
+        timeout_graceful_shutdown=limits.patience,
+    )
 
 
 if __name__ == "__main__":

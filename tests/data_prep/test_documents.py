@@ -1,5 +1,7 @@
 """Documents: decoding, normalising, cutting, exact duplicates, the split. Laws by hypothesis, messages by example."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -121,3 +123,24 @@ def test_parts_of_a_cut_document_stay_in_one_split(tmp_path):
 def test_a_corpus_that_cannot_be_used_is_refused(tmp_path, texts, changes, message):
     with pytest.raises(UserError, match=message):
         spill(records(*texts), tiny_settings("unused", **changes), tmp_path)
+
+
+def test_long_runs_of_combining_marks_are_normalised_exactly():
+    marks = [chr(code) for code in range(0x10FFFF) if unicodedata.combining(chr(code))]
+    drawn = np.random.default_rng(0)
+    for length in (1, 63, 64, 65, 200, 500):
+        text = (
+            "naïve a"
+            + "".join(drawn.choice(marks, length))
+            + "é \u1100\u1161 語"
+            + "".join(drawn.choice(marks, length))
+        )
+        assert normalise(text) == unicodedata.normalize("NFC", text)
+
+
+def test_a_record_of_many_limits_is_cut_as_its_copies_would_be():
+    raw = " ".join(str(number) for number in range(5000)).encode()
+    rules = tiny_settings("unused", max_document_bytes=64, long_documents="split")
+    pieces = list(bounded([Record("here", raw)], rules, DocumentCounts()))
+    assert b"".join(piece.raw for piece in pieces) == raw
+    assert all(cut_position(piece.raw + b"x" * 64, 64) for piece in pieces)

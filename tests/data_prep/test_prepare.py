@@ -21,6 +21,7 @@ from tests.helpers.corpus import prepare_tiny, tiny_settings
 KEYS = {
     *("version", "sequence_length", "token_dtype", "vocab_size", "eos_token_id", "tokenizer_fingerprint", "source"),
     *("inputs", "corpus", "licence", "seed", "documents", "unigram_loss", "splits", "fingerprint", "tools"),
+    *("samples_per_member", "unknown_tokens"),
 }
 
 
@@ -40,7 +41,7 @@ def blocks_of(folder, split):
 def folder(tmp_path_factory):
     """A finished folder with several shards; tests leave it as it is."""
     folder = tmp_path_factory.mktemp("prepared") / "tiny"
-    prepare_tiny(folder, shard_bytes=100_000)
+    prepare_tiny(folder, shard_bytes=15_000)
     return folder
 
 
@@ -74,8 +75,8 @@ def test_the_manifest_states_what_the_folder_holds(folder):
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_others(tmp_path, folder):
-    prepare_tiny(tmp_path / "again", shard_bytes=100_000)
-    prepare_tiny(tmp_path / "other", shard_bytes=100_000, seed=1)
+    prepare_tiny(tmp_path / "again", shard_bytes=15_000)
+    prepare_tiny(tmp_path / "other", shard_bytes=15_000, seed=1)
     assert bytes_of(tmp_path / "again") == bytes_of(folder)
     assert not np.array_equal(blocks_of(tmp_path / "other", "validation"), blocks_of(folder, "validation"))
 
@@ -102,7 +103,7 @@ def test_unigram_loss_is_the_cross_entropy_of_the_smoothed_counts(folder):
 def test_a_finished_folder_is_left_alone(folder, monkeypatch):
     before = bytes_of(folder)
     monkeypatch.setattr(prepare_module, "open_corpus", None)  # would fail if it were called
-    prepare_tiny(folder, shard_bytes=100_000)
+    prepare_tiny(folder, shard_bytes=15_000)
     assert bytes_of(folder) == before
 
 
@@ -122,7 +123,7 @@ def test_work_stopped_at_any_stage_continues_and_nothing_looks_finished(tmp_path
     monkeypatch.setattr(prepare_module._Preparation, "_stage", stage)
     target = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        prepare_tiny(target, shard_bytes=100_000)
+        prepare_tiny(target, shard_bytes=15_000)
     assert read_manifest(target) is None
     with pytest.raises(UserError, match="not a prepared folder, or its preparation was not finished"):
         verify(target)
@@ -130,10 +131,10 @@ def test_work_stopped_at_any_stage_continues_and_nothing_looks_finished(tmp_path
     assert len(done) == STAGES.index(stopped_at) + 1
     begun.extend(STAGES)
     monkeypatch.setattr(prepare_module.shutil, "rmtree", lambda path, **_: path)  # keep the work folder to look at
-    prepare_tiny(target, shard_bytes=100_000)
+    prepare_tiny(target, shard_bytes=15_000)
     assert {name: (target / "work" / name).stat().st_mtime_ns for name in done} == done
     monkeypatch.undo()
-    prepare_tiny(target, shard_bytes=100_000)
+    prepare_tiny(target, shard_bytes=15_000)
     assert bytes_of(target) == bytes_of(folder)
 
 
@@ -145,9 +146,9 @@ def test_a_full_disk_is_reported_and_the_work_kept(tmp_path, folder, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.shards._write_shard", full)
         with pytest.raises(UserError, match=r"full: no space left on the disk; finished stages are kept in .*work"):
-            prepare_tiny(target, shard_bytes=100_000)
+            prepare_tiny(target, shard_bytes=15_000)
     assert (target / "work" / "tokens-validation.done.json").exists()
-    prepare_tiny(target, shard_bytes=100_000)
+    prepare_tiny(target, shard_bytes=15_000)
     assert bytes_of(target) == bytes_of(folder)
 
 
@@ -167,7 +168,7 @@ def test_a_folder_of_another_configuration_is_refused_with_the_keys(texts, tmp_p
     with pytest.raises(
         UserError, match=r"tiny: belongs to another configuration \(sequence_length: 32 there, 16 asked"
     ):
-        prepare_tiny(folder, sequence_length=16, shard_bytes=100_000)
+        prepare_tiny(folder, sequence_length=16, shard_bytes=15_000)
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module._Preparation, "_tokenizer", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -1,8 +1,10 @@
 """Sources: the same texts come out of every kind of file; what cannot be read is refused by file and row."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 
 import pyarrow
 import pytest
@@ -153,3 +155,103 @@ def test_a_data_set_that_does_not_exist_is_named(tmp_path):
 def test_keys_without_meaning_for_a_kind_are_refused(source, message):
     with pytest.raises(ValueError, match=message):
         tiny_settings("unused", source=source)
+
+
+def jsonl(tmp_path, content: bytes, **source):
+    (tmp_path / "a.jsonl").write_bytes(content)
+    return read({"kind": "jsonl", "paths": [str(tmp_path / "a.jsonl")], **source})
+
+
+def test_json_that_python_does_not_convert_is_read_or_named(tmp_path):
+    assert jsonl(tmp_path, b'{"text": "x", "n": ' + b"7" * 5000 + b', "m": NaN}\n') == ["x"]
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: nested too deeply"):
+        jsonl(tmp_path, b'{"text": "x"}\n{"text": "y", "n": ' + b"[" * 200_000 + b"]" * 200_000 + b"}\n")
+    with pytest.raises(UserError, match=r"a.jsonl, line 1: the key 'text' stands twice"):
+        jsonl(tmp_path, b'{"text": "x", "text": "y"}\n')
+    assert jsonl(tmp_path, b'{"text": "x", "n": {"text": "y"}}\n') == ["x"]
+    assert jsonl(tmp_path, b'{"doc": {"text": "x"}}\n{"doc": null}\n{"doc.text": "y"}\n', field="doc.text") == [
+        "x",
+        "",
+        "y",
+    ]
+    with pytest.raises(UserError, match=r"not JSON: .*write one object a line"):
+        jsonl(tmp_path, b'[\n{"text": "x"}\n]\n')
+
+
+def test_a_small_text_may_stand_beside_a_large_field(tmp_path):
+    row = b'{"image": "' + b"x" * (40 << 20) + b'", "text": "small"}\n'
+    (tmp_path / "a.jsonl").write_bytes(row)
+    source = {"kind": "jsonl", "paths": [str(tmp_path / "a.jsonl")]}
+    assert read(source, max_document_bytes=4096) == ["small"]
+
+
+def test_escaped_surrogates_never_become_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\udcc3\\udca9"}\n{"text": "\\udcc3\\udca9 \xff"}\n')
+    rules = tiny_settings("unused", source={"kind": "jsonl", "paths": [str(tmp_path)]})
+    decoded = [decode(record.raw) for record in open_corpus(rules).records]
+    assert [text.strip() for text, _ in decoded] == ["", ""]
+    assert all(count >= 3 for _, count in decoded)
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "utf-8-sig"]
+)
+@pytest.mark.parametrize("suffix", ["", ".gz", ".bz2", ".xz", ".zst"])
+def test_text_of_every_encoding_and_compression(tmp_path, encoding, suffix):
+    compress = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+    texts = ["plain english text first", *TEXTS]
+    raw = "<|>".join(texts).replace("\n", "\r\n").encode(encoding)
+    half = len(raw) // 3
+    (tmp_path / f"A.TXT{suffix}").write_bytes(compress[suffix](raw[:half]) + compress[suffix](raw[half:]))
+    found = read({"kind": "text", "paths": [str(tmp_path)], "delimiter": "<|>"})
+    assert found == [text.replace("\r\n", "\n") for text in texts]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_truncated_file_of_every_compression_is_refused(tmp_path, suffix):
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compress[suffix](lines() * 50)[:-20])
+    with pytest.raises(UserError, match=f"a.jsonl{suffix}: cannot be read"):
+        read({"kind": "jsonl", "paths": [str(tmp_path)]})
+
+
+def test_half_a_utf16_letter_is_counted(tmp_path):
+    (tmp_path / "a.txt").write_bytes("text".encode("utf-16") + b"\x00\xd8" + b"a")
+    rules = tiny_settings("unused", source={"kind": "text", "paths": [str(tmp_path)]})
+    ((text, skipped),) = [decode(record.raw) for record in open_corpus(rules).records]
+    assert text == "text" and skipped > 0
+
+
+COLUMNS = {
+    "string": pyarrow.array(TEXTS),
+    "large string": pyarrow.array(TEXTS, pyarrow.large_string()),
+    "string view": pyarrow.array(TEXTS, pyarrow.string_view()),
+    "large binary": pyarrow.array([text.encode() for text in TEXTS], pyarrow.large_binary()),
+    "dictionary": pyarrow.array(TEXTS).dictionary_encode(),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_every_arrow_type_that_holds_text(tmp_path, name):
+    column = COLUMNS[name]
+    nested = pyarrow.StructArray.from_arrays([column], ["text"])
+    parquet.write_table(pyarrow.table({"text": column, "doc": nested}), tmp_path / "a.parquet")
+    for field in ("text", "doc.text"):
+        assert read({"kind": "parquet", "paths": [str(tmp_path)], "field": field}) == TEXTS
+    with pytest.raises(UserError, match=r"a.parquet: no column 'doc.body'; found: text"):
+        read({"kind": "parquet", "paths": [str(tmp_path)], "field": "doc.body"})
+    with pytest.raises(UserError, match=r"a.parquet: column 'doc' holds struct"):
+        read({"kind": "parquet", "paths": [str(tmp_path)], "field": "doc"})
+
+
+def test_a_csv_row_must_fit_its_header(tmp_path):
+    source = {"kind": "csv", "paths": [str(tmp_path / "a.csv")]}
+    for content, message in [
+        (b"id,text\n1,one, two\n", r"line 2: more fields than the header has: 3 against 2"),
+        (b"text,text\none,two\n", r"line 2: 2 columns are named 'text'"),
+    ]:
+        (tmp_path / "a.csv").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read(source)
+    (tmp_path / "a.csv").write_bytes(b"id,id,text\n1,2,one,\n\n3,4,two\n")
+    assert read(source) == ["one", "two"]

@@ -8,10 +8,9 @@ from typing import Any
 
 from data_prep.settings import build, merge
 from pretrain.config import ExperimentSettings
-from pretrain.data import Manifest
 from pretrain.parallel import Parallel
 from pretrain.trainer import Trainer
-from tests.helpers.variants import EXPERT, RECURSIVE, TOKEN
+from tests.helpers.variants import EXPERT, MOD, RECURSIVE, TOKEN, UT
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -25,6 +24,8 @@ ROUTED = {
     "recursive": TINY | RECURSIVE,
     "mor_expert": TINY | EXPERT,
     "mor_token": TINY | TOKEN,
+    "mod": TINY | MOD,
+    "ut": TINY | UT | {"act_combine": "frozen"},
 }
 
 
@@ -53,7 +54,7 @@ def settings_for(run_dir: Path, data: Path, architecture: str = "mor_expert", **
 def trainer_for(settings: ExperimentSettings) -> Trainer:
     """A trainer on one process."""
     parallel = Parallel.start(settings.parallel, settings.precision, settings.seed)
-    return Trainer(settings, Manifest.read(settings.data.folder), parallel)
+    return Trainer(settings, settings.data.read(), parallel)
 
 
 def train(settings: ExperimentSettings) -> list[dict[str, Any]]:

@@ -117,9 +117,9 @@ class Slurm:
         (self.folder / "munge.key").write_bytes(os.urandom(1024))
         (self.folder / "munge.key").chmod(0o400)
         host = socket.gethostname().split(".")[0]
+        wealth = "CPUs=4 RealMemory=8000 Gres=gpu:1"
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs=4 Gres=gpu:1"
-            for name in NODES
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} {wealth}" for name in NODES
         )
         (self.folder / "slurm.conf").write_text(
             CONFIGURATION.format(host=host, port=_free_port(), folder=self.folder, nodes=nodes, count=len(NODES))
@@ -174,9 +174,9 @@ class Slurm:
                     return environment.get("SLURMD_NODENAME")
         return None
 
-    def call(self, *command: str, check: bool = True) -> str:
-        """Run a Slurm command; its standard output. Raises with its standard error if it fails."""
-        done = subprocess.run(command, cwd=REPOSITORY, env=self.environment, text=True, capture_output=True, timeout=60)
+    def call(self, *command: str, check: bool = True, folder: Path = REPOSITORY) -> str:
+        """Run a Slurm command in `folder`; its standard output. Raises with its standard error if it fails."""
+        done = subprocess.run(command, cwd=folder, env=self.environment, text=True, capture_output=True, timeout=60)
         if check and done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)} exited with {done.returncode}: {done.stderr}")
         return done.stdout.strip()

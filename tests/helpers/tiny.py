@@ -37,7 +37,7 @@ def tiny_model(variant: str, seed: int = 0, **fields) -> MoRForCausalLM:
     model = MoRForCausalLM(tiny_config(variant, **fields)).double().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "router" in name:
+            if "router" in name or "predictor" in name or "halt" in name:
                 parameter.mul_(8.0)
             elif "lora_B" in name or "recursion_encoding" in name or ("norm" in name and parameter.dim() == 1):
                 parameter.add_(0.3 * torch.randn_like(parameter))

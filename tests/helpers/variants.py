@@ -16,6 +16,8 @@ EXPERT: Fields = RECURSIVE | {"routing": "expert_choice"}
 TOKEN: Fields = RECURSIVE | {"routing": "token_choice"}
 CYCLE: Fields = {"sharing": "cycle", "num_hidden_layers": 6}
 FALLING: Fields = {"capacity_factors": [0.8, 0.5, 0.3]}
+MOD: Fields = {"routing": "mixture_of_depths", "routed_capacity": 0.4}
+UT: Fields = RECURSIVE | {"routing": "universal", "act_bias": 0.0}
 TRAINED: Fields = {"z_loss_coefficient": 1e-3}
 
 VARIANTS: dict[str, Fields] = {
@@ -53,6 +55,18 @@ VARIANTS: dict[str, Fields] = {
     | {"kv_strategy": "shared", "balancing": "loss_free", "relaxation": "dora", "lora_rank": 2},
 }
 
+VARIANTS |= {
+    "mod": MOD,
+    "mod-predictor": MOD | {"selection": "predictor", "residual": "block", "router_activation": "none"},
+    "mod-random": MOD | {"router": "random"},
+    "mod-z": MOD | TRAINED,
+    "ut": UT,
+    "ut-basic": UT | {"act_combine": "basic"},
+    "ut-frozen": UT | {"act_combine": "frozen"},
+    "ut-frozen-cycle": UT | CYCLE | {"act_combine": "frozen"},
+}
+NEW = ["mod", "mod-predictor", "ut", "ut-basic", "ut-frozen"]
+
 # Laws of generation: cache, engine, `generate`.
 GENERATING = [
     "vanilla",
@@ -63,6 +77,7 @@ GENERATING = [
     "expert-lora",
     "token-encoding",
     "expert-norms",
+    *NEW,
 ]
 # Laws of what a token may see: later tokens, padding, documents.
 SEEING = [
@@ -79,6 +94,9 @@ SEEING = [
     "token-shared",
     "token-free-update",
     "token-sigmoid",
+    *NEW,
+    "mod-random",
+    "ut-frozen-cycle",
 ]
 # Laws of training: recomputation, accumulation, saving.
 TRAINING = [
@@ -91,6 +109,10 @@ TRAINING = [
     "expert-z-lora",
     "token-z",
     "token-z-shared",
+    "mod-z",
+    "mod-predictor",
+    "ut",
+    "ut-frozen",
 ]
 ROUTED = [name for name, fields in VARIANTS.items() if fields.get("routing", "none") != "none"]
 
@@ -119,6 +141,8 @@ def _counted() -> list[Fields]:
         ),
         TOKEN | {"relaxation": "dora", "lora_dropout": 0.1},
         *(f | {"relaxation": "recursion_encoding"} for f in (EXPERT, sequence)),
+        *(MOD | fields for fields in ({}, {"selection": "predictor"}, {"router": "random"}, {"routed_every": 3})),
+        *(UT | {"act_combine": combine} for combine in ("accumulated", "basic", "frozen")),
     ]
 
 

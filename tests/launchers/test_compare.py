@@ -51,8 +51,22 @@ if mode == "wait":
     signal.signal(signal.SIGTERM, stop)
     (folder / "ready").touch()
     time.sleep(60)
+if mode == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (folder / "ready").touch()
+    time.sleep(60)
 if mode == "requeue":
     sys.exit(75)
+if mode == "hidden":
+    (folder / "requeue").touch()
+    sys.exit(1)
+if mode == "terminated":
+    signal.raise_signal(signal.SIGTERM)
+if mode == "broken":
+    sys.exit(1)
+if mode == "full":
+    (folder / "requeue").touch()
+    sys.exit(74)
 shutil.copytree(staged / folder.name, folder, dirs_exist_ok=True)
 """
 
@@ -165,11 +179,29 @@ def test_a_failed_run_stops_no_other_and_is_tried_again(grid, monkeypatch):
     assert reported[0] == others and len(reported[1]) == 6
 
 
-def test_a_run_that_stopped_on_request_is_no_failure(grid):
+@pytest.mark.parametrize("mode", ["requeue", "hidden", "terminated"])
+def test_a_run_that_stopped_on_request_is_no_failure(grid, mode):
+    """By its exit code, by the file that stands for it behind a launcher, or because SIGTERM met it at its start."""
     settings, use = grid
-    use("requeue")
+    use(mode)
     code, text = run(settings)
     assert code == 1 and "vanilla-seed0: stopped on request" in text and "failed" not in text
+
+
+def test_the_request_of_an_earlier_start_does_not_hide_a_failure(grid):
+    settings, use = grid
+    folder = compare.plan_runs(settings)[1].folder
+    folder.mkdir(parents=True)
+    (folder / "requeue").touch()
+    use("broken")
+    assert "recursive_nr3-seed0: failed with exit code 1" in run(settings)[1]
+
+
+def test_a_run_without_room_for_its_checkpoint_failed(grid):
+    settings, use = grid
+    use("full")
+    code, text = run(settings)
+    assert code == 1 and "vanilla-seed0: failed with exit code 74 (a checkpoint could not be saved)" in text
 
 
 def test_interrupting_stops_every_run_with_its_checkpoint(grid):
@@ -188,6 +220,29 @@ def test_interrupting_stops_every_run_with_its_checkpoint(grid):
     assert [(planned.folder / "checkpoint").exists() for planned in runs[:3]] == [True, True, False]
     ours = [child for child in psutil.Process().children() if "trainer.py" in " ".join(child.cmdline())]
     assert not ours
+
+
+def test_a_second_interrupt_ends_the_runs_at_once_and_leaves_no_process(grid):
+    settings, use = grid
+    use("stubborn")
+    runs = compare.plan_runs(settings)
+
+    def interrupt():
+        while not all((planned.folder / "ready").exists() for planned in runs[:2]):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)  # no Ctrl-C: the runs keep their time
+        time.sleep(0.5)
+        assert [child for child in psutil.Process().children() if "trainer.py" in " ".join(child.cmdline())]
+        os.kill(os.getpid(), signal.SIGINT)
+
+    began = time.monotonic()
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    assert time.monotonic() - began < 50, "the runs were waited for"
+    assert not [child for child in psutil.Process().children() if "trainer.py" in " ".join(child.cmdline())]
 
 
 def test_a_directory_of_another_configuration_is_refused_by_key(grid):

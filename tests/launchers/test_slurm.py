@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,12 +22,6 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(REASON is not None, reason=R
 
 STEPS = 120  # long enough to be interrupted on a fast machine
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Slurm]:
-    with slurm.running() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

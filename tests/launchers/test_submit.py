@@ -9,10 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.settings import UserError
-from launchers import submit
+from launchers import status, submit
+from launchers.compare import plan_runs, read_compare
 from launchers.submit import REPOSITORY, main
+from model import hardware
+from tests.helpers.runs import make_run
 
 SMOKE = ["--config", "configs/experiment/smoke.yaml"]
 
@@ -41,8 +45,76 @@ def test_dry_run_of_a_run(capsys: pytest.CaptureFixture[str], data: list[str]) -
     assert command[:3] == ["pretrain=", "sbatch", "--parsable"]
     options = ["--job-name=smoke", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--cpus-per-task=8"]
     options += ["--time=01:00:00", "--signal=B:USR1@60", "--partition=main", "--mem=0"]
-    assert set(options) <= set(command[:script])
+    assert set(options) <= set(command[:script]) and command.count("--mem=0") == 1
     assert command[script + 1 :] == [*SMOKE, *data, "batch.micro_size=1", "parallel.world_size=4"]
+
+
+CLUSTER = """#!/bin/sh
+case "$*" in
+*--partition=gpu*) echo 'gpu|64|512000+|gpu:a100:8(S:0-1)'; echo 'gpu|96|1024000|gpu:h100:8,nvme:1' ;;
+*--partition=cpu*) echo 'cpu|4|12000|(null)' ;;
+*--partition=bare*) echo 'bare|16|1|gpu:4' ;;
+*) echo 'gpu|64|512000|gpu:8'; echo 'main*|32|64000|gpu:4' ;;
+esac
+"""
+
+
+@pytest.fixture
+def sinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for sinfo that describes a cluster."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sinfo").write_text(CLUSTER)
+    (tmp_path / "bin" / "sinfo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("sinfo")
+@pytest.mark.parametrize(
+    ("wanted", "given"),
+    [
+        (["--partition=gpu", "--gpus-per-node=2"], ["--cpus-per-task=16", "--mem=128000M"]),  # of the smaller nodes
+        (["--partition=gpu", "--gpus-per-node=8"], ["--cpus-per-task=64", "--mem=512000M"]),
+        (["--gpus-per-node=1"], ["--cpus-per-task=8", "--mem=16000M"]),  # of the default partition
+        (["--partition=gpu", "--gpus-per-node=2", "--task-per-gpu"], ["--cpus-per-task=8"]),
+        (["--partition=bare", "--gpus-per-node=2", "--cpus-per-gpu=3", "--mem=9G"], ["--cpus-per-task=6", "--mem=9G"]),
+        (["--partition=cpu", "--gpus-per-node=0"], ["--cpus-per-task=4", "--mem=12000M"]),
+    ],
+)
+def test_cpus_and_memory_are_the_gpus_share(
+    capsys: pytest.CaptureFixture[str], data: list[str], wanted: list[str], given: list[str]
+) -> None:
+    (command,) = dry_run(capsys, *SMOKE, *wanted, *data, "batch.micro_size=1")
+    assert set(given) <= set(command)
+
+
+@pytest.mark.usefixtures("sinfo")
+def test_what_is_asked_for_by_hand_is_not_asked_for_twice(capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
+    own = ["--sbatch=--mem-per-gpu=40G", "--sbatch=-c 5"]
+    (command,) = dry_run(capsys, *SMOKE, "--partition=gpu", "--gpus-per-node=2", *own, *data)
+    assert not [word for word in command if word.startswith(("--mem=", "--cpus-per-task"))]
+    (bare,) = dry_run(capsys, *SMOKE, "--partition=bare", "--gpus-per-node=2", *data)
+    assert not [word for word in bare if word.startswith("--mem")], "this cluster shares no memory out"
+
+
+@pytest.mark.usefixtures("sinfo")
+def test_jobs_without_gpus_go_to_their_own_partition(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    wanted = [
+        "--partition=gpu",
+        "--cpu-partition=cpu",
+        "--sbatch=--constraint=a100",
+        "--account=us",
+        "--gpus-per-node=2",
+    ]
+    path, folder = comparison(tmp_path), f"overrides.data.folder={tmp_path}/none"
+    prepare, array, report = dry_run(capsys, "--compare", str(path), *wanted, folder)
+    assert {"--partition=gpu", "--constraint=a100", "--account=us", "--gpus-per-node=2"} <= set(array)
+    for job, cpus in ((prepare, 4), (report, 2)):
+        assert {"--partition=cpu", "--account=us", f"--cpus-per-task={cpus}", "--mem=12000M"} <= set(job)
+        assert not [word for word in job if word.startswith(("--gpus", "--gres", "--constraint"))]
+    prepare, *_ = dry_run(
+        capsys, "--compare", str(path), *wanted[:1], "--cpu-sbatch=--mem=1G", "--gpus-per-node=2", folder
+    )
+    assert "--partition=gpu" in prepare and [word for word in prepare if "--mem" in word] == ["--mem=1G"]
 
 
 def test_one_task_a_gpu_and_nodes_without_gpus(capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
@@ -87,7 +159,7 @@ def test_comparison_is_an_array_of_what_is_missing_and_a_report(
     assert "--array=0,1,2,3%3" in array
     assert array[-4:] == ["--compare", str(path), f"overrides.{folder}", "overrides.parallel.world_size=2"]
     assert "--dependency=afterany:$compare" in report
-    assert report[-1] == f"--wrap={sys.executable} pretrain/report.py {tmp_path}/out --baseline=small"
+    assert report[-3:] == ["launchers/report.sbatch", f"{tmp_path}/out", "--baseline=small"]
 
     done = tmp_path / "out" / "other-seed0"
     done.mkdir(parents=True)
@@ -97,6 +169,65 @@ def test_comparison_is_an_array_of_what_is_missing_and_a_report(
     assert main([*arguments, "--print-run", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == SMOKE and "seed=1" in printed and f"run_dir={tmp_path}/out/small-seed1" in printed
+
+
+def test_an_array_is_told_the_precision_that_was_decided_for_all(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: list[str]
+) -> None:
+    """On the nodes' hardware and not on that of this machine, nor on each task's: GPUs multiply bf16."""
+    arguments = ["--compare", str(comparison(tmp_path)), "overrides.precision=auto", f"overrides.{data[0]}"]
+    array, _ = dry_run(capsys, *arguments, "--gpus-per-node=1")
+    assert array[-1] == "overrides.precision=bf16"
+    assert main([*arguments, "--gpus-per-node=1", "--print-run", "2"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "precision=bf16"
+    array, _ = dry_run(capsys, *arguments, "--gpus-per-node=0")
+    assert array[-1] == f"overrides.precision={hardware.auto_precision(torch.device('cpu'))[0]}"
+
+
+STAND_INS = {
+    "squeue": """
+        [ "$4" = --jobs=9 ] || exit 1  # Slurm has forgotten array 7
+        echo '9_1|RUNNING|None'; echo '9_2|PENDING|Priority'; echo '9_3|FAILED|NonZeroExitCode'""",
+    "sacct": "[ $2 = --jobs=9 ] || exit 1; echo '9_0|COMPLETED|0:0'; echo '9_3|FAILED|2:0'",
+}
+
+
+def test_status_shows_every_run_with_its_task(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: list[str]
+) -> None:
+    """small-seed0 is finished, small-seed1 runs and other-seed0 waits; other-seed1 has failed."""
+    path = comparison(tmp_path)
+    compare = read_compare(path, [f"overrides.{data[0]}"])
+    runs = plan_runs(compare)
+    make_run(tmp_path / "out" / "small-seed0", loss=3.25)
+    make_run(tmp_path / "out" / "other-seed0", finished=False, budget=5e10)
+    (tmp_path / "out" / "other-seed0" / "requeues.json").write_text('{"total": 3, "without_progress": 0, "step": 4}')
+    status.remember(compare, runs, "7")
+    status.remember(compare, runs, "9")
+    (tmp_path / "bin").mkdir()
+    for name, script in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh{script if name == 'squeue' else chr(10) + script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("COLUMNS", "160")
+    with monkeypatch.context() as slurm:
+        slurm.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+        assert main(["--status", str(path), f"overrides.{data[0]}"]) == 0
+    shown = capsys.readouterr().out
+    cells = {words[0]: words for line in shown.splitlines() if (words := line.replace("│", " ").split())}
+    assert cells["small-seed0"][:4] == ["small-seed0", "finished", cells["small-seed0"][2], "100%"]
+    assert "3.2500" in cells["small-seed0"]
+    assert cells["other-seed0"][1:3] == ["9_1", "running"] and "3" in cells["other-seed0"]
+    assert cells["small-seed1"][1:4] == ["9_2", "pending", "(Priority)"]
+    assert "failed, exit code 2" in shown and "runs/slurm/out-9_3.log" in shown
+    assert "1 finished, 1 running, 1 pending, 1 failed" in shown
+
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here: what the directories say
+    (tmp_path / "out" / "other-seed0" / "requeue").touch()
+    (tmp_path / "out" / "small-seed1").mkdir()
+    (tmp_path / "out" / "small-seed1" / "lock").touch()
+    assert main(["--status", str(path), f"overrides.{data[0]}"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 finished, 1 stopped, 1 running, 1 not started" in shown
 
 
 def test_batch_that_does_not_divide_is_refused(data: list[str]) -> None:
@@ -131,7 +262,8 @@ def test_model_that_does_not_fit_is_refused_with_the_numbers(
 
 def test_refusal_names_a_change_that_is_then_accepted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"vocab_size": 49152, "sequence_length": 2048}')
-    run = [*SMOKE, *BIG, f"data.folder={tmp_path}", "parallel=configs/parallel/fsdp2.yaml", "--nodes=2"]
+    larger = [BIG[0], "batch.size=128", "batch.micro_size=8", BIG[-1]]
+    run = [*SMOKE, *larger, f"data.folder={tmp_path}", "parallel=configs/parallel/fsdp2.yaml", "--nodes=2"]
     with pytest.raises(UserError, match="Each of these would fit: ") as refused:
         main([*run, "--dry-run"])
     offered = str(refused.value).split("would fit: ")[1].split(", ")

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.cache import MoRCache, kv_bytes, owned_uses
+from model.cache import MoRCache, kv_bytes
+from model.depth import stages_of
 from model.flops import capacities
 from model.memory import kv_cache_bytes_per_token
 from tests.helpers.tiny import VOCABULARY, tiny_config, tiny_model
@@ -94,16 +95,18 @@ def test_depths_vary_so_that_the_laws_mean_something(variant):
 def test_memory_is_what_was_entered(variant):
     """One row: exactly the tokens that entered each recursion, and nothing for those that did not."""
     model, ids = tiny_model(variant, 3), random_ids(3, 1, 23)
-    _, depth, cache = in_chunks(model, ids, cut(23, 12345))
+    _, _, cache = in_chunks(model, ids, cut(23, 12345))
     config = model.config
-    entered = [int((depth > r).sum()) for r in range(config.num_recursions)]
+    with torch.no_grad():
+        routed = model(ids).routing
+    entered = [0] if routed is None else routed.entered[0].tolist()
     assert cache.memory_bytes() == kv_bytes(config, entered, 23, bytes_per_value=8)
-    by_hand = sum(23 if use.keys == "everyone" else entered[use.recursion or 0] for use in owned_uses(config)) * (
-        2 * 2 * 8 * 8
-    )
-    assert cache.memory_bytes() == by_hand
-    if config.routing != "none" and config.kv_strategy == "recursion_wise":
-        assert by_hand < 23 * config.num_hidden_layers * 2 * 2 * 8 * 8
+    uses = [(stage.gate, use) for stage in stages_of(config) for use in stage.uses if use.keys != "none"]
+    ragged = [use.keys == "entered" and gate is not None for gate, use in uses]
+    by_hand = sum(entered[gate or 0] if own else 23 for (gate, _), own in zip(uses, ragged, strict=True))
+    assert cache.memory_bytes() == by_hand * 2 * 2 * 8 * 8
+    if any(ragged):
+        assert by_hand < 23 * config.num_hidden_layers
 
 
 @variants

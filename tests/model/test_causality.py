@@ -71,6 +71,20 @@ def test_the_papers_top_k_does_look_ahead(name):
     assert difference[:, :12].abs().max() > 1e-3
 
 
+def test_a_tie_is_broken_alike_with_and_without_padding():
+    """Without layers before the routers, equal tokens are equal states; by a plain product these two scored
+    -0.13378814 and -0.13378811 on a CPU with AVX2, by the row at which they stood."""
+    model, ids, length = build("expert-cycle"), tokens(40821 + 7, 3, 9), 3
+    assert ids[2, :length].tolist() == [51, 43, 43]
+    mask = (torch.arange(9) < torch.tensor([[1], [9], [length]])).long()
+    padded = model(ids, attention_mask=mask, use_cache=False, routing_mode="topk")
+    alone = model(ids[2:, :length], use_cache=False, routing_mode="topk")
+    torch.testing.assert_close(padded.logits[2, :length], alone.logits[0], **CLOSE)
+    assert torch.equal(padded.routing.depth[2, :length], alone.routing.depth[0])
+    first = alone.routing.scores[0][0]
+    assert torch.equal(first[1], first[2]) and torch.equal(padded.routing.scores[0][2, :length], first)
+
+
 @pytest.mark.parametrize("mode", ["causal", "topk", "train"])
 @pytest.mark.parametrize("name", SEEING)
 @FEW

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from model.config import PROJECTIONS
 from model.export import main
+from model.folder import model_card, write_folder
+from model.import_gguf import read_gguf
 from model.modeling import MoRForCausalLM
-from tests.helpers.tiny import VOCABULARY, tiny_model
+from tests.helpers.tiny import VOCABULARY, save_tiny, tiny_model
 
 IDS = torch.randint(1, VOCABULARY, (2, 11), generator=torch.Generator().manual_seed(0))
 
@@ -104,3 +108,85 @@ def test_every_exported_field_matters() -> None:
     model = tiny_model("vanilla")
     own = {name for name in LlamaConfig.__annotations__ if hasattr(model.config, name)}
     assert own - set(_LLAMA_FIELDS) <= {"model_type", "use_cache", "pretraining_tp", "default_theta"}
+
+
+def byte_bpe(file: Path, size: int = 290, digits: bool = False) -> Tokenizer:
+    """A byte-level BPE of its own, with an end of text as token 0."""
+    tokenizer = Tokenizer(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), level]) if digits else level
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["the state of the union and the sea of state"] * 8, trainer)
+    tokenizer.save(str(file))
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields"),
+    [
+        ("vanilla", {}),
+        ("vanilla", {"tie_word_embeddings": False, "attention_bias": True}),
+        ("recursive", {"relaxation": "lora", "lora_rank": 3}),
+    ],
+    ids=["vanilla", "biases", "recursive"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gguf_gives_the_same_greedy_tokens(tmp_path: Path, variant: str, fields: dict, dtype: torch.dtype) -> None:
+    """Read by transformers, which undoes the order of rows of llama.cpp; the vocabulary by its tokenizer."""
+    pytest.importorskip("gguf")
+    (tmp_path / "in").mkdir()
+    tokenizer = byte_bpe(tmp_path / "in" / "tokenizer.json")
+    model = tiny_model(variant, vocab_size=290, rope_parameters={"rope_type": "default", "rope_theta": 500.0}, **fields)
+    model.to(dtype).save_pretrained(tmp_path / "in")
+    assert run(tmp_path, "gguf") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["README.md", "model.gguf"]
+    read = read_gguf(tmp_path / "out" / "model.gguf")
+    expected = MoRForCausalLM.from_pretrained(tmp_path / "in", dtype=torch.float32).eval()
+    ids = torch.tensor([tokenizer.encode("the state of").ids])
+    with torch.no_grad():
+        # Deltas are merged in the weights' own precision.
+        tolerance = 5e-2 if dtype is torch.bfloat16 and "lora_rank" in fields else 1e-4
+        torch.testing.assert_close(read(ids).logits, expected(ids).logits, rtol=tolerance, atol=tolerance)
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        if dtype is torch.float32:
+            assert torch.equal(read.generate(ids, **options), expected.generate(ids, **options))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
+    assert theirs("the state of 1 sea").input_ids == tokenizer.encode("the state of 1 sea").ids
+
+
+def test_gguf_names_what_it_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    save_tiny(tmp_path / "in", "vanilla")
+    assert run(tmp_path, "gguf") == 2 and "no byte-level BPE" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    tiny_model("token-shared").save_pretrained(tmp_path / "in")
+    assert run(tmp_path, "gguf") == 2 and "routing: Llama cannot express" in capsys.readouterr().err
+
+
+def test_folders_are_what_other_programs_read(tmp_path: Path) -> None:
+    """Class of the tokenizer, its tokens and length, the generation configuration, a card, modes by the umask."""
+    byte_bpe(tmp_path / "tokenizer.json")
+    model = tiny_model("expert-recursion_wise", vocab_size=290, pad_token_id=None)
+    before = os.umask(0o027)
+    try:
+        card = model_card(model, {"training FLOPs": "5e12, by the convention `exact`"})
+        write_folder(model, tmp_path / "in", tmp_path / "tokenizer.json", card)
+        assert main(["--checkpoint", str(tmp_path / "in"), "--output", str(tmp_path / "hub"), "--to", "hub"]) == 0
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "in", tmp_path / "hub"):
+        described = json.loads((folder / "tokenizer_config.json").read_text())
+        assert described["tokenizer_class"] == "PreTrainedTokenizerFast" and described["model_max_length"] == 256
+        assert described["eos_token"] == described["pad_token"] == "<|endoftext|>"
+        generation = json.loads((folder / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == generation["pad_token_id"] == 0
+        text = (folder / "README.md").read_text()
+        assert "| run: training FLOPs | 5e12, by the convention `exact` |" in text and "| causal | yes" in text
+        modes = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*")}
+        assert folder.stat().st_mode & 0o777 == 0o750 and set(modes.values()) == {0o640}, modes
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.model_max_length == 256 and tokenizer.pad_token_id == tokenizer.eos_token_id == 0

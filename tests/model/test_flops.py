@@ -256,3 +256,29 @@ def test_decoding_computes_the_first_recursion_of_every_token_under_shared_keys(
     length = 16
     alone = sum(decode_flops(config, context) for context in range(1, length + 1)) / length
     assert alone == pytest.approx(flops_per_token(config, length, part="forward"), rel=1e-12)
+
+
+# --- other ways of spending depth ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "paper", "exact", "steps"),
+    [
+        ("mod", {}, 0.5542, 0.6030, 17029),
+        ("mod", {"selection": "predictor"}, 0.5542, 0.6146, 17029),
+        ("mod", {"routed_capacity": 0.25}, 0.611, 0.653, 15451),
+        ("mod", {"routed_capacity": 0.5}, 0.731, 0.759, 12909),
+        ("ut_nr3", {}, 1 / 1.367, 0.737, None),
+    ],
+)
+def test_other_methods_against_vanilla_at_360m(name, fields, paper, exact, steps):
+    """Ratios to vanilla of the same depth and the steps that 16.5e18 FLOPs buy, worked out apart from this code.
+
+    The predictor reads detached states, so its first matrix has two products and not three: 0.6146, where three give
+    0.620; torch's counter agrees (test_flops_measured.py).
+    """
+    config, vanilla = MoRConfig(**read_yaml(CONFIGS / f"360m_{name}.yaml") | fields), load("360m_vanilla")
+    for convention, expected in (("paper", paper), ("exact", exact)):
+        ratio = flops_per_token(config, 2048, convention) / flops_per_token(vanilla, 2048, convention)
+        assert ratio == pytest.approx(expected, abs=6e-4)
+    assert steps is None or abs(16.5e18 / training_flops(config, 2048, 1024, convention="paper") - steps) < 1

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.config import MoRConfig
+from model.depth import method_of
 from model.flops import Work, breakdown, dora_norm_flops, expected_work, measured_flops, unique_parameters, work_of
 from model.modeling import MoRForCausalLM
 from tests.helpers.variants import COUNTED, EXPERT, PROJECTIONS, TOKEN
@@ -17,15 +18,26 @@ def build(fields: dict) -> MoRForCausalLM:
     base = {"vocab_size": 97, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 5}
     base |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     torch.manual_seed(0)
-    return MoRForCausalLM(MoRConfig(**base | fields)).train()
+    model = MoRForCausalLM(MoRConfig(**base | fields)).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("halt.weight"):  # so that tokens halt at different steps
+            torch.nn.init.normal_(parameter, std=3.0)
+    return model
 
 
 def executed(config: MoRConfig, record) -> Work:
     """The work of a forward pass from its routing, with attention over the slots to which ragged rows are padded."""
     if config.routing == "none":
         return expected_work(config, LENGTH, BATCH)
-    work = work_of(config, LENGTH, BATCH, record.counts.sum(0).tolist(), record.pairs.sum(0).tolist())
-    if config.routing == "expert_choice":
+    work = work_of(
+        config,
+        LENGTH,
+        BATCH,
+        record.counts.sum(0).tolist(),
+        record.pairs.sum(0).tolist(),
+        record.offered.sum(0).tolist(),
+    )
+    if method_of(config).fixed:
         return work
     slots = record.counts.amax(0).tolist()
     padded = []

@@ -81,7 +81,8 @@ def test_with_this_repository_the_installed_code_runs(tmp_path: Path) -> None:
     described = json.loads((folder / "config.json").read_text())
     assert described["auto_map"]["AutoModelForCausalLM"] == "modeling.MoRForCausalLM"
     files = {path.name for path in folder.glob("*.py")}
-    top = ["attention", "cache", "config", "layers", "modeling", "relaxation", "routing", "sharing"]
+    top = ["attention", "cache", "config", "decoder", "hardware", "layers"]
+    top += ["modeling", "relaxation", "routing", "sharing"]
     inner = {path.stem for path in (ROOT / "model" / "depth").glob("*.py")} - {"__init__"}
     assert files == {f"{name}.py" for name in [*top, "depth", *(f"depth_{name}" for name in inner)]}
     for name in top:

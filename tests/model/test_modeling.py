@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model import MoRConfig, MoRForCausalLM, MoRModel
@@ -76,11 +77,32 @@ def test_save_and_load(name, tmp_path):
     assert isinstance(decoder, MoRModel) and torch.equal(decoder.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("name", ["expert-z-update", "token-z-shared"])
+def test_weights_of_before_routers_belonged_to_the_method_load(name, tmp_path):
+    """Under the names of then, from a folder and from a state dict; they are saved under today's."""
+    model = build(name)
+    model.update_router_bias(torch.tensor([0.6, 0.3, 0.1]))
+    model.save_pretrained(tmp_path / "old")
+    file = tmp_path / "old" / "model.safetensors"
+    then = {key.replace("model.depth.", "model."): value for key, value in load_file(file).items()}
+    assert any("router" in key for key in then)
+    save_file(then, file, {"format": "pt"})
+    loaded = MoRForCausalLM.from_pretrained(tmp_path / "old")
+    loaded.save_pretrained(tmp_path / "new")
+    assert "lm_head.weight" not in then
+    AutoModel.from_pretrained(tmp_path / "old")
+    other = build(name)
+    other.load_state_dict(then | {"lm_head.weight": then["model.embed_tokens.weight"]})
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value) and torch.equal(other.state_dict()[key], value), key
+    assert set(load_file(tmp_path / "new" / "model.safetensors")) == set(model.state_dict()) - {"lm_head.weight"}
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path):
     build("vanilla").save_pretrained(tmp_path)
     config = build("expert-z").config
     with pytest.raises(
-        ValueError, match=r"not the weights of this mor_expert model, 3 missing keys: model.routers.0.weight"
+        ValueError, match=r"not the weights of this mor_expert model, 3 missing keys: model.depth.routers.0.weight"
     ):
         MoRForCausalLM.from_pretrained(tmp_path, config=config)
 
@@ -241,10 +263,11 @@ def test_every_module_runs_though_no_token_goes_deep(kv_strategy):
     assert output.routing.load.tolist() == [1.0, 0.0, 0.0]
     deep = gradients(model)
     model.zero_grad()
-    model.model.segments, segments = [*model.model.segments[:2], model.model.segments[-1]], model.model.segments
+    method = model.model.depth
+    method.layout, layout = (*method.layout[:2], method.layout[-1]), method.layout
     shallow_output = model(batch(), labels=batch())
     shallow_output.loss.backward()
-    model.model.segments = segments
+    method.layout = layout
     assert shallow_output.loss.item() == output.loss.item()
     for key, value in gradients(model).items():
         torch.testing.assert_close(value, deep[key])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from model import routing
 from model.config import MoRConfig
+from model.depth import stages_of
 
 
 @settings(deadline=None, max_examples=80)
@@ -123,11 +124,16 @@ def test_random_control_is_uniform_and_keeps_to_its_token():
 def test_record_counts_queries_and_pairs():
     depth = torch.tensor([[1, 3, 2, 0], [2, 1, 1, 3]])
     used = torch.tensor([[True, True, True, False], [True] * 4])
-    config = MoRConfig(num_recursions=3, routing="token_choice")
-    record = routing.make_record(depth, used, config, False)
+    entered = depth[..., None] >= torch.arange(1, 4)
+
+    def record_of(**fields):
+        layout = stages_of(MoRConfig(num_recursions=3, routing="token_choice", **fields))
+        return routing.make_record(entered, entered, used, layout)
+
+    record = record_of()
+    assert torch.equal(record.depth, depth)
     assert record.counts.tolist() == [[3, 2, 1], [4, 2, 1]]
     assert record.pairs.tolist() == [[6, 3, 1], [10, 3, 1]]
-    assert record.load.tolist() == pytest.approx([3 / 7, 2 / 7, 2 / 7])
+    assert record.load.tolist() == pytest.approx([7 / 7, 4 / 7, 2 / 7])
     assert record.statistics["dead_token_share"].item() == pytest.approx(0.5)
-    shared = MoRConfig(num_recursions=3, routing="token_choice", kv_strategy="shared")
-    assert routing.make_record(depth, used, shared, False).pairs.tolist() == [[6, 5, 2], [10, 5, 4]]
+    assert record_of(kv_strategy="shared").pairs.tolist() == [[6, 5, 2], [10, 5, 4]]

@@ -97,7 +97,7 @@ def test_tied_weights_are_stored_once(saved: tuple[Path, list[float]], tmp_path:
         names = set(file.keys())
     model = MoRForCausalLM(CONFIG)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert names == {f"model/{n}" for n in [*dict(model.named_parameters()), "model.router_bias"]}
+    assert names == {f"model/{n}" for n in [*dict(model.named_parameters()), "model.depth.router_bias"]}
 
 
 def test_retention_keeps_the_newest_and_the_milestones(tmp_path: Path):

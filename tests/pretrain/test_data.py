@@ -535,7 +535,8 @@ def test_reads_what_data_prep_writes(tmp_path):
         stored = []
         for shard in manifest.split(split).shards:
             with tarfile.open(manifest.folder / shard.name) as tar:
-                stored += [np.load(io.BytesIO(tar.extractfile(member).read())).tolist() for member in tar]
+                arrays = [np.load(io.BytesIO(tar.extractfile(member).read())) for member in tar]
+                stored += np.concatenate(arrays).tolist()
         batches = list(fixed_batches(manifest, split, 8))
         inputs = torch.cat([batch.input_ids[: batch.samples] for batch in batches])
         targets = torch.cat([batch.targets[: batch.samples] for batch in batches])

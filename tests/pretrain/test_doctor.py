@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pretrain import doctor
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
+from pretrain.plan import make_plans
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import settings_for
@@ -33,9 +35,32 @@ class Pretended(Parallel):
 def test_a_sound_process_passes_every_check(tmp_path: Path):
     prepare_tiny(tmp_path / "data")
     findings = doctor.examine(alone(), tmp_path / "runs", settings_for(tmp_path / "run", tmp_path / "data"))
-    assert [f.check for f in findings] == ["ranks", "bandwidth", "disk", "clock", "versions", "memory"]
+    checks = ["device", "precision", "ranks", "bandwidth", "disk", "clock", "versions", "memory", "duration"]
+    assert [f.check for f in findings] == checks
     assert all(f.passed for f in findings), findings
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_machine_alone_says_what_it_computes_and_what_auto_takes(tmp_path: Path):
+    device, precision, *_, memory = doctor.examine(alone(), tmp_path, None)
+    assert re.search(r"products in fp32 [\d,.]+ GFLOP/s, bf16 [\d,.]+ GFLOP/s, \d+ threads", device.text)
+    assert re.match("auto takes (fp32|bf16): .* multipl", precision.text) and "GiB free for a rank" in memory.text
+
+
+def test_the_duration_of_an_experiment_is_told_from_real_steps_or_from_flops(tmp_path: Path):
+    """Of 8 steps each; real ones leave nothing behind, and the run's own directory is not touched."""
+    prepare_tiny(tmp_path / "data")
+    settings = settings_for(tmp_path / "run", tmp_path / "data")
+    text = doctor.check_duration(alone(), settings, tmp_path, 2).text
+    assert re.match(r"8 steps of \d+\.\d\d s \(median of 2 real ones\): about \d+ s", text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    unprepared = settings_for(tmp_path / "run", tmp_path / "none", batch={"sequence_length": 32})
+    text = doctor.check_duration(alone(), unprepared, tmp_path, 2).text
+    assert re.match(r"8 steps, at least \d+ s: no real step was taken, .* FLOPs each .* in fp32$", text)
+    several = settings_for(tmp_path / "run", tmp_path / "data", budget={"steps": None, "flops": [2e9, 4e9]})
+    trunk, *branches = make_plans(several, 10**7, 128)
+    steps = [plan.planned_steps for plan in branches]
+    assert trunk.trunk and doctor.whole_steps([trunk, *branches], several) == steps[1] + round(0.2 * steps[0])
 
 
 def test_other_versions_are_named():

@@ -18,6 +18,9 @@ import pytest
 import torch
 
 from pretrain import checkpoint
+from pretrain import trainer as trainer_module
+from pretrain.data import Manifest
+from pretrain.parallel import Parallel
 from pretrain.trainer import Trainer
 from pretrain.watchdog import STALLED, Beat, Watchdog
 from tests.helpers.corpus import prepare_tiny
@@ -196,6 +199,46 @@ def test_the_watchdog_tells_late_from_silent_from_all_waiting():
     assert watchdog.diagnose(101.0)[1:] == ([1], True)
 
 
+# --- work that takes longer than any limit ------------------------------------------------------------
+
+
+def train_slowly(run_dir: Path, data: Path, seconds: float) -> list[dict[str, Any]]:
+    """Preparation and export on rank 0, and one save on rank 1, take longer than collectives and watchdog may wait."""
+    limits = {"strategy": "ddp", "timeout_seconds": 0.8 * seconds, "watchdog_seconds": 0.4 * seconds}
+    settings = settings_for(
+        run_dir,
+        data,
+        budget={"steps": 4},
+        batch={"size": 4, "micro_size": 2},
+        checkpoint={"every_steps": 2, "asynchronous": True},
+        parallel=limits,
+    )
+    parallel = Parallel.start(settings.parallel, "fp32", 0, first=lambda: time.sleep(seconds))
+    digest, export = checkpoint._digest, trainer_module.export
+    calls = itertools.count()
+
+    def slow_digest(*arguments: Any) -> Any:
+        if parallel.rank == 1 and next(calls) == 1:
+            time.sleep(seconds)
+        return digest(*arguments)
+
+    def slow_export(*arguments: Any) -> None:
+        time.sleep(seconds)
+        export(*arguments)
+
+    checkpoint._digest, trainer_module.export = slow_digest, slow_export
+    return finish(Trainer(settings, Manifest.read(data), parallel))
+
+
+@pytest.mark.slow
+def test_no_limit_ends_work_that_takes_its_time(data: Path, tmp_path: Path):
+    ranks = start_ranks(train_slowly, 2, tmp_path, data, 10.0)
+    assert ranks.wait(300) == [0, 0], ranks.output(0)[-3000:] + ranks.output(1)[-3000:]
+    assert [line["step"] for line in ranks.results()[0] if "loss" in line] == [1, 2, 3, 4]
+    assert "watchdog: the ranks wait for work under way" in ranks.output(0)
+    assert (tmp_path / "final/model.safetensors").exists()
+
+
 # --- a full disk on one rank ------------------------------------------------------------
 
 
@@ -275,7 +318,7 @@ def train_ragged(run_dir: Path, data: Path, strategy: str) -> list[Any]:
         shallow = next(calls) % 2 if alone else trainer.parallel.rank  # micro-batches of one are ranks of the other
         return torch.full(scores.shape[:-1], 0 if shallow else 2)
 
-    trainer.model.model._choose_depth = choose
+    trainer.model.model.depth.choose = choose
     return finish(trainer)
 
 

@@ -49,8 +49,8 @@ def test_a_run_leaves_its_whole_record(tmp_path: Path, data: Path, architecture:
     last = lines[-1]
     assert last["event"] == "finished"
     assert last["validation_tokens"] == 4 * 32
-    routed = architecture.startswith("mor")
-    assert (last["validation_loss"] == last["validation_loss_topk"]) == (architecture != "mor_expert")
+    routed = architecture not in ("vanilla", "recursive")
+    assert (last["validation_loss"] == last["validation_loss_topk"]) == (architecture not in ("mor_expert", "mod"))
     for line in steps:
         assert ("depth_shares" in line) == routed
         assert not routed or math.isclose(sum(line["depth_shares"]), 1)

@@ -24,6 +24,11 @@ def run(capsys, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def results(output) -> list[dict]:
+    """Lines of an output in the order of the prompts; they are written as the answers end."""
+    return sorted((json.loads(line) for line in output.read_text().split("\n") if line), key=lambda line: line["line"])
+
+
 def failure(capsys, *arguments: str) -> str:
     with pytest.raises(SystemExit) as stopped:
         generate.main(arguments)
@@ -38,15 +43,16 @@ def test_prompts_become_answers_and_jsonl(capsys, checkpoint, tmp_path):
     prompts.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
     arguments = ["--checkpoint", checkpoint, "--prompts", str(prompts), "--output", str(output), "--max-tokens", "8"]
     shown = run(capsys, *arguments)
-    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    lines = results(output)
     assert [line["prompt"] for line in lines] == [row["prompt"] for row in rows]
     for line in lines:
         assert line["prompt"] + line["text"] in shown
         assert len(line["prompt_depths"]) == len(line["prompt"]) and set(line["prompt_depths"]) <= {1, 2, 3}
         assert len(line["depths"]) <= len(line["tokens"]) <= 8
     assert len(lines[1]["tokens"]) <= 3
+    output.unlink()
     run(capsys, *arguments)
-    assert [json.loads(line) for line in output.read_text().splitlines()] == lines
+    assert results(output) == lines
     single = tmp_path / "single.jsonl"
     run(capsys, "--checkpoint", checkpoint, "--prompt", "the sea", "--output", str(single), "--max-tokens", "8")
     assert json.loads(single.read_text()) == lines[0]
@@ -57,9 +63,11 @@ def test_depth_and_stop_options_change_the_answer_as_they_say(capsys, checkpoint
     common = ["--checkpoint", checkpoint, "--prompt", "hello there", "--output", str(output), "--max-tokens", "10"]
     run(capsys, *common)
     whole = json.loads(output.read_text())
+    output.unlink()
     stop = whole["text"][4:6]
     run(capsys, *common, "--stop", stop)
     stopped = json.loads(output.read_text())
+    output.unlink()
     assert (stopped["text"], stopped["finished"]) == (whole["text"][: whole["text"].find(stop)], "stop")
     run(capsys, *common, "--depth", "uniform:2")
     assert set(json.loads(output.read_text())["prompt_depths"]) == {2}
@@ -123,8 +131,9 @@ def test_mistakes_end_with_one_message(capsys, checkpoint, arguments, message):
     [
         ("{", "p.jsonl:1: no JSON"),
         ('{"text": 1}', "p.jsonl:1: expected an object"),
-        ('{"prompt": "a", "beams": 2}', "unknown field 'beams'"),
-        ('{"prompt": "a", "top_k": "x"}', "wrong type"),
+        ('{"prompt": "a", "text": "b"}', "p.jsonl:1: text is a field of the output"),
+        ('{"prompt": "a", "top_k": "x"}', "p.jsonl:1: sampling fields of the wrong type"),
+        ('{"prompt": "a", "top_p": 3}', "p.jsonl:1: top_p"),
         ("", "holds no prompts"),
     ],
 )
@@ -132,6 +141,58 @@ def test_mistakes_in_a_file_name_the_line(capsys, checkpoint, tmp_path, line, me
     path = tmp_path / "p.jsonl"
     path.write_text(line)
     assert message in failure(capsys, "--checkpoint", checkpoint, "--prompts", str(path))
+
+
+def test_a_batch_goes_on_where_it_was_cut(capsys, checkpoint, tmp_path):
+    """Other fields pass through, a byte order mark and carriage returns are no text, \\u2028 ends no line."""
+    prompts, output = tmp_path / "a prompt=[1].jsonl", tmp_path / "an output=[1].jsonl"
+    rows = [{"prompt": f"the sea {i}", "id": {"x": i}, "note": None, "max_tokens": 3 + i} for i in range(4)]
+    rows.append({"prompt": "one\u2028line\x0b", "id": "last"})
+    text = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    prompts.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    arguments = ["--checkpoint", checkpoint, "--prompts", str(prompts), "--output", str(output), "--max-tokens", "5"]
+    generate.main(arguments)
+    shown = capsys.readouterr()
+    assert "recursions:" in shown.err and "5 prompts" in shown.err and "tokens/s" in shown.err
+    assert "recursions:" not in shown.out
+    whole = results(output)
+    assert [line["line"] for line in whole] == [1, 2, 3, 4, 5]
+    assert [line["id"] for line in whole] == [row["id"] for row in rows] and whole[0]["note"] is None
+    assert "exists; add --resume" in failure(capsys, *arguments)
+    written = [line + "\n" for line in output.read_text().split("\n")]
+    output.write_text("".join(written[:2]) + written[2][:20])
+    run(capsys, *arguments, "--resume")
+    assert results(output) == whole and output.read_text().startswith("".join(written[:2]))
+    assert run(capsys, *arguments, "--resume") == ""
+    prompts.write_text(json.dumps({"prompt": "another"}))
+    assert "answers another prompt than line" in failure(capsys, *arguments, "--resume")
+
+
+def test_prompts_that_are_too_long_are_named_skipped_or_cut(capsys, checkpoint, tmp_path):
+    prompts, output = tmp_path / "p.txt", tmp_path / "out.jsonl"
+    prompts.write_text("short\n\n" + "a" * 300 + "\n")
+    arguments = ["--checkpoint", checkpoint, "--prompts", str(prompts), "--output", str(output), "--max-tokens", "4"]
+    assert "line 3: prompt: 300 tokens leave no room" in failure(capsys, *arguments)
+    run(capsys, *arguments, "--too-long", "skip", "--resume")
+    short, long = results(output)
+    assert short["finished"] == "length" and (long["line"], long["finished"]) == (3, "skipped")
+    assert "no room" in long["error"]
+    output.unlink()
+    run(capsys, *arguments, "--too-long", "cut")
+    assert [(line["finished"], len(line["tokens"])) for line in results(output)] == [("length", 4)] * 2
+    assert len(results(output)[1]["prompt_depths"]) == 252
+
+
+def test_another_tokenizer_may_be_given(capsys, checkpoint, tmp_path):
+    tokenizer = json.loads(tiny_tokenizer().to_str())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "other.json").write_text(json.dumps(tokenizer))
+    common = ["--checkpoint", checkpoint, "--max-tokens", "8"]
+    plain = run(capsys, *common, "--prompt", "bbb")
+    other = run(capsys, *common, "--prompt", "aaa", "--tokenizer", str(tmp_path / "other.json"))
+    assert other.translate(str.maketrans("ab", "ba")) == plain
+    assert "no tokenizer.json" in failure(capsys, *common, "--prompt", "a", "--tokenizer", str(tmp_path))
 
 
 def test_folders_that_are_no_checkpoints_are_named(tmp_path):

@@ -13,30 +13,47 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from tokenizers import Tokenizer
 
+from model.inference.connection import guarded
 from model.inference.engine import Engine
+from model.inference.protocol import CompletionRequest, Limits
 from model.inference.sampling import SamplingParams
-from model.inference.serve import Limits, build_app
+from model.inference.serve import build_app, model_name
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 
 
+LIMITS = Limits(body=20_000, choices=4, stop_length=50, scores=2000)
+
+
 @contextmanager
-def running(**sizes):
-    """A server on a free port: (address, engine)."""
-    engine = Engine(tiny_model("expert-recursion_wise", 1), **({"max_batch": 8, "kv_tokens": 1200} | sizes))
-    app = build_app(engine, tiny_tokenizer(), "tiny", Limits(body=20_000, choices=4))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
+def serving(engine: Engine, tokenizer: Tokenizer, limits: Limits | None = None, key: str | None = None):
+    """A server of the model `tiny` on a free port; its address."""
+    limits = limits or Limits()
+    app = build_app(engine, tokenizer, "tiny", limits, hosts=["allowed.example"], key=key)
+    config = uvicorn.Config(
+        app, port=0, log_level="warning", timeout_graceful_shutdown=5, http=guarded(limits), ws="none"
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
         time.sleep(0.01)
     try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", engine
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()
+
+
+@contextmanager
+def running(limits: Limits = LIMITS, key: str | None = None, **sizes):
+    """A server of a tiny routed model: (address, engine)."""
+    engine = Engine(tiny_model("expert-recursion_wise", 1), **({"max_batch": 8, "kv_tokens": 1200} | sizes))
+    with serving(engine, tiny_tokenizer(), limits, key) as address:
+        yield address, engine
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +72,23 @@ def expected(prompt: str, **fields) -> str:
     params = SamplingParams(**({"max_tokens": 8} | fields), stop=[[0]])
     request = Engine(tiny_model("expert-recursion_wise", 1)).generate([tiny_tokenizer().encode(prompt).ids], params)[0]
     return tiny_tokenizer().decode(request.tokens)
+
+
+def request_head(length: int, host: str = "127.0.0.1", kind: str = "application/json") -> bytes:
+    """The head of a completion's request, of a body of so many bytes."""
+    fields = f"Host: {host}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n"
+    return f"POST /v1/completions HTTP/1.1\r\n{fields}\r\n".encode()
+
+
+def raw(address: str, data: bytes) -> bytes:
+    """What a connection that sends `data`, and no more, gets until the server closes it."""
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(data)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    return received
 
 
 def wait_until_idle(engine: Engine) -> None:
@@ -83,7 +117,7 @@ def test_openai_client_choices_seeds_stops_and_token_prompts(client):
     answer = client.completions.create(prompt=["ab", "cd"], n=2, **options)
     texts = [choice.text for choice in answer.choices]
     sampled = {"temperature": 0.9, "top_p": 0.9}
-    assert texts == [expected(p, seed=s, **sampled) for p in ("ab", "cd") for s in (5, 6)]
+    assert texts == [expected(p, seed=5, stream=i, **sampled) for p in ("ab", "cd") for i in (0, 1)]
     ids = tiny_tokenizer().encode("ab").ids
     assert client.completions.create(prompt=ids, **options).choices[0].text == texts[0]
     whole = expected("hello")
@@ -106,7 +140,7 @@ def test_openai_client_choices_seeds_stops_and_token_prompts(client):
         ({"prompt": "a", "top_p": 0}, "top_p"),
         ({"prompt": "a", "max_tokens": "many"}, "max_tokens"),
         ({"prompt": "a", "stop": ""}, "stop"),
-        ({"prompt": "a", "best_of": 3}, "best_of"),
+        ({"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({}, "prompt"),
     ],
@@ -119,7 +153,8 @@ def test_bad_fields_get_status_400_by_name(server, fields, message):
 
 @pytest.mark.parametrize("body", ["{", "[]", "", '"text"', "\xff", '{"prompt": "a", "temperature": NaN}', "[" * 9000])
 def test_broken_json_gets_status_400(server, body):
-    answer = HTTP.post(f"{server[0]}/v1/completions", content=body.encode("latin-1"))
+    headers = {"Content-Type": "application/json"}
+    answer = HTTP.post(f"{server[0]}/v1/completions", content=body.encode("latin-1"), headers=headers)
     assert answer.status_code == 400 and answer.json()["error"]["message"]
 
 
@@ -153,7 +188,7 @@ def test_a_client_that_does_not_read_delays_nobody(server):
     address, engine = server
     host, port = address.removeprefix("http://").split(":")
     body = json.dumps({"prompt": ["a"] * 4, "max_tokens": 240, "temperature": 0.9, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = request_head(len(body))
     with socket.create_connection((host, int(port))) as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         silent.sendall(head + body)
@@ -234,3 +269,269 @@ def test_a_failing_model_is_told_and_not_hung(monkeypatch):
         assert HTTP.post(f"{address}/v1/completions", json=body).status_code == 500
         assert HTTP.get(f"{address}/health").status_code == 503
         assert HTTP.post(f"{address}/v1/completions", json=body).status_code == 503
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def reference(prompt: str, **fields):
+    params = SamplingParams(**({"max_tokens": 3, "logprobs": 2, "prompt_logprobs": True} | fields), stop=[[0]])
+    return Engine(tiny_model("expert-recursion_wise", 1)).generate([tiny_tokenizer().encode(prompt).ids], params)[0]
+
+
+def test_log_probabilities_are_those_of_openai(client):
+    request = reference("hello")
+    options = {"model": "tiny", "prompt": "hello", "temperature": 0, "logprobs": 2}
+    choice = client.completions.create(max_tokens=3, echo=True, **options).choices[0]
+    listed, letters = choice.logprobs, "".join(tiny_tokenizer().id_to_token(token) for token in request.text)
+    assert choice.text == "".join(listed.tokens) == letters and listed.text_offset == list(range(8))
+    assert listed.token_logprobs[0] is None and listed.top_logprobs[0] is None
+    assert listed.token_logprobs[1:] == [request.scores[i].logprob for i in range(1, 8)]
+    for place in range(1, 8):
+        scored = request.scores[place]
+        top = {tiny_tokenizer().id_to_token(token): value for token, value in scored.top}
+        assert listed.top_logprobs[place] == top | {letters[place]: scored.logprob}
+    answer = client.completions.create(max_tokens=3, **options).choices[0].logprobs
+    assert answer.token_logprobs == listed.token_logprobs[5:] and answer.text_offset == [0, 1, 2]
+    alone = client.completions.create(max_tokens=0, echo=True, **options).choices[0]
+    assert alone.text == "hello" and alone.logprobs.token_logprobs == listed.token_logprobs[:5]
+    assert client.completions.create(model="tiny", prompt="hello", max_tokens=0).choices[0].text == ""
+    chunks = list(client.completions.create(max_tokens=3, echo=True, stream=True, **options))
+    for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [x for chunk in chunks for x in getattr(chunk.choices[0].logprobs, name)] == getattr(listed, name)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == letters
+
+
+def test_the_token_that_ends_a_text_is_listed(client):
+    """lm-evaluation-harness takes the last one for the generated token, and leaves it out."""
+    bias = {"0": 100}
+    choice = client.completions.create(
+        model="tiny", prompt="ab", max_tokens=1, logprobs=1, echo=True, temperature=0, logit_bias=bias
+    ).choices[0]
+    assert (choice.text, choice.finish_reason, len(choice.logprobs.tokens)) == ("ab", "stop", 3)
+    assert choice.logprobs.tokens[-1] == "<eos>" and choice.logprobs.token_logprobs[-1] < 0  # before the bias
+
+
+# --- OpenAI's fields --------------------------------------------------------------------------------------------------
+
+# field -> (neutral values, values that are honoured, values that are refused)
+FIELDS = {
+    "prompt": ([None], ["a", ["a", "b"], [1, 2], [[1], [2, 3]]], [3, [], [[]], ["a", 1], [1.5], [True], {"a": 1}]),
+    "model": ([None], ["tiny"], [3, "other"]),
+    "best_of": ([None, 1], [2], [0, "2", 5]),
+    "echo": ([None, False], [True], ["yes"]),
+    "frequency_penalty": ([None, 0, 0.0], [2, -2, 0.5], [2.1, "0"]),
+    "logit_bias": ([None, {}], [{"3": 100}, {"3": -1.5}], [{"3": 101}, {"x": 1}, {"99": 1}, [1]]),
+    "logprobs": ([None], [0, 5], [6, -1, True]),
+    "max_tokens": ([None], [0, 3], [-1, 1.5]),
+    "n": ([None, 1], [2], [0, 5, 1000000]),
+    "presence_penalty": ([None, 0], [2, -2], [-2.1]),
+    "seed": ([None], [0, -1, 2**63, -(2**70)], [1.5, "1"]),
+    "stop": ([None, []], ["x", ["x", "y"]], ["", ["x"] * 17, "x" * 51, 3]),
+    "stream": ([None, False], [True], ["true"]),
+    "stream_options": ([None], [], [{"include_usage": True}, {"other": True}]),
+    "suffix": ([None, ""], [], ["the end"]),
+    "temperature": ([None, 1, 1.0], [0, 0.5, 2, 1e-300], [-1, 101, "1"]),
+    "top_p": ([None, 1], [0.5], [0, 1.1]),
+    "user": ([None], ["someone"], [3]),
+}
+
+
+def test_every_field_of_openai_is_in_the_table():
+    import inspect
+
+    documented = set(inspect.signature(openai.resources.completions.Completions.create).parameters)
+    documented -= {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+    assert set(FIELDS) == documented
+    assert set(CompletionRequest.model_fields) == documented | {"top_k", "return_depth"}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_neutral_values_are_the_default_and_others_are_honoured_or_refused(server, name):
+    neutral, honoured, refused = FIELDS[name]
+    base = {"prompt": "hello", "max_tokens": 4, "seed": 7}
+
+    def post(value):
+        return HTTP.post(f"{server[0]}/v1/completions", json=base | {name: value})
+
+    without = {key: value for key, value in base.items() if key != name}
+    if name == "prompt":
+        expected_choices = HTTP.post(f"{server[0]}/v1/completions", json=base | {"prompt": [0]}).json()["choices"]
+    else:
+        answer = HTTP.post(f"{server[0]}/v1/completions", json=without | ({"seed": 7} if name != "seed" else {}))
+        expected_choices = answer.json()["choices"]
+    for value in neutral:
+        answer = post(value)
+        assert answer.status_code == 200, (value, answer.text)
+        if name != "seed":  # without a seed every answer is drawn anew
+            assert answer.json()["choices"] == expected_choices, value
+    for value in honoured:
+        answer = post(value)
+        assert answer.status_code == 200, (value, answer.text)
+    for value in refused:
+        answer = post(value)
+        assert answer.status_code in (400, 404), (value, answer.text)
+        error = answer.json()["error"]
+        assert name in error["message"] and set(error) == {"message", "type", "param", "code"}, value
+
+
+def test_penalties_biases_and_best_of_do_what_they_say(client):
+    options = {"model": "tiny", "prompt": "hello", "max_tokens": 12, "temperature": 0}
+    forced = client.completions.create(logit_bias={"3": 100}, **options).choices[0].text
+    assert forced == "c" * 12
+    varied = client.completions.create(logit_bias={"3": 1.0, "4": 1.0}, frequency_penalty=2, **options).choices[0].text
+    params = {"logit_bias": {3: 1.0, 4: 1.0}, "frequency_penalty": 2.0}
+    assert varied == expected("hello", max_tokens=12, **params) != expected("hello", max_tokens=12)
+    sampled = options | {"temperature": 1.5, "seed": 3, "logprobs": 0}
+    many = client.completions.create(n=4, **sampled).choices
+    best = client.completions.create(n=2, best_of=4, **sampled).choices
+
+    def rank(choice):
+        return sum(choice.logprobs.token_logprobs) / len(choice.logprobs.token_logprobs)
+
+    order = sorted(many, key=rank, reverse=True)
+    assert [choice.text for choice in best] == [choice.text for choice in order[:2]] and len({c.text for c in many}) > 1
+
+
+def test_depths_come_where_they_are_asked_for(server):
+    body = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "return_depth": True}
+    request = reference("hello", max_tokens=4)
+    choice = HTTP.post(f"{server[0]}/v1/completions", json=body).json()["choices"][0]
+    assert choice["mor"] == {"prompt_depths": request.depths[:5], "depths": request.depths[5:]}
+    assert "mor" not in HTTP.post(f"{server[0]}/v1/completions", json=body | {"return_depth": None}).text
+
+
+# --- errors and safety ------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_json_whatever_goes_wrong(server, monkeypatch):
+    address = server[0]
+    answers = {
+        404: HTTP.get(f"{address}/nowhere"),
+        405: HTTP.get(f"{address}/v1/completions"),
+        415: HTTP.post(f"{address}/v1/completions", content=b"{}", headers={"Content-Type": "text/plain"}),
+        413: HTTP.post(f"{address}/v1/completions", json={"prompt": "a" * 30_000}),
+        403: HTTP.get(f"{address}/health", headers={"Host": "evil.example"}),
+    }
+    for status, answer in answers.items():
+        assert answer.status_code == status
+        assert answer.json()["error"]["code"] == status and answer.headers["content-type"] == "application/json"
+    head, _, body = raw(address, b"no HTTP at all\r\n\r\n").partition(b"\r\n\r\n")
+    assert b" 400 " in head and json.loads(body)["error"]["code"] == 400
+    missing = HTTP.get(f"{address}/v1/models/other")
+    assert missing.status_code == 404 and "not 'other'" in missing.json()["error"]["message"]
+    assert HTTP.get(f"{address}/v1/models/tiny").json()["id"] == "tiny"
+    monkeypatch.setattr("model.inference.serve.generate_latest", lambda _: 1 / 0)
+    broken = HTTP.get(f"{address}/metrics")
+    assert broken.status_code == 500 and broken.json()["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("prompt", ['"\\ud800"', '["a", "\\udfff b"]', '["\\ud83d"]'])
+def test_lone_surrogates_are_refused(server, prompt):
+    headers = {"Content-Type": "application/json"}
+    for body in (
+        f'{{"prompt": {prompt}}}',
+        f'{{"prompt": "a", "model": {prompt}}}',
+        f'{{"prompt": "a", {prompt[-8:-1]}": 1}}',
+    ):
+        answer = HTTP.post(f"{server[0]}/v1/completions", content=body.encode(), headers=headers)
+        assert answer.status_code in (400, 404) and answer.json()["error"]["message"]
+
+
+def test_host_is_checked_and_names_can_be_allowed(server):
+    for host, status in (
+        ("localhost:80", 200),
+        ("[::1]", 200),
+        ("allowed.example", 200),
+        ("rebound.example", 403),
+        ("", 403),
+    ):
+        assert HTTP.get(f"{server[0]}/health", headers={"Host": host}).status_code == status, host
+
+
+def test_a_key_is_asked_for_where_one_is_set():
+    with running(key="secret") as (address, _):
+        assert HTTP.get(f"{address}/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            answer = HTTP.get(f"{address}/v1/models", headers=headers)
+            assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+        with pytest.raises(openai.AuthenticationError):
+            openai.OpenAI(base_url=f"{address}/v1", api_key="wrong", max_retries=0).models.list()
+        assert openai.OpenAI(base_url=f"{address}/v1", api_key="secret").models.list().data[0].id == "tiny"
+
+
+def test_half_sent_requests_end_and_connections_are_counted():
+    limits = Limits(body=20_000, connections=12, head_seconds=0.5, body_seconds=0.5)
+    with running(limits) as (address, _):
+        host, port = address.removeprefix("http://").split(":")
+        halves = [b"", b"POST /v1/comp", request_head(100), request_head(100) + b'{"prompt"']
+        with ThreadPoolExecutor(8) as threads:
+            received = list(threads.map(lambda data: raw(address, data), halves * 2))
+        for answer in received:
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert b" 408 " in head and json.loads(body)["error"]["code"] == 408
+        silent = [socket.create_connection((host, int(port)), timeout=30) for _ in range(12)]
+        refused = json.loads(raw(address, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").partition(b"\r\n\r\n")[2])
+        assert refused["error"]["code"] == 503
+        for connection in silent:
+            while connection.recv(65536):
+                pass
+            connection.close()
+        assert HTTP.get(f"{address}/health").status_code == 200
+
+
+def test_a_client_that_leaves_in_its_body_is_one_line(server, caplog):
+    host, port = server[0].removeprefix("http://").split(":")
+    with caplog.at_level("INFO", logger="uvicorn.error"):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(request_head(100) + b'{"prompt"')
+            time.sleep(0.2)
+        until = time.monotonic() + 20
+        while not caplog.records and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(0.1)
+    assert [record.getMessage() for record in caplog.records] == [
+        "127.0.0.1: the client left while it sent its request"
+    ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a", "stop": "x" * 900_000},
+        {"prompt": "a", "stop": ["x" * 40_000] * 20},
+        {"prompt": ["a"] * 250_000},
+        {"prompt": [1] * 300_000},
+        {"prompt": [[1]] * 200_000},
+        {"prompt": "a " * 450_000},
+        {"prompt": "a", "logit_bias": {str(i): 1 for i in range(60_000)}},
+        {"prompt": "a", **{f"field{i}": 1 for i in range(60_000)}},
+    ],
+    ids=["long stop", "long stops", "prompts", "tokens", "token lists", "long text", "biases", "fields"],
+)
+def test_large_requests_are_refused_before_anything_is_done_with_them(body, monkeypatch):
+    """Nothing is tokenized or validated item by item."""
+    from model.inference import protocol
+
+    def refuse(*_, **__):
+        raise AssertionError("looked into what is too large")
+
+    class Untouched:
+        encode_batch = encode = refuse
+
+        def get_vocab(self):
+            return {"a": 0}
+
+    reader = protocol.Reader(Untouched(), 256, [[0]], Limits())  # type: ignore[arg-type]
+    monkeypatch.setattr(
+        CompletionRequest, "model_validate", lambda content: CompletionRequest.model_construct(**content)
+    )
+    with pytest.raises(protocol.ServiceError) as refused:
+        reader.read(json.dumps(body).encode())
+    assert refused.value.status == 400 and len(str(refused.value)) < 1100
+
+
+def test_the_model_is_called_by_its_name_not_its_path(tmp_path):
+    assert (
+        model_name(str(tmp_path / "mine" / "final")) == "mine" and model_name(str(tmp_path / "exported")) == "exported"
+    )
