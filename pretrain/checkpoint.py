@@ -342,9 +342,10 @@ class Checkpoints:
 
         Later ones do not count: they are of a past that the run went back from, or whoever left them knows why.
         """
-        until_now = [(step, folder) for step, folder in committed(self.folder) if step <= written]
-        for step, folder in until_now[: -self.keep]:
-            if step not in self.held and not (self.milestone_every and step % self.milestone_every == 0):
+        before = [(step, folder) for step, folder in committed(self.folder) if step <= written]
+        counted = [(step, folder) for step, folder in before if step not in self.held]
+        for step, folder in counted[: -self.keep]:
+            if not (self.milestone_every and step % self.milestone_every == 0):
                 remove(folder)
 
     def _give_up(self, parallel: Parallel, partial: Path, step: int, error: SaveError) -> None:

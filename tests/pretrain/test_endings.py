@@ -28,7 +28,8 @@ from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import figures, read_lines, settings_for, train, trainer_for
 
-RUN: dict[str, Any] = {"budget": {"steps": 6}, "checkpoint": {"every_steps": 2}}
+# without a cool-down, at whose beginning one more checkpoint would be made
+RUN: dict[str, Any] = {"budget": {"steps": 6}, "checkpoint": {"every_steps": 2}, "schedule": {"decay_share": 0.0}}
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -84,7 +85,7 @@ def test_a_last_checkpoint_that_fails_is_one_line_and_74(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ):
-    run = {"budget": {"steps": 6}, "checkpoint": {"every_steps": 2, "asynchronous": asynchronous}}
+    run = RUN | {"checkpoint": {"every_steps": 2, "asynchronous": asynchronous}}
     settings = settings_for(tmp_path / "run", data, **run)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.Marker, "write", failing(FULL, 3, checkpoint.Marker.write))
@@ -237,7 +238,7 @@ def test_what_ends_a_tracker_is_told_once_and_training_goes_on(
     opened: list[Tracker] = []
 
     def broken(tracker: Tracker, *_: Any) -> None:
-        tracker._run = SimpleNamespace(log=failing(KeyError("a bug"), 1), finish=lambda: None)
+        tracker._run = SimpleNamespace(log=failing(KeyError("a bug"), 1), step=0, finish=lambda: None)
         opened.append(tracker)
 
     monkeypatch.setattr(Tracker, "__init__", broken)
