@@ -349,7 +349,7 @@ def test_peak_flops_tell_the_kinds_of_a_device_apart(name: str, peak: float | No
 def scenario(parallel: Parallel, run_dir: Path, data: Path, asynchronous: bool, patch: Any) -> tuple[Any, ...]:
     """Train under a fault that `patch` makes; how this rank saw it end, what is saved, what the metrics hold."""
     rule = {"every_steps": 2, "asynchronous": asynchronous}
-    settings = settings_for(run_dir, data, budget={"steps": 6}, batch={"micro_size": 2}, checkpoint=rule)
+    settings = settings_for(run_dir, data, **RUN | {"batch": {"micro_size": 2}, "checkpoint": rule})
     trainer = Trainer(settings, trainer_manifest(data), parallel)
     with pytest.MonkeyPatch.context() as monkeypatch:
         patch(monkeypatch, parallel.rank)

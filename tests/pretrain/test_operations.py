@@ -14,7 +14,10 @@ from data_prep.settings import UserError
 from pretrain import extend
 from pretrain.checkpoint import committed, folder_of, read_tensors
 from pretrain.config import ExperimentSettings, StartSettings
+from pretrain.data import Manifest
+from pretrain.parallel import Parallel
 from pretrain.parent import skipped_samples
+from pretrain.trainer import Trainer
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import figures, read_lines, settings_for, train, trainer_for
@@ -313,37 +316,39 @@ def test_a_start_is_a_path_or_its_fields(tmp_path: Path) -> None:
 # --- on ranks ---
 
 
-def on_ranks(settings: ExperimentSettings) -> None:
-    trainer = trainer_for(settings)
-    assert trainer.run() == 0
-    trainer.parallel.finish()
+def on_ranks(several: list[ExperimentSettings]) -> None:
+    """Train one after the other, in one launch."""
+    parallel = Parallel.start(several[0].parallel, "fp32", 0)
+    for settings in several:
+        trainer = Trainer(settings, Manifest.read(settings.data.folder), parallel)
+        assert trainer.run() == 0
+        parallel.barrier()
+    parallel.finish()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "other"), [("ddp", "zero2"), ("zero2", "fsdp2"), ("fsdp2", "ddp")])
 def test_the_operations_on_two_ranks(tmp_path: Path, data: Path, strategy: str, other: str) -> None:
-    """Extend, change, start from (weights to another strategy, all to its own after a spike): one launch each."""
+    """A larger budget with a changed evaluation, back before a spike, weights to its own and to another strategy."""
 
     def settings(name: str, steps: int, strategy: str = strategy, **changes: Any) -> ExperimentSettings:
-        parallel = {
-            "parallel": {"strategy": strategy},
-            "batch": {"micro_size": 1},
-            "checkpoint": {"milestone_every": 4},
-        }
-        return run_of(tmp_path / name, data, steps, "mor_expert", **parallel | changes)
+        section = {"strategy": strategy, "watchdog_seconds": 0}
+        section |= {"min_unit_parameters": 0} if strategy == "fsdp2" else {}
+        rule = {"batch": {"micro_size": 1}, "checkpoint": {"milestone_every": 4}, "parallel": section}
+        return run_of(tmp_path / name, data, steps, "mor_expert", **rule | changes)
 
-    run_ranks(on_ranks, 2, settings("run", SHORT))
-    run_ranks(on_ranks, 2, settings("run", LONG, metrics={"every_steps": 1}, evaluation={"sequences": 2}))
-    run_ranks(on_ranks, 2, settings("long", LONG, evaluation={"sequences": 2}))
+    back = start(tmp_path / "run", step=4, take="run", skip_steps=[6, 7])
+    fewer = {"evaluation": {"sequences": 2}}
+    several = [settings("run", SHORT), settings("run", LONG, **fewer), settings("long", LONG, **fewer)]
+    several += [settings("back", 8, **back), settings("same", 3, **start(tmp_path / "run"))]
+    run_ranks(on_ranks, 2, several)
+    run_ranks(on_ranks, 2, [settings("weights", 3, other, **start(tmp_path / "run"))])
     assert training(tmp_path / "run") == training(tmp_path / "long")
     assert same_tensors(tmp_path / "run", tmp_path / "long")
     assert read_lines(tmp_path / f"run/branches/{SHORT}-steps")[-1]["event"] == "finished"
-    back = start(tmp_path / "run", step=4, take="run", skip_steps=[6, 7])
-    run_ranks(on_ranks, 2, settings("back", 8, **back))
+    assert facts_of(tmp_path / "run")["changes"][0]["keys"] == {"evaluation.sequences": [4, 2]}
     assert training(tmp_path / "back")[:5] == training(tmp_path / "run")[:5]
     assert training(tmp_path / "back")[5]["loss"] != training(tmp_path / "run")[5]["loss"]
-    run_ranks(on_ranks, 2, settings("weights", 3, other, **start(tmp_path / "run")))
-    run_ranks(on_ranks, 2, settings("same", 3, strategy, **start(tmp_path / "run")))
     losses = [[line["loss"] for line in training(tmp_path / name)] for name in ("weights", "same")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert facts_of(tmp_path / "weights")["parent"]["step"] == LONG
