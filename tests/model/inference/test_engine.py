@@ -173,7 +173,7 @@ def test_impossible_depths_are_refused(text, variant, message):
     ("prompt", "fields", "message"),
     [
         ([], {}, "prompt: empty"),
-        ([1] * 256, {}, "no room in the context of 256"),
+        ([1] * 257, {}, "no room in the context of 256"),
         ([1, VOCABULARY], {}, f"{VOCABULARY} is outside the vocabulary"),
         ([-1], {}, "-1 is outside"),
         ([1.5], {}, "outside"),
