@@ -25,6 +25,7 @@ from data_prep.settings import UserError
 from model.config import MoRConfig
 from pretrain.checkpoint import MARKER, Checkpoints, committed, folder_of, read_tensors, verify
 from pretrain.config import ExperimentSettings, StartSettings
+from pretrain.data import Manifest, Mixture
 from pretrain.metrics import METRICS
 from pretrain.parallel import Parallel
 
@@ -95,7 +96,7 @@ def _checked(parent: Parent, start: StartSettings) -> Parent:
     return parent
 
 
-def describe_parent(settings: ExperimentSettings, config: MoRConfig) -> dict[str, Any]:
+def describe_parent(settings: ExperimentSettings, config: MoRConfig, manifest: Manifest | Mixture) -> dict[str, Any]:
     """What run.json says of the parent: where, which step, what was taken, and the FLOPs that were spent before.
 
     flops: what the parent had spent at that step, its own parents' included. counted: whether the run's metrics hold
@@ -110,6 +111,8 @@ def describe_parent(settings: ExperimentSettings, config: MoRConfig) -> dict[str
     if not run and parent.run is not None and (parent.run / METRICS).is_file():
         lines = (parent.run / METRICS).read_text(encoding="utf-8").splitlines()
         run = json.loads(lines[-1]) if lines else {}
+    if "tokenizer_fingerprint" in facts:
+        manifest.check_tokenizer(facts["tokenizer_fingerprint"], f"start_from.path {start.path}")
     convention = facts.get("convention")
     if start.take == "run" and convention != settings.budget.convention:
         raise UserError(

@@ -145,7 +145,7 @@ def describe_run(
         **{key: before[key] for key in HISTORY if key in before},
     }
     if settings.start_from is not None and "parent" not in facts:
-        facts["parent"] = describe_parent(settings, config)
+        facts["parent"] = describe_parent(settings, config, manifest)
     _write(path, json.dumps(facts, indent=1) + "\n")
 
 

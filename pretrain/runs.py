@@ -358,7 +358,7 @@ class Status:
     age: float
 
 
-def find_runs(folders: Iterable[Path]) -> list[Path]:
+def find_runs(folders: Sequence[Path]) -> list[Path]:
     """The run directories in and below folders, branches among them, in order of their names."""
     found: dict[Path, None] = {}
     for folder in folders:
@@ -366,6 +366,8 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
             raise UserError(f"{folder}: no such folder")
         below = (path.parent for path in sorted(folder.rglob("run.json")) if "checkpoints" not in path.parts)
         found |= dict.fromkeys([*([folder] if (folder / "run.json").exists() else []), *below])
+    if not found:
+        raise UserError(f"no run (no run.json) in or below {', '.join(map(str, folders))}")
     return list(found)
 
 
@@ -405,7 +407,10 @@ def _lock(folder: Path) -> Path:
 
 def status_table(folders: Sequence[Path]) -> Table:
     """A row for each run."""
-    table = Table("run", "state", "step", "loss", "size", "last sign", title="Runs", title_justify="left")
+    table = Table(title="Runs", title_justify="left")
+    table.add_column("run", overflow="fold")
+    for name in ("state", "step", "loss", "size", "last sign"):
+        table.add_column(name)
     for status in map(status_of, folders):
         step = f"{status.step:,}" + (f" of {status.planned:,}" if status.planned else "")
         table.add_row(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep.prepare import prepare
 from data_prep.settings import UserError
 from pretrain import extend
 from pretrain.checkpoint import committed, folder_of, read_tensors
@@ -18,7 +19,7 @@ from pretrain.data import Manifest
 from pretrain.parallel import Parallel
 from pretrain.parent import skipped_samples
 from pretrain.trainer import Trainer
-from tests.helpers.corpus import prepare_tiny
+from tests.helpers.corpus import prepare_tiny, tiny_settings
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import figures, read_lines, settings_for, train, trainer_for
 
@@ -228,6 +229,19 @@ def test_the_batches_of_a_spike_are_skipped(tmp_path: Path, data: Path, long: Pa
     assert training(tmp_path / "skips")[:5] == training(long)[:5]
     assert training(tmp_path / "skips")[5]["loss"] != training(long)[5]["loss"]
     assert training(tmp_path / "skips")[-1]["step"] == LONG
+
+
+def test_the_cool_down_may_be_on_other_data_of_the_same_tokenizer(tmp_path: Path, data: Path, long: Path) -> None:
+    others = tiny_settings(tmp_path / "others", seed=5, tokenizer={"load": str(data / "tokenizer.json")})
+    prepare(others)
+    anneal = start(long, step=12, take="run", data="fresh")
+    train(run_of(tmp_path / "new", tmp_path / "others", LONG, **anneal))
+    lines = training(tmp_path / "new")
+    assert lines[:12] == training(long)[:12] and lines[12]["loss"] != training(long)[12]["loss"]
+    assert [line["learning_rate"] for line in lines] == [line["learning_rate"] for line in training(long)]
+    prepare(tiny_settings(tmp_path / "foreign", seed=6, source={"kind": "synthetic", "documents": 90}))
+    with pytest.raises(UserError, match="tokenizer"):
+        trainer_for(run_of(tmp_path / "refused", tmp_path / "foreign", LONG, **anneal)).run()
 
 
 def test_samples_to_skip_follow_the_parents_steps() -> None:

@@ -59,6 +59,9 @@ def test_the_list_survives_damaged_files(tmp_path: Path, capsys: pytest.CaptureF
     (make_run(tmp_path / "b", "vanilla") / "run.json").write_text("{torn")
     (make_run(tmp_path / "c", "vanilla") / "metrics.jsonl").unlink()
     assert listed(capsys, str(tmp_path)).count("interrupted") == 3
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no run \(no run\.json\) in or below"):
+        main([str(tmp_path / "empty")])
 
 
 def test_checkpoints_are_pruned_after_a_dry_run_and_what_is_held_stays(
