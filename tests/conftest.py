@@ -32,3 +32,4 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 
 # What a shell starts in its background ignores ctrl-C, and so would every process of a test.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's is ignored, and would be inherited
