@@ -116,6 +116,22 @@ def run(settings):
     return code, text.getvalue()
 
 
+@pytest.mark.parametrize("topk", [3.25, None])
+def test_a_run_without_a_causal_loss_ends_no_comparison(grid, topk):
+    """`selection: none` has none, and what is not finite is null."""
+    settings, _ = grid
+    for seed in (0, 1):
+        path = settings.output.parent / f"staged/mor_expert_nr3-seed{seed}/metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        known = {"validation_loss": None, "validation_loss_topk": topk}
+        lines = [line | known if "validation_loss" in line else line for line in lines]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, text = run(settings)
+    assert code == 0 and text.count("finished, validation loss") == 6
+    assert f"mor_expert_nr3-seed1: finished, validation loss {'–' if topk is None else '3.2500 (top-k'}" in text
+    assert (settings.output / "report/report.md").exists()
+
+
 def test_plan_gives_every_run_its_own_directory_and_arguments(grid):
     settings, _ = grid
     runs = compare.plan_runs(settings)
