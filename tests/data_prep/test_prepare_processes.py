@@ -14,15 +14,16 @@ from data_prep.synthetic import synthetic_documents
 
 COMMAND = [sys.executable, "data_prep/prepare.py"]
 # 5 MB of text: more than is encoded without a pool.
-SIZED = ["--config", "configs/data/smoke.yaml", "source.documents=9000", "sequence_length=64", "shard_bytes=2000000"]
-# What exists once a stage runs or is done; kills follow it by up to 0.3 s.
-MOMENTS = (
-    "work/documents.bin",
-    "work/documents.done.json",
-    "work/train.tokens",
-    "work/tokens-train.done.json",
-    "train",
-)
+SIZED = ["--config", "configs/data/smoke.yaml", "source.documents=9000", "sequence_length=64", "shard_bytes=600000"]
+# What exists once a stage runs or is done, and seconds by which a kill follows it at most: writing shards, the last
+# stage, may take less than any delay.
+MOMENTS = {
+    "work/documents.bin": 0.3,
+    "work/documents.done.json": 0.3,
+    "work/train.tokens": 0.3,
+    "work/tokens-train.done.json": 0.0,
+    "train": 0.0,
+}
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess:
@@ -67,7 +68,7 @@ def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tmp_path,
         if moment is not None:
             while not (target / moment).exists() and process.poll() is None:
                 time.sleep(0.005)
-            time.sleep(delays.uniform(0, 0.3))
+            time.sleep(delays.uniform(0, MOMENTS[moment]))
             assert not (target / "manifest.json").exists(), "killed too late to show anything"
             process.send_signal(signal_number)
         _, stderr = process.communicate(timeout=300)
