@@ -244,7 +244,9 @@ def test_no_limit_ends_work_that_takes_its_time(data: Path, tmp_path: Path):
 
 def train_on_a_full_disk(run_dir: Path, data: Path, strategy: str, full_at: int | None) -> tuple[Any, int, list[int]]:
     """Train; on rank 1, torch.save fails at `full_at`-th checkpoint as on a full disk."""
-    trainer = make_trainer(run_dir, data, {"strategy": strategy}, budget={"steps": 8}, checkpoint={"every_steps": 2})
+    rule: dict[str, Any] = {"budget": {"steps": 8}, "checkpoint": {"every_steps": 2}}
+    rule["schedule"] = {"decay_share": 0.0}  # at the beginning of a cool-down one more checkpoint would be made
+    trainer = make_trainer(run_dir, data, {"strategy": strategy}, **rule)
     save, begin, count = torch.save, checkpoint._begin, 0
 
     def counting_begin(*arguments: Any) -> None:
