@@ -31,6 +31,7 @@ CONFIGURATION = """\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -122,7 +123,15 @@ class Slurm:
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} {wealth}" for name in NODES
         )
         (self.folder / "slurm.conf").write_text(
-            CONFIGURATION.format(host=host, port=_free_port(), folder=self.folder, nodes=nodes, count=len(NODES))
+            CONFIGURATION.format(
+                host=host,
+                port=_free_port(),
+                # A job's port follows from its number, and several Slurms may run on this host: one a test worker.
+                first_job=1 + os.getpid() % 190 * 100,
+                folder=self.folder,
+                nodes=nodes,
+                count=len(NODES),
+            )
         )
         (self.folder / "gres.conf").write_text(f"NodeName=n[1-{len(NODES)}] Name=gpu File=/dev/null\n")
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
