@@ -27,7 +27,7 @@ MAY_IMPORT = {
 OURS = {*MAY_IMPORT, "tests"}
 DISTRIBUTED = {"accelerate", "deepspeed"}
 MAY_DISTRIBUTE = "pretrain/parallel.py"
-OPTIONAL = {"wandb", "deepspeed", "webdataset", "datasets"}  # slow to import or absent on some machines
+OPTIONAL = {"wandb", "deepspeed", "webdataset", "datasets", "datatrove"}  # slow to import or absent on some machines
 LONGEST_FUNCTION = 80
 LARGEST_FILE = 1_000_000
 
