@@ -39,7 +39,6 @@ from model.hardware import describe, device_here
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.precision import refused_or_slow
-from pretrain.report import write_report
 from pretrain.runs import shown
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
 from pretrain.timing import duration
@@ -274,6 +273,8 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
     done = [folder for run in runs if run.finished() for folder in run.folders()]
     failed = False
     if done:
+        from pretrain.report import write_report
+
         try:
             write_report(
                 done,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+
+if TYPE_CHECKING:  # imported where something is fitted: it is slow to import
+    from scipy import optimize
 
 Array = NDArray[np.float64]
 
@@ -50,6 +53,8 @@ def paired_difference(
     mean = float(differences.mean())
     if len(seeds) == 1:
         return PairedDifference(mean, None, None, 1, None)
+    from scipy import stats
+
     error = float(differences.std(ddof=1) / np.sqrt(len(seeds)))
     half = float(stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)) * error
     return PairedDifference(mean, mean - half, mean + half, len(seeds), mean - half <= 0 <= mean + half)
@@ -236,6 +241,8 @@ def _residuals(x: Array, columns: Sequence[Array]) -> Array:
 
 
 def _fit_from(columns: Sequence[Array], start: Array, evaluations: int = 2000) -> optimize.OptimizeResult:
+    from scipy import optimize
+
     inside = np.clip(start, _LOWER + 1e-6, _UPPER - 1e-6)
     return optimize.least_squares(
         _residuals, inside, bounds=(_LOWER, _UPPER), loss="huber", f_scale=1e-3, args=(columns,), max_nfev=evaluations

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.table
 import torch
@@ -23,7 +23,9 @@ from rich.console import Console
 from data_prep.settings import UserError
 from model.hardware import Precision, device_here
 from model.inference.text import end_of_text
-from model.modeling import MoRForCausalLM
+
+if TYPE_CHECKING:
+    from model.modeling import MoRForCausalLM
 
 
 @dataclass
