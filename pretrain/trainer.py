@@ -113,7 +113,7 @@ class Trainer:
             self.micro_size,
             parallel.rank,
             parallel.world_size,
-            seed=settings.seed,
+            seed=settings.seed if settings.data.order_seed is None else settings.data.order_seed,
             document_masking=settings.data.document_masking,
         )
         length, convention = manifest.sequence_length, settings.budget.convention
@@ -668,6 +668,7 @@ class Trainer:
             self.write(self.counters() | {"event": "branched"})
         else:
             last = self.validation(self.parallel) | self.task_figures()
+            last["validation_look_ahead"] = self.validation.look_ahead(self.parallel)
             source, tokenizer = (
                 folder_of(self.checkpoints.folder, self.state.step),
                 self.manifest.folder / "tokenizer.json",
