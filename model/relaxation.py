@@ -92,6 +92,25 @@ def make_projection(
     return nn.Linear(in_features, out_features, bias=bias)
 
 
+def project_all(projections: tuple[nn.Linear, ...], x: Tensor, recursion: int) -> list[Tensor]:
+    """Apply projections of one input, [..., I] -> [..., O] each.
+
+    On a GPU as one product of their weights side by side, unless one of them is more than a weight (a delta, an
+    adapter, ZeRO-3's gathering); parameters stay as they are.
+    """
+    if x.is_cuda and all(_plain(projection) for projection in projections):
+        biases = [projection.bias for projection in projections if projection.bias is not None]
+        if len(biases) in (0, len(projections)):
+            weight = torch.cat([projection.weight for projection in projections])
+            y = F.linear(x, weight, torch.cat(biases) if biases else None)
+            return list(y.split([projection.out_features for projection in projections], -1))
+    return [project(projection, x, recursion) for projection in projections]
+
+
+def _plain(projection: nn.Linear) -> bool:
+    return type(projection) is nn.Linear and not projection._forward_pre_hooks and not projection._forward_hooks
+
+
 def project(projection: nn.Linear, x: Tensor, recursion: int) -> Tensor:
     """Apply a projection at a recursion. x: [..., I] -> [..., O]."""
     return projection(x, recursion) if isinstance(projection, RelaxedLinear) else projection(x)
