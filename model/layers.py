@@ -275,13 +275,13 @@ class LMHead(nn.Linear):
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """Tokens whose logits are at hand at once: on a CPU those that take about 16 MiB in fp32, elsewhere a power of two
-    of them that take at most 512 MiB in bf16, so that chunks are few and of one size.
+    of them that take at most 256 MiB in bf16, so that chunks are few and of one size.
 
     glibc hands blocks beyond 32 MiB back to the system each time, and fresh pages cost more than the arithmetic.
     """
     if device.type == "cpu":
         return max(64, 2**22 // vocabulary)
-    return max(64, 2 ** ((2**28 // vocabulary).bit_length() - 1))
+    return max(64, 2 ** ((2**27 // vocabulary).bit_length() - 1))
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:

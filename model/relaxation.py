@@ -98,17 +98,22 @@ def project_all(projections: tuple[nn.Linear, ...], x: Tensor, recursion: int) -
     On a GPU as one product of their weights side by side, unless one of them is more than a weight (a delta, an
     adapter, ZeRO-3's gathering); parameters stay as they are.
     """
-    if x.is_cuda and all(_plain(projection) for projection in projections):
-        biases = [projection.bias for projection in projections if projection.bias is not None]
-        if len(biases) in (0, len(projections)):
-            weight = torch.cat([projection.weight for projection in projections])
-            y = F.linear(x, weight, torch.cat(biases) if biases else None)
-            return list(y.split([projection.out_features for projection in projections], -1))
+    if x.is_cuda and go_together(projections):
+        return project_together(projections, x)
     return [project(projection, x, recursion) for projection in projections]
 
 
-def _plain(projection: nn.Linear) -> bool:
-    return type(projection) is nn.Linear and not projection._forward_pre_hooks and not projection._forward_hooks
+def go_together(projections: tuple[nn.Linear, ...]) -> bool:
+    """Whether each is a weight and nothing else, all with a bias or none."""
+    plain = all(type(p) is nn.Linear and not p._forward_pre_hooks and not p._forward_hooks for p in projections)
+    return plain and len({projection.bias is None for projection in projections}) == 1
+
+
+def project_together(projections: tuple[nn.Linear, ...], x: Tensor) -> list[Tensor]:
+    """One product in place of several."""
+    biases = [projection.bias for projection in projections if projection.bias is not None]
+    y = F.linear(x, torch.cat([projection.weight for projection in projections]), torch.cat(biases) if biases else None)
+    return list(y.split([projection.out_features for projection in projections], -1))
 
 
 def project(projection: nn.Linear, x: Tensor, recursion: int) -> Tensor:

@@ -18,15 +18,17 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LIBRARIES = ("c10_cuda", "torch_cuda", "torch_python", "torch_cuda_linalg", "torch_cpu")
-HEADER = "extern unsigned long null_counters[];\n#define COUNTED(which) __sync_fetch_and_add(&null_counters[which], 1)\n"
+HEADER = (
+    "extern unsigned long null_counters[];\n#define COUNTED(which) __sync_fetch_and_add(&null_counters[which], 1)\n"
+)
 LAUNCH, PRODUCT = "COUNTED(0);", "COUNTED(0); COUNTED(1);"
 
 # Arguments and body of the functions that give something back. cuBLASLt's heuristic fills 64 bytes of an opaque
 # algorithm, then its workspace, state, waves and 4 reserved numbers.
 PRODUCTS = {
     "cublasLtGetVersion": "unsigned long {}(void) {{ return 130001; }}",
-    "cublasLtMatmulAlgoGetHeuristic": "int {}(void *a, void *b, void *c, void *d, void *e, void *f, void *g, int wanted,"
-    " void *out, int *found) {{ __builtin_memset(out, 0, 96); *found = 1; return 0; }}",
+    "cublasLtMatmulAlgoGetHeuristic": "int {}(void *a, void *b, void *c, void *d, void *e, void *f, void *g,"
+    " int wanted, void *out, int *found) {{ __builtin_memset(out, 0, 96); *found = 1; return 0; }}",
     "cublasGetMathMode": "int {}(void *a, int *out) {{ *out = 0; return 0; }}",
     "cublasGetPointerMode_v2": "int {}(void *a, int *out) {{ *out = 0; return 0; }}",
 }
@@ -54,12 +56,15 @@ DRIVER = {
     ),
 }
 # What torch and Triton look up by name, so that no library lists it.
-BY_NAME = (
-    "cuInit cuGetErrorName cuGetProcAddress_v2 cuCtxSetCurrent cuCtxPushCurrent_v2 cuCtxPopCurrent_v2 cuCtxSynchronize "
-    "cuCtxGetLimit cuCtxSetLimit cuStreamGetCtx cuStreamSynchronize cuMemAlloc_v2 cuMemFree_v2 cuMemcpyDtoH_v2 "
-    "cuMemcpyHtoD_v2 cuModuleLoad cuModuleUnload cuFuncSetAttribute cuFuncSetCacheConfig cuTensorMapEncodeTiled "
-    "cuTensorMapEncodeIm2col"
-).split()
+# fmt: off
+BY_NAME = [
+    "cuInit", "cuGetErrorName", "cuGetProcAddress_v2", "cuCtxSetCurrent", "cuCtxPushCurrent_v2",
+    "cuCtxPopCurrent_v2", "cuCtxSynchronize", "cuCtxGetLimit", "cuCtxSetLimit", "cuStreamGetCtx",
+    "cuStreamSynchronize", "cuMemAlloc_v2", "cuMemFree_v2", "cuMemcpyDtoH_v2", "cuMemcpyHtoD_v2", "cuModuleLoad",
+    "cuModuleUnload", "cuFuncSetAttribute", "cuFuncSetCacheConfig", "cuTensorMapEncodeTiled",
+    "cuTensorMapEncodeIm2col",
+]
+# fmt: on
 
 
 def wanted(library: Path) -> set[str]:
@@ -95,10 +100,12 @@ def write_stubs(torch_lib: Path, out: Path) -> None:
 
 
 def header_folders(packages: Path) -> list[Path]:
-    """Folders of the CUDA headers among installed wheels; Triton's copy may be of another release."""
+    """Folders of the CUDA headers among installed wheels. Triton's copy of the first is of another release."""
     found = []
     for header in ("cuda_runtime_api.h", "crt/host_defines.h"):
-        places = sorted(packages.glob(f"nvidia/**/include/{header}")) or sorted(packages.glob(f"**/include/{header}"))
+        places = sorted(packages.glob(f"nvidia/**/include/{header}"))
+        if header.startswith("crt/"):  # some releases leave these to the compiler's package
+            places = places or sorted(packages.glob(f"**/include/{header}"))
         if not places:
             raise SystemExit(f"null device: no {header} under {packages}; install torch with its CUDA libraries")
         found.append(places[0].parents[header.count("/")])
