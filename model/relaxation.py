@@ -104,7 +104,9 @@ def project_all(projections: tuple[nn.Linear, ...], x: Tensor, recursion: int) -
 
 
 def go_together(projections: tuple[nn.Linear, ...]) -> bool:
-    """Whether each is a weight and nothing else, all with a bias or none."""
+    """Whether there are several, each a weight and nothing else, all with a bias or none."""
+    if len(projections) == 1:
+        return False
     plain = all(type(p) is nn.Linear and not p._forward_pre_hooks and not p._forward_hooks for p in projections)
     return plain and len({projection.bias is None for projection in projections}) == 1
 

@@ -377,7 +377,7 @@ def measure(check: Check, name: str) -> tuple[float, float, float, float]:
     else:
         routed = (getattr(routing, field).sum(0).tolist() for field in ("counts", "pairs", "offered"))
         flops = float(StepFlops(model.config, length)(rows, *routed))
-    return seconds, flops, peak, float(training_memory(model.config, length, rows).total)
+    return seconds, flops, peak, float(training_memory(model.config, length, rows, on_gpu=True).total)
 
 
 SECTIONS = {section.__name__: section for section in (environment, parity, waits, run, fsdp2, train, engine)}

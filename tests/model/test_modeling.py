@@ -372,7 +372,7 @@ def test_masked_attention_by_block_changes_nothing(name, packed, monkeypatch):
     documents = (torch.arange(24) // 10)[None].expand(2, -1) if packed else None
     results = []
     for size in (5, 1000):
-        for place in ("attention.SPAN", "layers.SPAN", "attention.KERNEL_BLOCK"):
+        for place in ("attention.cpu.SPAN", "attention.cpu.KERNEL_BLOCK"):
             monkeypatch.setattr(f"model.{place}", size)
         model = build(name)
         model(batch(), labels=batch(), document_ids=documents).loss.backward()

@@ -2,14 +2,16 @@
 
     python -m tests.gpu.null.build OUT
 
-For the torch of this Python, which must be a CUDA build (CUDA 13). Needs gcc, nm and the headers that torch's wheels
-bring; no toolkit, no GPU. `runtime.c` holds what must give something back; every other symbol that torch asks for
-becomes a function that returns success. Raises SystemExit, in one line, where something is missing.
+For the torch of this Python, which must be a CUDA build (CUDA 13). Needs gcc, binutils and the headers of
+nvidia-cuda-runtime; no toolkit, no GPU, and none of the libraries of 2 GB that torch asks for: those that are not
+installed are stood in for too. `runtime.c` holds what must give something back; every other symbol becomes a function
+that returns success. Raises SystemExit, in one line, where something is missing.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -17,7 +19,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIBRARIES = ("c10_cuda", "torch_cuda", "torch_python", "torch_cuda_linalg", "torch_cpu")
+LIBRARIES = (
+    *("c10_cuda", "torch_cuda", "torch_python", "torch_cuda_linalg", "torch_cpu", "torch_nvshmem"),
+    *("caffe2_nvrtc", "torch_global_deps"),
+)
+OTHERS = re.compile(r"(cudnn|nccl|cufft|cusparse|cusolver|curand|nvrtc|cupti|nvshmem|cuFile)[A-Z_a-z]")
 HEADER = (
     "extern unsigned long null_counters[];\n#define COUNTED(which) __sync_fetch_and_add(&null_counters[which], 1)\n"
 )
@@ -91,7 +97,9 @@ def write_stubs(torch_lib: Path, out: Path) -> None:
     own = set(re.findall(r"\b(?:__)?cuda[A-Z]\w+(?=\(|, )", (HERE / "runtime.c").read_text(encoding="utf-8")))
     runtime = sorted(name for name in names - own if re.match(r"(__)?cuda[A-Z]", name))
     cublas = sorted(name for name in names if name.startswith("cublas"))
-    lines = [HEADER, *(SUCCESS.format(name) for name in runtime), *(of_cublas(name).format(name) for name in cublas)]
+    others = sorted(name for name in names if OTHERS.match(name))
+    lines = [HEADER, *(SUCCESS.format(name) for name in (*runtime, *others))]
+    lines += [of_cublas(name).format(name) for name in cublas]
     (out / "rest.c").write_text("\n".join(lines) + "\n", encoding="utf-8")
     linked = {name for name in wanted(torch_lib / "libcaffe2_nvrtc.so") if re.match(r"cu[A-Z]", name)}
     driver = sorted(linked | DRIVER.keys() | set(BY_NAME))
@@ -99,15 +107,26 @@ def write_stubs(torch_lib: Path, out: Path) -> None:
     (out / "driver.c").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def header_folders(packages: Path) -> list[Path]:
+def missing_libraries(torch_lib: Path) -> list[str]:
+    """File names of NVIDIA's libraries that torch's ask for and no wheel beside torch brings."""
+    asked: set[str] = set()
+    for name in LIBRARIES:
+        command = ["readelf", "-d", torch_lib / f"lib{name}.so"]
+        listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        asked |= set(re.findall(r"NEEDED.*\[(lib(?:cu|nv|nccl)\w+\.so\.\d+)\]", listing))
+    there = {path.name for path in torch_lib.parents[1].glob("nvidia/**/*.so.*")}
+    return sorted(asked - there - {"libcuda.so.1"})
+
+
+def header_folders(packages: list[Path]) -> list[Path]:
     """Folders of the CUDA headers among installed wheels. Triton's copy of the first is of another release."""
     found = []
     for header in ("cuda_runtime_api.h", "crt/host_defines.h"):
-        places = sorted(packages.glob(f"nvidia/**/include/{header}"))
-        if header.startswith("crt/"):  # some releases leave these to the compiler's package
-            places = places or sorted(packages.glob(f"**/include/{header}"))
+        places = [place for root in packages for place in sorted(root.glob(f"nvidia/**/include/{header}"))]
+        if not places and header.startswith("crt/"):  # some releases leave these to the compiler's package
+            places = [place for root in packages for place in sorted(root.glob(f"triton/**/include/{header}"))]
         if not places:
-            raise SystemExit(f"null device: no {header} under {packages}; install torch with its CUDA libraries")
+            raise SystemExit(f"null device: no {header} installed; pip install nvidia-cuda-runtime of torch's CUDA")
         found.append(places[0].parents[header.count("/")])
     return found
 
@@ -118,7 +137,7 @@ def refusal() -> str | None:
     lib = Path(str(spec.origin)).parent / "lib" if spec else Path()
     if not (lib / "libtorch_cuda.so").exists():
         return "this Python's torch is no CUDA build"
-    missing = [tool for tool in ("gcc", "nm") if not shutil.which(tool)]
+    missing = [tool for tool in ("gcc", "nm", "readelf") if not shutil.which(tool)]
     return f"{missing[0]} is not installed" if missing else None
 
 
@@ -128,13 +147,17 @@ def main(out: Path) -> None:
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     torch_folder = Path(str(spec.origin)).parent
+    packages = [Path(entry) for entry in sys.path if (Path(entry) / "nvidia").is_dir()]
+    packages += [Path(entry) for entry in sys.path if (Path(entry) / "triton").is_dir()]
     out.mkdir(parents=True, exist_ok=True)
     write_stubs(torch_folder / "lib", out)
-    flags = ["-shared", "-fPIC", "-O1", "-w", *(f"-I{folder}" for folder in header_folders(torch_folder.parent))]
+    flags = ["-shared", "-fPIC", "-O1", "-w", *(f"-I{folder}" for folder in header_folders(packages))]
     compile_ = ["gcc", *flags, "-Wl,-soname,libnull.so", "-o", out / "libnull.so"]
     subprocess.run([*compile_, HERE / "runtime.c", out / "rest.c", "-lpthread", "-ldl"], check=True)
     compile_ = ["gcc", *flags, "-Wl,-soname,libcuda.so.1", "-Wl,-rpath,$ORIGIN", "-o", out / "libcuda.so.1"]
     subprocess.run([*compile_, out / "driver.c", f"-L{out}", "-l:libnull.so"], check=True)
+    for name in missing_libraries(torch_folder / "lib"):
+        subprocess.run(["gcc", "-shared", f"-Wl,-soname,{name}", "-o", out / name, "-x", "c", os.devnull], check=True)
     print(f"built {out}/libnull.so and {out}/libcuda.so.1")
 
 

@@ -103,7 +103,7 @@ def main() -> int:
                 if options.compiled:
                     line["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
                 if options.model:
-                    states = training_memory(config, length, rows)
+                    states = training_memory(config, length, rows, on_gpu=True)
                     line["estimate_gib"] = round((states.total - states.optimizer) / 2**30, 3)
                 del model
             except Exception as error:
