@@ -16,10 +16,10 @@ from transformers import LlamaConfig
 from .depth import METHODS, method_of
 
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
-Routing = Literal["none", "expert_choice", "token_choice", "mixture_of_depths", "universal"]
+Routing = Literal["none", "expert_choice", "token_choice", "mixture_of_depths", "universal", "early_exit"]
 KVStrategy = Literal["recursion_wise", "shared", "shared_update"]
-RoutingMode = Literal["causal", "topk"]
-ARCHITECTURES = ("vanilla", "recursive", "mor_expert", "mor_token", "mod", "ut")
+RoutingMode = Literal["causal", "topk", "full"]
+ARCHITECTURES = ("vanilla", "recursive", "mor_expert", "mor_token", "mod", "ut", "early_exit")
 # What configurations hold, though nothing reads it, that were resolved without routing.
 UNUSED = {"router_activation": "sigmoid", "router_alpha": 0.1}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -39,8 +39,8 @@ class MoRConfig(LlamaConfig):
         replaces its keys and values).
     routing: `expert_choice` (each recursion picks its top-k tokens, section 2.2.1), `token_choice` (each token picks
         its depth once, section 2.2.1), `mixture_of_depths` (untied layers, some of which pick their top-k tokens, arXiv
-        2404.02258), `universal` (a token halts when its halting probabilities add up, arXiv 1807.03819) or `none`. A
-        field that means nothing for the chosen one is refused, unless it has its default value.
+        2404.02258), `universal` (a token halts when its halting probabilities add up, arXiv 1807.03819), `early_exit`
+        (a token leaves when the model is sure of it, arXiv 2207.07061 and 2404.16710) or `none`. A field that means nothing for the chosen one is refused, unless it has its default value.
     router: `linear`, `mlp` and `wide_mlp` score a token from its hidden state; `random` is the control without one.
     router_activation: sigmoid, tanh or none for expert_choice; softmax or sigmoid for token_choice; sigmoid or none
         (the raw score) for mixture_of_depths.
@@ -67,8 +67,27 @@ class MoRConfig(LlamaConfig):
     act_epsilon: universal: a token halts when its probabilities add up to more than 1 - epsilon.
     act_bias: universal: bias of the halting unit at the start of training.
     ponder_coefficient: universal: weight of the ponder loss, the mean of steps and remainder.
+    exit_layers: early_exit: layers after which tokens may leave; None is after every one. Recursions end in exits of
+        their own.
+    exit_measure: early_exit: confidence of a token at an exit: `softmax` (gap of its two best probabilities), `state`
+        (cosine of its states at this exit and the one before), `classifier` (a probability, fitted once the model is
+        trained); or what must have become small since the exit before, for loops (arXiv 2502.05171): `kl`, `min_p_kl`,
+        `entropy` (of the predictions), `latent` (relative change of the state).
+    exit_threshold: early_exit: a token leaves where its confidence reaches this, or a change falls below it.
+    exit_first: early_exit: no token leaves before it has passed this many layers.
+    exit_decay: early_exit: thresholds that fall along the output: as in the paper (`paper`: 0.9 lambda + 0.1 exp(-rate
+        t / N), clipped) or its code (`t5x`: lambda (0.9 + 0.1 exp(-rate t / N))); `none` keeps lambda.
+    exit_decay_rate, exit_decay_length: early_exit: that rate, and N, the longest output.
+    exit_weights: early_exit: weight of the loss after layer i: `linear` (i), `equal`, `double` (2^(i - 1)), `sum` (1 + 2
+        + .. + i - 1), `enabled_sum` (sum of the layers up to i whose exits learn), `sqrt`, `inverse`; they add up to 1.
+    exit_scale: early_exit: multiplies these weights, but for the last layer's.
+    exit_rotation: early_exit: each so many-th exit learns in a step, the next ones in the step after; 1 is all of them.
+    layer_dropout: early_exit: probability that a sequence skips the last layer in training, p; layer l of L, from 0, is
+        skipped with p (2^(l / (L - 1)) - 1).
+    layer_dropout_steps: early_exit: optimizer steps over which p grows from 0 by the same curve; 0: from the start.
     z_loss_coefficient: weight of the router z-loss; 0 leaves it out.
-    routing_mode: at evaluation and generation, `causal` (no look-ahead) or `topk` (the paper's; sees all of the text).
+    routing_mode: at evaluation and generation, `causal` (no look-ahead), `topk` (the paper's; sees all of the text) or
+        `full` (early_exit: nobody leaves).
     relaxation: `lora`, `dora` (per-depth low-rank deltas on shared weights), `recursion_encoding` (a vector per
         recursion that scales the block's output) or `none`.
     lora_rank, lora_alpha, lora_dropout, lora_targets: of `lora` and `dora`; the delta is scaled by alpha / rank.
@@ -117,6 +136,18 @@ class MoRConfig(LlamaConfig):
     act_epsilon: float = 0.01
     act_bias: float = 1.0
     ponder_coefficient: float = 0.01
+    exit_layers: list[int] | tuple[int, ...] | None = None
+    exit_measure: Literal["softmax", "state", "classifier", "kl", "min_p_kl", "entropy", "latent"] = "softmax"
+    exit_threshold: float = 0.9
+    exit_first: int = 1
+    exit_decay: Literal["none", "paper", "t5x"] = "none"
+    exit_decay_rate: float = 4.0
+    exit_decay_length: int = 0
+    exit_weights: Literal["linear", "equal", "double", "sum", "enabled_sum", "sqrt", "inverse"] = "linear"
+    exit_scale: float = 1.0
+    exit_rotation: int = 1
+    layer_dropout: float = 0.0
+    layer_dropout_steps: int = 0
     z_loss_coefficient: float = 0.0
     routing_mode: RoutingMode = "causal"
     relaxation: Literal["none", "lora", "dora", "recursion_encoding"] = "none"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .base import DepthMethod
 from .dense import Dense
+from .early_exit import EarlyExit
 from .expert_choice import ExpertChoice
 from .layout import Stage
 from .mixture_of_depths import MixtureOfDepths
@@ -22,6 +23,7 @@ METHODS: dict[str, type[DepthMethod]] = {
     "token_choice": TokenChoice,
     "mixture_of_depths": MixtureOfDepths,
     "universal": Universal,
+    "early_exit": EarlyExit,
 }
 
 
