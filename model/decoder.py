@@ -246,7 +246,8 @@ class Run:
     mode: how gates decide, one of the method's `modes`. step: optimizer steps done. load: [G] of the global batch.
     routing_only: no layer behind a gate runs. max_recursions: no token executes more; None: as many as there are.
     prompt: [B, 1] positions of each text that were given, of which some methods decide nothing. keep_exits: have states
-    at every exit in `exits`. losses: unweighted scalars by name. exits: states [B, T, D] that are to be read out for the loss, and the weights of their losses.
+    at every exit in `exits`. losses: unweighted scalars by name. exits: states [B, T, D] that are to be read out for
+    the loss, and the weights of their losses.
     """
 
     model: MoRModel

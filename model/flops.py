@@ -109,8 +109,8 @@ def work_of(
     """The work of a batch that passes counts[g] tokens and pairs[g] causal pairs through the stage of gate g.
 
     All summed over B; a stage that is computed for every token counts B * T of them. offered: tokens that each gate
-    scores; None: those that follow from the counts. heads: tokens read out early; None: as expected in training. Linear in all of these and in num_sequences. `counts` and `pairs`
-    are ignored where nothing is routed.
+    scores; None: those that follow from the counts. heads: tokens read out early; None: as expected in training. Linear
+    in all of these and in num_sequences. `counts` and `pairs` are ignored where nothing is routed.
     """
     method, tokens = method_of(config), num_sequences * sequence_length
     all_pairs = num_sequences * (sequence_length * (sequence_length + 1) // 2)
@@ -329,7 +329,8 @@ def breakdown(
     """FLOPs of a training step per component, from `expected_work` or `work_of`; by the `exact` convention.
 
     Components: the seven projections by their names, `attention` (scores and weighted values), `relaxation`, `router`,
-    `aux_router`, `head`, `exit_heads` (tokens read out early). Forward and backward add up to `training_flops`; recomputation comes on top.
+    `aux_router`, `head`, `exit_heads` (tokens read out early). Forward and backward add up to `training_flops`;
+    recomputation comes on top.
     attention: `full` counts all the keys that a dense kernel multiplies before its mask, as FlopCounterMode does.
     """
     forward = forward_flops(config, work, attention)
@@ -406,8 +407,8 @@ def training_flops(
 ) -> int:
     """FLOPs of one training step on a batch of `num_sequences` sequences.
 
-    counts, pairs, offered: of each gate, summed over the batch (`RoutingRecord`), and heads; without them, those expected
-    from the capacities. Raises ValueError for an unknown convention or counts of the wrong length.
+    counts, pairs, offered: of each gate, summed over the batch (`RoutingRecord`), and heads; without them, those
+    expected from the capacities. Raises ValueError for an unknown convention or counts of the wrong length.
     """
     total = _total(convention)
     if counts is None or pairs is None:
@@ -451,8 +452,8 @@ class StepFlops:
         offered: Sequence[int] | None = None,
         heads: int | None = None,
     ) -> int:
-        """FLOPs of a step; `counts`, `pairs`, `offered` [G] and `heads` summed over its batch, left out where nothing is
-        routed."""
+        """FLOPs of a step; `counts`, `pairs`, `offered` [G] and `heads`, summed over its batch; left out where nothing
+        is routed."""
         _check_counts(self._gates, counts, pairs)
         if offered is None:
             offered = [int(n) for n in _offered(self._config, self._length, num_sequences, counts)]

@@ -165,8 +165,8 @@ class MoRModel(MoRPreTrainedModel):
         keep_exits: bool = False,
         **kwargs: Any,
     ) -> MoRModelOutput:
-        """Shapes and meanings as in `MoRForCausalLM.forward`; keep_exits: output `exits`; further keywords, which wrappers pass to every base model
-        of transformers, mean nothing here."""
+        """Shapes and meanings as in `MoRForCausalLM.forward`; keep_exits: output `exits`; further keywords,
+        which wrappers pass to every base model of transformers, mean nothing here."""
         levels = self.depth.levels(self.config)
         if max_recursions is not None and not 1 <= max_recursions <= levels:
             raise ValueError(f"max_recursions: {max_recursions} does not fit 1 to {levels} recursions")
@@ -380,22 +380,10 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         """
         given, shifted = _shift(labels, targets, kwargs.get("shift_labels"))
         output = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            document_ids=document_ids,
-            step=step,
-            routing_mode=routing_mode,
-            global_load=global_load,
-            routing_only=routing_only,
-            max_recursions=max_recursions,
-            head=self.lm_head,
-            prompt_length=prompt_length,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
+            *(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache),
+            **{"document_ids": document_ids, "step": step, "routing_mode": routing_mode, "global_load": global_load},
+            **{"routing_only": routing_only, "max_recursions": max_recursions, "prompt_length": prompt_length},
+            **{"output_hidden_states": output_hidden_states, "head": self.lm_head, "return_dict": True},
         )
         if routing_only:
             return MoRCausalLMOutput(routing=output.routing)

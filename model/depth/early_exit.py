@@ -12,16 +12,29 @@ CALM's, or LayerSkip's (arXiv 2404.16710): rotating exits and layer dropout. Fur
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..sharing import applications
-from . import exits
-from .base import Carry, DepthMethod, Scorer
+from .base import Carry, DepthMethod, Scorer, Setting
+from .exits import (
+    decayed,
+    divergence,
+    draws,
+    entropy_change,
+    layer_dropout,
+    loss_weights,
+    pruned_divergence,
+    relative_change,
+    rotated,
+    similarity,
+    softmax_gap,
+)
 from .layout import Stage, looped, stack
 
 if TYPE_CHECKING:
@@ -33,13 +46,61 @@ STATES = frozenset({"state", "latent"})  # of states alone: the first exit has n
 CHANGES = frozenset({"kl", "min_p_kl", "entropy", "latent"})  # small where a token may leave; others are confidences
 
 
+SETTINGS = {
+    "exit_layers": Setting(
+        None,
+        list[int] | tuple[int, ...] | None,
+        "layers after which tokens may leave; null is after every one. Recursions end in exits of their own",
+    ),
+    "exit_measure": Setting(
+        "softmax",
+        Literal["softmax", "state", "classifier", "kl", "min_p_kl", "entropy", "latent"],
+        "confidence of a token at an exit: softmax (gap of its two best probabilities), state (cosine of its states at "
+        "this exit and the one before), classifier (a probability, fitted once the model is trained); or what must "
+        "have become small since the exit before, for loops: kl, min_p_kl, entropy (of the predictions), latent "
+        "(relative change of the state)",
+    ),
+    "exit_threshold": Setting(
+        0.9, float, "a token leaves where its confidence reaches this, or where a change falls below it"
+    ),
+    "exit_first": Setting(1, int, "no token leaves before it has passed this many layers"),
+    "exit_decay": Setting(
+        "none",
+        Literal["none", "paper", "t5x"],
+        "thresholds that fall along the output: as in the paper, 0.9 lambda + 0.1 exp(-rate t / N) clipped, or in its "
+        "code (t5x), lambda (0.9 + 0.1 exp(-rate t / N)); none keeps lambda",
+    ),
+    "exit_decay_rate": Setting(4.0, float, "that rate"),
+    "exit_decay_length": Setting(0, int, "N, the longest output; 0 where thresholds do not fall"),
+    "exit_weights": Setting(
+        "linear",
+        Literal["linear", "equal", "double", "sum", "enabled_sum", "sqrt", "inverse"],
+        "weight of the loss after layer i: linear (i), equal, double (2^(i - 1)), sum (1 + 2 + .. + i - 1), "
+        "enabled_sum (sum of the layers up to i whose exits learn), sqrt, inverse; with the last layer's they "
+        "add up to 1",
+    ),
+    "exit_scale": Setting(1.0, float, "multiplies these weights, but for the last layer's"),
+    "exit_rotation": Setting(
+        1, int, "each so many-th exit learns in a step, the next ones in the step after; 1 is all of them"
+    ),
+    "layer_dropout": Setting(
+        0.0,
+        float,
+        "probability p that a sequence skips the last layer in training; layer l of L, from 0, is skipped with "
+        "p (2^(l / (L - 1)) - 1)",
+    ),
+    "layer_dropout_steps": Setting(
+        0, int, "optimizer steps over which p grows from 0 by the same curve; 0: from the start"
+    ),
+}
+
+
 class EarlyExit(DepthMethod):
     """A gate after each exit, which those pass that go on."""
 
-    fields = frozenset(
-        {"exit_layers", "exit_measure", "exit_threshold", "exit_first", "exit_decay", "exit_decay_rate"}
-        | {"exit_decay_length", "exit_weights", "exit_scale", "exit_rotation", "layer_dropout", "layer_dropout_steps"}
-    )
+    name, place = "early_exit", 60
+    kinds: ClassVar[dict[str, str | None]] = {"early_exit": "#882255"}
+    settings: ClassVar[dict[str, Setting]] = SETTINGS
     classifier_weight: Tensor
     classifier_bias: Tensor
 
@@ -54,13 +115,9 @@ class EarlyExit(DepthMethod):
     # --- from the configuration alone ---------------------------------------------------------------------------------
 
     @classmethod
-    def architecture(cls, config: MoRConfig) -> str:
-        return "early_exit"
-
-    @classmethod
     def resolved(cls, config: MoRConfig) -> dict[str, Any]:
         every = list(range(1, config.num_hidden_layers)) if config.num_recursions == 1 else None
-        return super().resolved(config) | {"exit_layers": every}
+        return {"exit_layers": every}
 
     @classmethod
     def check_recursions(cls, config: MoRConfig) -> None:
@@ -98,7 +155,8 @@ class EarlyExit(DepthMethod):
             raise ValueError(f"exit_threshold: must not be below 0, got {config.exit_threshold}; use 0.9")
         if config.exit_decay != "none" and config.exit_measure in CHANGES:
             raise ValueError(
-                f"exit_decay: {config.exit_decay!r} lowers a confidence, and {config.exit_measure!r} is none; use 'none'"
+                f"exit_decay: {config.exit_decay!r} lowers a confidence, which {config.exit_measure!r} is not; "
+                "use 'none'"
             )
         if (config.exit_decay == "none") != (config.exit_decay_length == 0):
             works = "256, the longest output" if config.exit_decay != "none" else "0"
@@ -131,7 +189,7 @@ class EarlyExit(DepthMethod):
         edges = [0, *exits_at, len(uses)]
         return tuple(
             Stage(tuple(uses[start:end]), level - 1 if level else None, call=level, level=level)
-            for level, (start, end) in enumerate(zip(edges, edges[1:], strict=False))
+            for level, (start, end) in enumerate(itertools.pairwise(edges))
         )
 
     @classmethod
@@ -187,7 +245,7 @@ class EarlyExit(DepthMethod):
             # The first token of an output comes from the prompt's last position, and is itself read at position 1.
             place = (positions - first).clamp(min=0) + (0 if prompt is None else 1)
             length, clipped = config.exit_decay_length, config.exit_decay == "paper"
-            found = exits.decayed(config.exit_threshold, place, config.exit_decay_rate, length, clipped)
+            found = decayed(config.exit_threshold, place, config.exit_decay_rate, length, clipped)
         return torch.where(positions < first, -torch.inf if config.exit_measure in CHANGES else torch.inf, found)
 
     def score(self, gate: int, x: Tensor, carry: Carry, run: Any) -> Tensor | None:
@@ -211,7 +269,7 @@ class EarlyExit(DepthMethod):
         if measure in STATES:
             if gate == 0:
                 return torch.full(x.shape[:-1], float(measure in CHANGES), device=x.device)
-            return (exits.similarity if measure == "state" else exits.relative_change)(x, previous)
+            return (similarity if measure == "state" else relative_change)(x, previous)
         rows = max(64, 2**22 // self.config.vocab_size)
         parts = zip(x.flatten(0, -2).split(rows), previous.flatten(0, -2).split(rows), strict=True)
         found = [self._ask(part, old if gate else None, run) for part, old in parts]
@@ -221,8 +279,8 @@ class EarlyExit(DepthMethod):
         """A measure of the predictions. x, previous: [N, D] -> [N]."""
         logits = run.readout(x)
         if self.config.exit_measure == "softmax":
-            return exits.softmax_gap(logits)
-        rule = {"kl": exits.divergence, "min_p_kl": exits.pruned_divergence, "entropy": exits.entropy_change}
+            return softmax_gap(logits)
+        rule = {"kl": divergence, "min_p_kl": pruned_divergence, "entropy": entropy_change}
         return rule[self.config.exit_measure](logits, None if previous is None else run.readout(previous))
 
     def classify(self, normed: Tensor) -> Tensor:
@@ -250,21 +308,21 @@ class EarlyExit(DepthMethod):
     def losses_at(self, step: int | None) -> list[tuple[int, float]]:
         """Exits that learn at a step and the weights of their losses; the last layer has what is left of 1."""
         config = self.config
-        learning = exits.rotated(self.gates, config.exit_rotation, step or 0)
+        learning = rotated(self.gates, config.exit_rotation, step or 0)
         layers = [*(self.layers_at[exit] for exit in learning), config.num_hidden_layers]
-        return list(zip(learning, exits.loss_weights(config.exit_weights, layers, config.exit_scale), strict=False))
+        return list(zip(learning, loss_weights(config.exit_weights, layers, config.exit_scale), strict=False))
 
     def kept(self, depth: int, run: Any) -> Tensor | None:
         """Rows [B, 1] that pass the layer at `depth`; None: all. A row that skips it is computed and not used."""
         config = self.config
-        chance = exits.layer_dropout(config.layer_dropout, depth, config.num_hidden_layers)
+        chance = layer_dropout(config.layer_dropout, depth, config.num_hidden_layers)
         if not self.training or chance == 0.0:
             return None
         if config.layer_dropout_steps:
             chance *= 2.0 ** min(1.0, (run.step or 0) / config.layer_dropout_steps) - 1.0
         if run.input_ids is None:
             raise ValueError("input_ids: layer_dropout draws from them; give them, not inputs_embeds")
-        return (exits.draws(run.input_ids, depth) >= chance)[:, None]
+        return (draws(run.input_ids, depth) >= chance)[:, None]
 
     def describe(self, record: Any, run: Any) -> None:
         """Share of the tokens that goes on at each exit, and layers that a token passed on average."""

@@ -46,9 +46,9 @@ class Flight:
 class InFlight:
     """All tokens in flight, [M] each.
 
-    ids, positions, prompts (length of the request's), state [M, D], logits (of the gate that judged last); carry: what the method has them carry, by name;
-    on the host: offered (the next gate sees it), enters (it takes the result of the next stage), computes (it takes
-    part in that stage, be it for its keys alone), depth (gates passed).
+    ids, positions, prompts (length of the request's), state [M, D], logits (of the gate that judged last); carry: what
+    the method has them carry, by name; on the host: offered (the next gate sees it), enters (it takes the result of the
+    next stage), computes (it takes part in that stage, be it for its keys alone), depth (gates passed).
     """
 
     ids: Tensor

@@ -74,5 +74,5 @@ def test_defaults_are_resolved_and_survive_a_round_trip(tmp_path, changes, activ
 
 @pytest.mark.parametrize(("field", "value"), [("routing", "both"), ("num_recursions", "three"), ("sharing", "spiral")])
 def test_values_of_the_wrong_kind_name_the_field(field, value):
-    with pytest.raises(ValueError, match=f"'{field}'"):
+    with pytest.raises(ValueError, match=field):
         MoRConfig(**{field: value})

@@ -246,12 +246,9 @@ def test_decoding_with_exits(folder: Path):
                 for at in (slice(0, start), *(slice(i, i + 1) for i in range(start, text.shape[1] - 1))):
                     model(text[:, at], past_key_values=cache, use_cache=True, prompt_length=start)
             for depth in range(config.num_hidden_layers):
-                torch.testing.assert_close(
-                    cache.layers[depth].keys.float(), case.tensors[f"{name}.keys.{depth}"], **LOGITS
-                )
-                torch.testing.assert_close(
-                    cache.layers[depth].values.float(), case.tensors[f"{name}.values.{depth}"], **LOGITS
-                )
+                for kind in ("keys", "values"):
+                    ours = getattr(cache.layers[depth], kind).float()
+                    torch.testing.assert_close(ours, case.tensors[f"{name}.{kind}.{depth}"], **LOGITS)
 
 
 @pytest.mark.parametrize("folder", [f for f in folders("l") if "loss" in f.id])
@@ -278,7 +275,9 @@ def test_layerskip_losses(folder: Path):
         learning = rotated(len(expected) - 1, 4, step)
         assert [int(i in learning) for i in range(len(expected) - 1)] == expected[:-1]
     expected = case.info["layer_dropout_probability"]["exp"]
-    assert [layer_dropout(0.2, l, len(expected)) for l in range(len(expected))] == pytest.approx(expected, rel=1e-6)
+    assert [layer_dropout(0.2, depth, len(expected)) for depth in range(len(expected))] == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("folder", folders("x"))
