@@ -126,10 +126,10 @@ class EarlyExit(DepthMethod):
 
     @classmethod
     def check(cls, config: MoRConfig) -> None:
-        if config.kv_strategy != "recursion_wise":
+        if config.kv_strategy not in ("recursion_wise", "propagated"):
             raise ValueError(
                 f"kv_strategy: {config.kv_strategy!r} does not fit early_exit, where every layer has keys of every "
-                "token; use 'recursion_wise'"
+                "token, of those that left from the state with which they did; use 'propagated'"
             )
         _check_layers(config)
         last, exits_at = config.num_hidden_layers, cls.exits_of(config)
@@ -179,7 +179,7 @@ class EarlyExit(DepthMethod):
 
     @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
-        """What follows a loop belongs to its last recursion: who left before skips it."""
+        """What follows a loop belongs to its last recursion: who left before skips it. Keys are everyone's."""
         exits_at = cls.exits_of(config)
         if config.num_recursions == 1:
             found = stack(config, lambda depth: sum(end <= depth for end in exits_at) - 1, keys="everyone")

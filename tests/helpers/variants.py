@@ -73,7 +73,14 @@ VARIANTS |= {
     "exit-latent": EXIT | {"exit_measure": "latent", "exit_threshold": 0.5},
     "exit-dropout": EXIT | {"exit_measure": "kl", "exit_rotation": 3, "layer_dropout": 0.3},
 }
-NEW = ["mod", "mod-predictor", "ut", "ut-basic", "ut-frozen", "exit", "exit-state", "exit-recursive"]
+PROPAGATED: Fields = {"kv_strategy": "propagated"}
+VARIANTS |= {
+    "expert-propagated": EXPERT | PROPAGATED | CYCLE | FALLING | TRAINED,
+    "expert-aux-propagated": EXPERT | PROPAGATED | {"selection": "aux_router", "relaxation": "lora", "lora_rank": 2},
+    "token-propagated": TOKEN | PROPAGATED | {"balancing": "loss_free"},
+}
+NEW = ["expert-propagated", "token-propagated", "mod", "mod-predictor", "ut", "ut-basic", "ut-frozen"]
+NEW += ["exit", "exit-state", "exit-recursive"]
 
 # Laws of generation: cache, engine, `generate`.
 GENERATING = [
@@ -107,6 +114,7 @@ SEEING = [
     "ut-frozen-cycle",
     "exit-classifier",
     "exit-latent",
+    "expert-aux-propagated",
 ]
 # Laws of training: recomputation, accumulation, saving.
 TRAINING = [
@@ -126,6 +134,8 @@ TRAINING = [
     "exit-state",
     "exit-recursive",
     "exit-dropout",
+    "expert-propagated",
+    "token-propagated",
 ]
 ROUTED = [name for name, fields in VARIANTS.items() if fields.get("routing", "none") != "none"]
 
@@ -146,6 +156,7 @@ def _counted() -> list[Fields]:
         EXPERT | {"selection": "none", "gating": "additive"},
         *(EXPERT | {"kv_strategy": kv, "capacity_factors": [0.8, 0.5, 0.2]} for kv in KV_STRATEGIES),
         EXPERT | cycle | {"z_loss_coefficient": 0.1},
+        *(f | PROPAGATED for f in (EXPERT, TOKEN, EXPERT | cycle | {"capacity_factors": [0.8, 0.5, 0.2]})),
         TOKEN | {"router_activation": "sigmoid", "balancing": "loss_free", "gating": "additive"},
         TOKEN | cycle | {"balancing": "loss_free"},
         *(
