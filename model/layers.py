@@ -257,8 +257,13 @@ class LMHead(nn.Linear):
 
     compiled = False
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x: [..., D] -> logits [..., V]; with targets [...] (-100 ignored): fp32 scalar, the summed cross-entropy."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """x: [..., D] -> logits [..., V]; with targets [...] (-100 ignored): fp32 scalar, the summed cross-entropy.
+
+        weights: [N] of each token's term in that sum; only in training.
+        """
         if targets is None:
             return super().forward(x)
         x, targets = x.flatten(0, -2), targets.flatten()
@@ -267,7 +272,8 @@ class LMHead(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return _SummedCrossEntropy.apply(x, weight, targets, self.compiled)
+            return _SummedCrossEntropy.apply(x, weight, targets, weights, self.compiled)
+        assert weights is None
         rows = chunk_rows(weight.shape[0], x.device)
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.stack([cross_entropy_sum(F.linear(part, weight), target) for part, target in chunks]).sum()
@@ -293,14 +299,17 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy chunk by chunk; gradients are made in the forward pass, so nothing is recomputed."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, compiled: bool = False) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, compiled: bool = False
+    ) -> Tensor:
         rows = chunk_rows(weight.shape[0], x.device)
         total = x.new_zeros((), dtype=torch.float32)
         change = _compiled_change() if compiled and x.is_cuda else _loss_and_change
         grads_x: list[Tensor] = []
         grad_weight: Tensor | None = None
-        for part, target in zip(x.split(rows), targets.split(rows), strict=True):
-            loss, grad = change(F.linear(part, weight), target)
+        scales = targets if weights is None else weights
+        for part, target, scale in zip(x.split(rows), targets.split(rows), scales.split(rows), strict=True):
+            loss, grad = change(F.linear(part, weight), target, None if weights is None else scale)
             total = total + loss
             grads_x.append(grad @ weight)
             grad_weight = _add_product(grad_weight, grad, part)
@@ -312,14 +321,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]
-        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
 
 
-def _loss_and_change(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [N, V], target [N] (-100 ignored) -> summed cross-entropy, and its gradient [N, V], softmax minus one-hot;
-    in few passes over memory."""
+def _loss_and_change(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logits [N, V], target [N] (-100 ignored), weights [N] -> summed cross-entropy, and its gradient [N, V], softmax
+    minus one-hot; in few passes over memory."""
     dtype, logits = logits.dtype, logits.float()
     counted = (target != -100).unsqueeze(-1)
+    if weights is not None:
+        counted = counted * weights.unsqueeze(-1)
     label = target.clamp(min=0).unsqueeze(-1)
     # In place from here: the logits become exp(logits - max), then the gradient.
     logits -= logits.amax(-1, keepdim=True)
@@ -331,9 +342,11 @@ def _loss_and_change(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return loss, logits.to(dtype)
 
 
-def _loss_and_change_to_compile(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _loss_and_change_to_compile(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`_loss_and_change` as a compiler makes two passes of it: nothing in place, no scatter."""
     wide, counted, label = logits.float(), (target != -100).unsqueeze(-1), target.clamp(min=0).unsqueeze(-1)
+    if weights is not None:
+        counted = counted * weights.unsqueeze(-1)
     log_norm = wide.logsumexp(-1, keepdim=True)
     loss = ((log_norm - wide.gather(-1, label)) * counted).sum()
     hit = torch.arange(wide.shape[-1], device=wide.device) == label
