@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,18 +38,31 @@ class Step:
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What a process of a pool does first: tracebacks, Ctrl-C and the end of all are the parent's affair."""
         self.__dict__.update(state)
-        if "SLURM_JOB_ID" not in os.environ:
-            _quiet()
-            _leave_with_parent()
+        _quiet()
+        _leave_with_parent()
 
     def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         stage = STAGES[self.stage](self.settings, self.threads)
-        for line in stage.check():
-            if rank == 0:
-                say(line)
-        for part in stage.missing():
-            if part % world_size == rank:
-                stage.do(part)
+        with told_in_job(stage):
+            for line in stage.check():
+                if rank == 0:
+                    say(line)
+            for part in stage.missing():
+                if part % world_size == rank:
+                    stage.do(part)
+
+
+@contextmanager
+def told_in_job(stage: Stage) -> Iterator[None]:
+    """In a job of Slurm: end with the message of a UserError, and let the folder go on with the change it asks for."""
+    try:
+        yield
+    except UserError as error:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise
+        (stage.work / "refused").touch()
+        say(f"error: {error}")
+        sys.exit(2)
 
 
 def run_stage(settings: DataSettings, name: str) -> None:
@@ -69,7 +83,7 @@ def run_stage(settings: DataSettings, name: str) -> None:
             _ray(settings, stage, len(missing)).run()
         else:
             with _forks_leave_with_us():
-                _local(settings, stage, len(missing), workers).run()
+                _watched(_local(settings, stage, len(missing), workers), settings)
     for part in range(len(stage.sizes())):  # what an interruption came before
         stage.free(part)
     stage.finished()
@@ -94,6 +108,37 @@ def _local(settings: DataSettings, stage: Stage, missing: int, workers: int) -> 
         # A forked child of a process whose tokenizer has run threads may hang.
         start_method="spawn",
     )
+
+
+def _watched(executor: Any, settings: DataSettings) -> None:
+    """Run a local executor. Its pool waits for ever for what a killed process was doing; raise UserError instead."""
+    import multiprocess
+
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            executor.run()
+            outcome.set_result(None)
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    tasks: dict[int, Any] = {}
+    try:
+        while not wait([outcome], 0.2).done:
+            tasks |= {task.pid: task for task in multiprocess.active_children()}
+            if any(task.exitcode for task in tasks.values()) and not wait([outcome], 5).done:
+                raise UserError(
+                    f"{settings.folder}: a task died, most likely for want of memory; work done is kept: run the same "
+                    "command again with a smaller workers= or max_document_bytes="
+                )
+        outcome.result()
+    finally:
+        if not outcome.done():
+            for task in multiprocess.active_children():
+                task.kill()
+                task.join()
 
 
 def _ray(settings: DataSettings, stage: Stage, missing: int) -> Any:

@@ -59,7 +59,7 @@ def prepare(settings: DataSettings) -> dict[str, Any]:
         if manifest is not None:
             return manifest
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder):
+        with locked(folder):
             manifest = _finished(settings, folder)  # perhaps by the process that held the lock
             if manifest is not None:
                 return manifest
@@ -97,7 +97,7 @@ def _explain(error: OSError, folder: Path) -> UserError:
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One process prepares a folder; others wait, and then find it finished."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
