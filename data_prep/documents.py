@@ -32,6 +32,9 @@ INDEX_ROW = np.dtype([("length", "<i8"), ("digest", "<u8", (2,)), ("validation",
 SPAN = np.dtype([("offset", "<i8"), ("length", "<i8")])
 # A document that another repeats: its part and its row in that part's index.
 DROPPED = np.dtype([("part", "<i8"), ("row", "<i8")])
+# A document that occurs several times: where it does first, and how often.
+REPEATED = np.dtype([("part", "<i8"), ("row", "<i8"), ("times", "<i8")])
+MOST_REPEATED = 20  # of them are told
 RANGE_ROWS = 1 << 22  # documents whose digests are sorted at once, about
 
 
@@ -181,11 +184,12 @@ def open_rows(path: Path, kind: np.dtype) -> np.ndarray:
     return np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind)
 
 
-def select(targets: Sequence[Path], number: int, ranges: int) -> tuple[np.ndarray, dict[str, int]]:
+def select(targets: Sequence[Path], number: int, ranges: int) -> tuple[np.ndarray, dict[str, int], np.ndarray]:
     """Find what repeats an earlier text among the digests of one of `ranges` equal ranges.
 
-    targets: the spilled parts, in order. Returns the rows to drop ([dropped] of DROPPED, sorted), how many documents of
-    each split stay, and `train_bytes`, their length in the train split.
+    targets: the spilled parts, in order. Returns the rows to drop ([dropped] of DROPPED, sorted); how many documents of
+    each split stay, and `train_bytes`, their length in the train split; and those that are repeated most ([n] of
+    REPEATED).
     """
     low, high = (number << 64) // ranges, (number + 1 << 64) // ranges
     found, places = [np.zeros(0, INDEX_ROW)], [np.zeros(0, DROPPED)]
@@ -211,7 +215,15 @@ def select(targets: Sequence[Path], number: int, ranges: int) -> tuple[np.ndarra
     kept = documents[order[~repeated]]
     train = kept[~kept["validation"]]
     counts = {"train": len(train), "validation": len(kept) - len(train), "train_bytes": int(train["length"].sum())}
-    return np.sort(place[order[repeated]]), counts
+    firsts = np.flatnonzero(~repeated)
+    times = np.diff(firsts, append=len(order))
+    most = np.argsort(-times, kind="stable")[:MOST_REPEATED]
+    most = most[times[most] > 1]
+    told = np.empty(len(most), REPEATED)
+    told["times"] = times[most]
+    for key in ("part", "row"):
+        told[key] = place[key][order[firsts[most]]]
+    return np.sort(place[order[repeated]]), counts, told
 
 
 def kept_rows(part: int, rows: int, dropped: Sequence[Path]) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -90,16 +91,27 @@ def encoded(spans: np.ndarray, encoder: Encoder, threads: int) -> Iterator[np.nd
             pool.shutdown(cancel_futures=True)
 
 
-def encode(spans: np.ndarray, encoder: Encoder, output: Path, threads: int = 1) -> dict[str, int]:
+def encode(spans: np.ndarray, encoder: Encoder, output: Path, threads: int = 1) -> dict[str, Any]:
     """Write the tokens of the documents at `spans` to `output`, which appears whole.
 
-    Returns tokens, and unknown: how many of them stand for text outside the vocabulary.
+    Returns tokens; unknown, how many of them stand for text outside the vocabulary; and lengths, how many documents
+    have 1, 2 to 3, 4 to 7, ... tokens, end-of-text included.
     """
     tokens = unknown = 0
+    lengths = np.zeros(0, np.int64)
     with atomic(output) as file:
         for batch in encoded(spans, encoder, threads):
             file.write(batch.tobytes())
             tokens += len(batch)
+            ends = np.flatnonzero(batch == encoder.files.eos_token_id)
+            powers = np.frexp(np.diff(ends, prepend=-1))[1] - 1
+            lengths = added(lengths, np.bincount(powers))
             if encoder.files.unknown_id is not None:
                 unknown += int((batch == encoder.files.unknown_id).sum())
-    return {"tokens": tokens, "unknown": unknown}
+    return {"tokens": tokens, "unknown": unknown, "lengths": lengths.tolist()}
+
+
+def added(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The sum of two histograms, of which one may be longer."""
+    size = max(len(one), len(other))
+    return np.pad(one, (0, size - len(one))) + np.pad(other, (0, size - len(other)))

@@ -90,7 +90,7 @@ def _cut(item: int, path: Path, settings: DataSettings) -> Iterator[Piece]:
     name = os.fsencode(os.path.abspath(path)).decode("latin-1")
     size = path.stat().st_size
     if settings.source.kind == "parquet":
-        yield from _row_groups(item, path, name, settings.part_bytes)
+        yield from _row_groups(item, path, name, settings)
         return
     boundary = _boundary(settings)
     if boundary is None or size <= settings.part_bytes or not is_plain(path):
@@ -139,11 +139,11 @@ def _next(file: BinaryIO, boundary: re.Pattern[bytes], at: int, size: int) -> tu
     return None
 
 
-def _row_groups(item: int, path: Path, name: str, part_bytes: int) -> Iterator[Piece]:
+def _row_groups(item: int, path: Path, name: str, settings: DataSettings) -> Iterator[Piece]:
     try:
         with path.open("rb") as raw, parquet.ParquetFile(raw) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-            sizes = [group.total_byte_size for group in groups]
+            sizes = [_text_bytes(group, settings.source.field) for group in groups]
             rows = [group.num_rows for group in groups]
     except (OSError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())[:500]
@@ -152,7 +152,14 @@ def _row_groups(item: int, path: Path, name: str, part_bytes: int) -> Iterator[P
         ) from error
     start = 0
     for number in range(len(groups) + 1):
-        if number == len(groups) or (number > start and sum(sizes[start : number + 1]) > part_bytes):
+        if number == len(groups) or (number > start and sum(sizes[start : number + 1]) > settings.part_bytes):
             row, size = sum(rows[:start]), sum(sizes[start:number])
             yield Piece(item, start, number, row=row, size=size, path=name)
             start = number
+
+
+def _text_bytes(group: Any, column: str) -> int:
+    """Bytes of the text column in a row group, or of all where it is not there, which reading will tell."""
+    columns = [group.column(number) for number in range(group.num_columns)]
+    named = [item for item in columns if item.path_in_schema in (column, column.split(".")[0])]
+    return sum(item.total_uncompressed_size for item in named) or group.total_byte_size

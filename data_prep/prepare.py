@@ -2,6 +2,8 @@
 
     python data_prep/prepare.py --config configs/data/NAME.yaml [key=value ...]
     python data_prep/prepare.py --verify FOLDER
+    python data_prep/prepare.py --status FOLDER
+    python data_prep/prepare.py --inspect FOLDER... [--position N] [--page FILE]
 
 The corpus is cut into parts (parts.py); each stage (stages.py) does them one by one, in this process, in several or on
 many machines (engine.py, launchers/submit.py). An interrupted preparation goes on with the parts that have no mark in
@@ -29,18 +31,28 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from data_prep.changes import check_unchanged, differing, other_configuration
-from data_prep.config import DataSettings
+from data_prep.config import DataSettings, SourceSettings, TokenizerSettings
 from data_prep.documents import SPLITS
 from data_prep.engine import run_stage
+from data_prep.estimate import check_room
 from data_prep.files import write_json
 from data_prep.inputs import names_of
 from data_prep.manifest import read_manifest, tool_versions, unigram_loss, verify, write_manifest
 from data_prep.parts import to_json
-from data_prep.progress import say
+from data_prep.progress import say, standing
 from data_prep.settings import UserError, describe, load, run_command
 from data_prep.shards import samples_per_member, samples_per_shard
 from data_prep.sources import Corpus, open_corpus
-from data_prep.stages import STAGES, Shards, document_counts, tokenizer_fingerprint, vocab_size
+from data_prep.stages import (
+    STAGES,
+    Shards,
+    cores,
+    document_counts,
+    most_repeated,
+    tokenizer_fingerprint,
+    total_lengths,
+    vocab_size,
+)
 from data_prep.tokenizer import given_tokenizer, token_dtype
 
 ORDER = list(STAGES)
@@ -63,7 +75,7 @@ def prepare(settings: DataSettings) -> dict[str, Any]:
             manifest = _finished(settings, folder)  # perhaps by the process that held the lock
             if manifest is not None:
                 return manifest
-            corpus = begin(settings)
+            corpus = begin(settings, settings.workers or cores())
             try:
                 for stage in ORDER:
                     run_stage(settings, stage)
@@ -116,16 +128,21 @@ def _stage_of(key: str) -> str:
     return {"tokenizer": "tokenizer", "sequence_length": "scatter", "shard_bytes": "shards"}.get(key, ORDER[0])
 
 
-def begin(settings: DataSettings) -> Corpus:
-    """Look at corpus and folder, cut the corpus and keep the work that still fits. Raises UserError for what would be
-    refused after hours of work, and for another configuration's folder."""
+def begin(settings: DataSettings, workers: int | None = None) -> Corpus:
+    """Look at corpus and folder, cut the corpus and keep the work that still fits.
+
+    workers: tasks on this machine; None where they run elsewhere. Raises UserError for what would be refused after
+    hours of work, also for want of disk or memory, and for another configuration's folder.
+    """
     folder = Path(settings.folder)
     work = folder / "work"
     if not work.exists() and any(folder.iterdir()):
         raise UserError(f"{folder}: holds files but no prepared data; choose another folder or empty it")
     given = _check_tokenizer(settings)
     corpus = open_corpus(settings)
-    for line in corpus.remarks:
+    size = settings.tokenizer.vocab_size if given is None else vocab_size(given)
+    room = check_room(settings, corpus.parts, size or 0, workers)
+    for line in [*corpus.remarks, *([room] if room else [])]:
         say(line)
     work.mkdir(exist_ok=True)
     path = work / "state.json"
@@ -241,6 +258,8 @@ def finish(settings: DataSettings, corpus: Corpus) -> dict[str, Any]:
             "licence": corpus.licence,
             "seed": settings.seed,
             "documents": document_counts(settings),
+            "document_lengths": {split: total_lengths(encoded, split) for split in SPLITS},
+            "repeated_documents": most_repeated(stages["select"].finished()),
             "unigram_loss": unigram_loss(counts["train"].tolist(), counts["validation"].tolist()),
             "splits": splits,
             "tools": tool_versions(),
@@ -266,11 +285,40 @@ def summary(folder: Path, manifest: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def status(folder: Path) -> str:
+    """How far the preparation of a folder is, by its marks: a line for each stage, whoever works on it."""
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return f"{summary(folder, manifest)}\n  finished"
+    state = folder / "work" / "state.json"
+    if not state.exists():
+        raise UserError(f"{folder}: nothing is prepared here, and nothing is being prepared")
+    content = json.loads(state.read_text(encoding="utf-8"))["settings"]
+    parts = {"source": SourceSettings, "tokenizer": TokenizerSettings}
+    values = {key: parts[key].model_construct(**value) if key in parts else value for key, value in content.items()}
+    settings = DataSettings.model_construct(folder=str(folder), **values)
+    lines = []
+    for name in ORDER:
+        try:
+            lines.append(standing(STAGES[name](settings)).line())
+        except UserError:  # an earlier stage is not done
+            lines.append(f"{name}: waits for the stages before it")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Prepare training data: raw text -> shuffled webdataset shards.")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--config", metavar="FILE", help="YAML settings, for instance configs/data/sotu.yaml")
     action.add_argument("--verify", metavar="FOLDER", help="compare a prepared folder with its manifest, by sha256")
+    action.add_argument("--status", metavar="FOLDER", help="how far a preparation is: parts, throughput, time left")
+    action.add_argument(
+        "--inspect", metavar="FOLDER", nargs="+", help="what prepared folders hold, as tables and one HTML page"
+    )
+    parser.add_argument(
+        "--position", type=int, default=0, metavar="N", help="--inspect: first train block that is shown"
+    )
+    parser.add_argument("--page", metavar="FILE", help="--inspect: the HTML page (default: FOLDER.html)")
     parser.add_argument("--print-config", action="store_true", help="show the settings with their meaning and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     options = parser.parse_args(arguments)
@@ -278,6 +326,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.overrides or options.print_config:
             raise UserError("--verify takes a folder and nothing else")
         print(f"{summary(Path(options.verify), verify(Path(options.verify)))}\n  every shard has its sha256")
+        return 0
+    if options.status:
+        print(status(Path(options.status)))
+        return 0
+    if options.inspect:
+        from data_prep.inspection import inspect
+
+        folders = [Path(folder) for folder in options.inspect]
+        inspect(folders, options.position, Path(options.page or f"{folders[0]}.html"))
         return 0
     settings = load(DataSettings, options.config, options.overrides)
     if options.print_config:

@@ -11,6 +11,7 @@ later part needs are removed as soon as that is known.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from tokenizers import Tokenizer
 from data_prep import documents
 from data_prep.config import DataSettings
 from data_prep.documents import INDEX_ROW, SPAN, SPLITS, DocumentCounts, check_splits, check_undecodable, open_rows
-from data_prep.encode import Encoder, EncoderFiles, encode
+from data_prep.encode import Encoder, EncoderFiles, added, encode
 from data_prep.files import atomic, sha256_of, write_json
 from data_prep.inputs import safe, signature
 from data_prep.parts import Part, from_json, size_of
@@ -45,6 +46,7 @@ from data_prep.tokenizer import (
     unknown_id,
 )
 
+EXCERPT = 200  # bytes of a repeated document that the manifest keeps
 UNKNOWN_SHARE = 0.001  # of the tokens; more is told
 
 
@@ -178,10 +180,22 @@ class Select(Stage):
 
     def run(self, part: int) -> dict[str, Any]:
         targets = [self.at("read", number, ".bin") for number in range(len(self.before("read")))]
-        dropped, counts = documents.select(targets, part, len(self.sizes()))
+        dropped, counts, repeated = documents.select(targets, part, len(self.sizes()))
         with atomic(self.at("select", part, ".dropped")) as file:
             file.write(dropped.tobytes())
-        return {**counts, "dropped_duplicate": len(dropped)}
+        return {**counts, "dropped_duplicate": len(dropped), "repeated": self._excerpts(repeated)}
+
+    def _excerpts(self, repeated: np.ndarray) -> list[dict[str, Any]]:
+        """How often each of these documents ([n] of REPEATED) occurs, and how it begins."""
+        found = []
+        for row in repeated:
+            index = open_rows(self.at("read", row["part"], ".index"), INDEX_ROW)
+            offset, length = int(index["length"][: row["row"]].sum()), int(index["length"][row["row"]])
+            with self.at("read", row["part"], ".bin").open("rb") as texts:
+                texts.seek(offset)
+                start = texts.read(min(length, EXCERPT)).decode(errors="ignore")
+            found.append({"times": int(row["times"]), "text": start})
+        return found
 
 
 class _Documents(Stage):
@@ -436,6 +450,17 @@ def document_counts(settings: DataSettings) -> dict[str, int]:
         for mark in STAGES[name](settings).finished():
             counts.update({key: mark[key] for key in DocumentCounts.__dataclass_fields__ if key in mark})
     return {key: counts[key] for key in DocumentCounts.__dataclass_fields__}
+
+
+def total_lengths(encoded: list[dict[str, Any]], split: str) -> list[int]:
+    """How many documents of a split have 1, 2 to 3, 4 to 7, ... tokens."""
+    return functools.reduce(added, (np.array(mark[split]["lengths"], np.int64) for mark in encoded)).tolist()
+
+
+def most_repeated(selected: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The documents that occur most often in the corpus, which holds each of them once now."""
+    found = (item for mark in selected for item in mark["repeated"])
+    return sorted(found, key=lambda item: (-item["times"], item["text"]))[: documents.MOST_REPEATED]
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:

@@ -41,7 +41,7 @@ def spilled(texts_or_records, rules, folder, parts=1, ranges=1):
         counts.update(asdict(spill(given[slice(*cut(given, number, parts))], rules, target)))
     dropped = [folder / f"{number}.dropped" for number in range(ranges)]
     for number, path in enumerate(dropped):
-        rows, found = select(targets, number, ranges)
+        rows, found, _ = select(targets, number, ranges)
         path.write_bytes(rows.tobytes())
         counts.update(found, dropped_duplicate=len(rows))
     texts = {"train": [], "validation": []}

@@ -51,7 +51,9 @@ def test_each_document_is_followed_by_the_only_end_of_text_there_is(spilled):
     documents = np.split(tokens, ends + 1)
     assert len(documents.pop()) == 0
     assert [tokenizer.decode(document[:-1].tolist()) for document in documents] == TEXTS
-    assert result == {"tokens": len(tokens), "unknown": 0}
+    assert (result["tokens"], result["unknown"]) == (len(tokens), 0)
+    lengths = [len(document).bit_length() - 1 for document in documents]
+    assert result["lengths"] == np.bincount(lengths).tolist()
 
 
 def test_two_threads_write_what_one_writes(spilled):

@@ -22,7 +22,7 @@ from tests.helpers.corpus import prepare_tiny, tiny_settings
 KEYS = {
     *("version", "sequence_length", "token_dtype", "vocab_size", "eos_token_id", "tokenizer_fingerprint", "source"),
     *("inputs", "corpus", "licence", "seed", "documents", "unigram_loss", "splits", "fingerprint", "tools"),
-    *("samples_per_member", "unknown_tokens"),
+    *("samples_per_member", "unknown_tokens", "document_lengths", "repeated_documents"),
 }
 
 

@@ -78,9 +78,9 @@ def test_a_preparation_killed_ten_times_ends_with_the_same_bytes(tmp_path, sized
             while len(marks(target)) < more and process.poll() is None:
                 time.sleep(0.005)
             time.sleep(drawn.uniform(0, 0.1))
-            tasks = psutil.Process(process.pid).children() if kill == "task" and process.poll() is None else []
             assert process.poll() is None, "ended before it was killed"
-            if tasks:
+            tasks = [task for task in psutil.Process(process.pid).children() if "spawn_main" in str(task.cmdline())]
+            if tasks and kill == "task":
                 drawn.choice(tasks).kill()
             else:
                 process.send_signal(signal.SIGINT if kill == "interrupt" else signal.SIGKILL)
@@ -89,7 +89,7 @@ def test_a_preparation_killed_ten_times_ends_with_the_same_bytes(tmp_path, sized
         if kill == "interrupt":
             assert (process.returncode, "run the same command again" in stderr) == (130, True), stderr
         elif kill == "task":
-            assert process.returncode in (2, -9, 0), stderr
+            assert process.returncode in (2, -signal.SIGKILL), stderr
         elif kill is None:
             assert process.returncode == 0, stderr
     assert bytes_of(target) == bytes_of(whole)
@@ -120,14 +120,14 @@ def _session(leader: int) -> list[int]:
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     texts = list(synthetic_documents(2000, seed=0))
     sizes, peaks = [], []
-    for documents in (50_000, 90_000):  # 39 and 70 MB; each text is made distinct
+    for documents in (12_000, 40_000):  # 9 and 31 MB; each text is made distinct
         corpus = tmp_path / f"{documents}.jsonl"
         with corpus.open("w") as file:
             file.writelines(f'{{"text": "{number}: {texts[number % len(texts)]}"}}\n' for number in range(documents))
         sizes.append(corpus.stat().st_size)
         peaks.append(_peak_memory(corpus, tmp_path / f"prepared-{documents}"))
-    # What may grow is a byte a document and the allocator's slack. The mapped files do not count.
-    assert sizes[1] - sizes[0] > 30e6
+    # What may grow is the allocator's slack. The mapped files do not count.
+    assert sizes[1] - sizes[0] > 20e6
     assert peaks[1] - peaks[0] < (sizes[1] - sizes[0]) / 3, (sizes, peaks)
 
 
@@ -152,7 +152,7 @@ def _peak_memory(corpus: Path, folder: Path) -> int:
     arguments = [f"folder={folder}", "source.kind=jsonl", f"source.paths=[{corpus}]", "corpus=x", "sequence_length=256"]
     arguments.append("shard_bytes=4000000")
     config = corpus.parent / "config.yaml"
-    config.write_text("tokenizer: {vocab_size: 600, train_bytes: 2000000}\n")
+    config.write_text("tokenizer: {vocab_size: 600, train_bytes: 500000}\npart_bytes: 1000000\n")
     result = subprocess.run(
         [sys.executable, "-c", script, "--config", str(config), *arguments, "workers=1"],
         capture_output=True,
