@@ -18,6 +18,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -179,7 +180,7 @@ def check_undecodable(skipped: int, settings: DataSettings, where: str) -> None:
         )
 
 
-def open_rows(path: Path, kind: np.dtype) -> np.ndarray:
+def open_rows(path: Path, kind: np.dtype[Any]) -> np.ndarray:
     """A file of rows as a map, which an empty file cannot be."""
     return np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind)
 
@@ -196,7 +197,7 @@ def select(targets: Sequence[Path], number: int, ranges: int) -> tuple[np.ndarra
     for part, target in enumerate(targets):
         index, order = (
             open_rows(target.with_suffix(".index"), INDEX_ROW),
-            open_rows(target.with_suffix(".order"), "<i8"),
+            open_rows(target.with_suffix(".order"), np.dtype("<i8")),
         )
         first, last = (
             bisect.bisect_left(range(len(order)), bound, key=lambda n: int(index["digest"][order[n], 1]))

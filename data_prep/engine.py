@@ -7,15 +7,17 @@ One process needs no engine.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any
+
+import psutil
 
 from data_prep.config import DataSettings
 from data_prep.progress import say, watching
@@ -23,6 +25,7 @@ from data_prep.settings import UserError
 from data_prep.stages import STAGES, Stage, cores
 
 SMALL = 4 << 20  # bytes, documents or tokens that are done sooner than processes start
+GRACE = 20.0  # seconds in which tasks that have ended are told
 TASKS_PER_WORKER = 8  # short tasks, so that workers end at about the same time
 
 
@@ -82,8 +85,7 @@ def run_stage(settings: DataSettings, name: str) -> None:
         elif settings.executor == "ray":
             _ray(settings, stage, len(missing)).run()
         else:
-            with _forks_leave_with_us():
-                _watched(_local(settings, stage, len(missing), workers), settings)
+            _local(stage, workers)
     for part in range(len(stage.sizes())):  # what an interruption came before
         stage.free(part)
     stage.finished()
@@ -93,52 +95,92 @@ def _tasks(missing: int, workers: int) -> int:
     return min(missing, workers * TASKS_PER_WORKER)
 
 
-def _local(settings: DataSettings, stage: Stage, missing: int, workers: int) -> Any:
+def _local(stage: Stage, workers: int) -> None:
+    """Do what a stage lacks in processes of this machine, which a process of its own leads.
+
+    datatrove's pool would wait for ever for a process that was killed, and cannot be taken down then: the leader can.
+    """
     try:
-        from datatrove.executor.local import LocalPipelineExecutor
+        import datatrove.executor.local  # noqa: F401
+        import multiprocess
     except ImportError:
         raise no_engine() from None
+    # Not forked: a forked child of a process whose tokenizer has run threads may hang.
+    context = multiprocess.get_context("spawn")
+    told, tell = context.Pipe(duplex=False)
+    leader = context.Process(target=_lead, args=(stage.settings, stage.name, workers, tell))
+    leader.start()
+    tell.close()
+    seen: set[int] = set()
+    try:
+        while not told.poll(0.5) and leader.is_alive():
+            living = {task.pid for task in _below(leader.pid)}
+            if seen - living and not told.poll(GRACE) and leader.is_alive() and stage.missing():
+                break
+            seen |= living
+        error = (
+            told.recv()
+            if told.poll()
+            else UserError(
+                f"{stage.folder}: a task died, most likely for want of memory; work done is kept: run the same command "
+                "again with a smaller workers= or max_document_bytes="
+            )
+        )
+        if error is not None:
+            raise error
+        leader.join(GRACE)
+    except EOFError:
+        raise UserError(
+            f"{stage.folder}: the tasks were ended; work done is kept: run the same command again"
+        ) from None
+    finally:
+        tasks = _below(leader.pid)
+        leader.kill()
+        for task in tasks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                task.kill()
+        leader.join()
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    """Living descendants of a process."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
+    """In the leading process: run datatrove's executor and tell None or the error."""
+    import multiprocess
+    from datatrove.executor.local import LocalPipelineExecutor
+
     _quiet()
-    return LocalPipelineExecutor(
-        [Step(settings, stage.name)],
+    _leave_with_parent()
+    if sys.platform == "linux":  # datatrove keeps its counters in one more process, which would outlive this one
+        os.register_at_fork(after_in_child=_end_with_parent)
+        multiprocess.set_start_method("fork", force=True)
+    stage = STAGES[name](settings)
+    missing = len(stage.missing())
+    executor = LocalPipelineExecutor(
+        [Step(settings, name)],
         tasks=_tasks(missing, workers),
         workers=min(workers, missing),
-        logging_dir=str(stage.work / "logs" / stage.name),
+        logging_dir=str(stage.work / "logs" / name),
         skip_completed=False,
-        # A forked child of a process whose tokenizer has run threads may hang.
         start_method="spawn",
     )
-
-
-def _watched(executor: Any, settings: DataSettings) -> None:
-    """Run a local executor. Its pool waits for ever for what a killed process was doing; raise UserError instead."""
-    import multiprocess
-
-    outcome: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            executor.run()
-            outcome.set_result(None)
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    tasks: dict[int, Any] = {}
     try:
-        while not wait([outcome], 0.2).done:
-            tasks |= {task.pid: task for task in multiprocess.active_children()}
-            if any(task.exitcode for task in tasks.values()) and not wait([outcome], 5).done:
-                raise UserError(
-                    f"{settings.folder}: a task died, most likely for want of memory; work done is kept: run the same "
-                    "command again with a smaller workers= or max_document_bytes="
-                )
-        outcome.result()
-    finally:
-        if not outcome.done():
-            for task in multiprocess.active_children():
-                task.kill()
-                task.join()
+        executor.run()
+    except Exception as error:
+        tell.send(error)
+    else:
+        tell.send(None)
+
+
+def _end_with_parent() -> None:
+    """In a forked process: do not outlive a parent that is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _ray(settings: DataSettings, stage: Stage, missing: int) -> Any:
@@ -187,25 +229,3 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-_forks_leave = False
-
-
-def _in_fork() -> None:
-    if _forks_leave and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-os.register_at_fork(after_in_child=_in_fork)
-
-
-@contextmanager
-def _forks_leave_with_us() -> Iterator[None]:
-    """datatrove keeps its counters in a forked process, which would outlive this one if it were killed."""
-    global _forks_leave
-    _forks_leave = True
-    try:
-        yield
-    finally:
-        _forks_leave = False

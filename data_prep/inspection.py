@@ -126,7 +126,7 @@ def inspect(folders: list[Path], position: int, page: Path) -> None:
                 most.add_row(f"{item['times']:,}", " ".join(item["text"].split())[:EXCERPT])
             console.print(most)
         for number, texts in source.texts:
-            console.rule(f"{source.folder}, train block {number}", align="left")
+            console.print(f"\n── {source.folder}, train block {number}", soft_wrap=True)
             console.print("\n⏎ end of document\n".join(texts), soft_wrap=True)
     with atomic(page) as file:
         file.write(_page(sources).encode(errors="replace"))

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -53,8 +53,8 @@ UNKNOWN_SHARE = 0.001  # of the tokens; more is told
 class Stage:
     """A stage of one preparation. What it needs to know it reads from the folder, on any machine."""
 
-    name: ClassVar[str]
-    unit: ClassVar[str]  # what `sizes` counts
+    name: str
+    unit: str  # what `sizes` counts
 
     def __init__(self, settings: DataSettings, threads: int = 1) -> None:
         self.settings = settings
@@ -429,7 +429,7 @@ class Shards(_Blocks):
         """What the manifest says of each split, and how often each id is a target in it."""
         marks = self.finished()
         found: dict[str, dict[str, Any]] = {split: {"samples": 0, "tokens": 0, "shards": []} for split in SPLITS}
-        counts = {}
+        counts: dict[str, np.ndarray] = {}
         for part, mark in enumerate(marks):
             split, counted = mark["split"], np.load(self.at("shards", part, ".counts.npy"))
             counts[split] = counts[split] + counted if split in counts else counted
