@@ -40,7 +40,7 @@ from data_prep.inputs import names_of
 from data_prep.manifest import read_manifest, tool_versions, unigram_loss, verify, write_manifest
 from data_prep.parts import to_json
 from data_prep.progress import say, standing
-from data_prep.settings import UserError, describe, load, run_command
+from data_prep.settings import Settings, UserError, describe, load, run_command
 from data_prep.shards import samples_per_member, samples_per_shard
 from data_prep.sources import Corpus, open_corpus
 from data_prep.stages import (
@@ -294,7 +294,7 @@ def status(folder: Path) -> str:
     if not state.exists():
         raise UserError(f"{folder}: nothing is prepared here, and nothing is being prepared")
     content = json.loads(state.read_text(encoding="utf-8"))["settings"]
-    parts = {"source": SourceSettings, "tokenizer": TokenizerSettings}
+    parts: dict[str, type[Settings]] = {"source": SourceSettings, "tokenizer": TokenizerSettings}
     values = {key: parts[key].model_construct(**value) if key in parts else value for key, value in content.items()}
     settings = DataSettings.model_construct(folder=str(folder), **values)
     lines = []
