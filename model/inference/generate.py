@@ -72,7 +72,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=_drafts,
         metavar="EXIT[:TOKENS]",
         help="draft so many tokens (default 4) behind this exit, or this recursion of a model without routing, and "
-        "check them at full depth: greedy decoding, token for token, one prompt after another; tells acceptance and FLOPs",
+        "check them at full depth: greedy decoding, token for token, one prompt after another; tells acceptance and "
+        "FLOPs",
     )
     add_engine_arguments(parser)
     return parser

@@ -27,8 +27,8 @@ from model.modeling import MoRForCausalLM
 
 @dataclass
 class Speculated:
-    """What was decoded, and at which cost. flops: of everything after the prompt, by the `exact` convention; plain: what
-    decoding the same tokens one by one at full depth takes."""
+    """What was decoded, and at which cost. flops: of everything after the prompt, by the `exact` convention; plain:
+    what decoding the same tokens one by one at full depth takes."""
 
     tokens: list[int] = field(default_factory=list)
     finished: str = ""
@@ -84,8 +84,8 @@ class Speculator:
 
     @torch.inference_mode()
     def __call__(self, prompt: Sequence[int], max_tokens: int, stop: Sequence[int] = ()) -> Speculated:
-        """Continue a prompt. stop: tokens that end the text, and are left out. Raises ValueError for a prompt that leaves
-        no room in the context."""
+        """Continue a prompt. stop: tokens that end the text, and are left out. Raises ValueError for a prompt that
+        leaves no room in the context."""
         context = self.model.config.max_position_embeddings
         if not prompt or len(prompt) >= context:
             raise ValueError(f"prompt: {len(prompt)} tokens leave no room in a context of {context}")

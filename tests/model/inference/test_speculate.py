@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from model.flops import measured_flops
+from model.inference.generate import main
 from model.inference.speculate import Speculator
-from tests.helpers.tiny import VOCABULARY, tiny_model
+from tests.helpers.tiny import VOCABULARY, save_tiny, tiny_model
 
 DRAFTING = [
     *(("exit", exit) for exit in (1, 2, 3)),
@@ -75,3 +76,18 @@ def test_its_flops_are_those_that_torch_counts(variant, exit):
 def test_what_cannot_draft_is_refused(variant, exit, draft, fault):
     with pytest.raises(ValueError, match=f"speculate.*{fault}"):
         Speculator(tiny_model(variant), exit, draft)
+
+
+def test_the_command_tells_acceptance_and_flops(tmp_path, capsys):
+    folder = str(save_tiny(tmp_path, "recursive"))
+    arguments = ["--checkpoint", folder, "--prompt", "a small town", "--max-tokens", "9"]
+    main(arguments)
+    plain = capsys.readouterr().out
+    main([*arguments, "--speculate", "1:3"])
+    shown = capsys.readouterr()
+    assert shown.out == plain
+    assert "accepted" in shown.err and "of decoding at full depth" in shown.err
+    for wrong, fault in ((["--temperature", "0.5"], "--temperature"), (["--depth", "cap:1"], "--depth")):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--speculate", "1", *wrong])
+        assert fault in capsys.readouterr().err
