@@ -283,9 +283,9 @@ def speculate_all(
     refused = [
         (not rows, "--prompt", "none given; --speculate answers prompts, and holds no conversation"),
         (
-            options.temperature != 0,
+            options.temperature != 0 or any(row.get("temperature") for row in rows),
             "--temperature",
-            f"{options.temperature} draws tokens; --speculate is greedy, give 0",
+            "above 0 draws tokens; --speculate is greedy, give 0",
         ),
         (options.depth != "adaptive", "--depth", f"{options.depth} is no full depth, which --speculate checks at"),
         (bool(options.stop), "--stop", "ends a text in the middle of a draft; leave it out"),

