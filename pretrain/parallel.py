@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -37,6 +38,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from data_prep.settings import UserError
+from pretrain.deepspeed_files import safe_loading
 from pretrain.parallel_settings import ParallelSettings, check_precision, resolve_strategy
 from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.timing import StepClock
@@ -587,8 +589,12 @@ class _DeepSpeed(Parallel):
         save_file(buffers, folder / BUFFERS)
 
     def load_native(self, folder: Path) -> None:
-        """Read what `save_native` wrote under the same strategy on as many ranks."""
-        self.engine.load_checkpoint(str(folder), tag=NATIVE_TAG)
+        """Read what `save_native` wrote under the same strategy on as many ranks. UserError where it could run code."""
+        try:
+            with safe_loading():
+                self.engine.load_checkpoint(str(folder), tag=NATIVE_TAG)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{folder}: not read, for it holds more than tensors: {str(error)[:300]}") from None
 
     def allocate_optimizer_state(self, shapes: Mapping[tuple[str, str], torch.Size]) -> None:
         zero: Any = self.optimizer
@@ -650,12 +656,14 @@ _STRATEGIES: dict[str, type[Parallel]] = {
 def read_deepspeed(folder: Path) -> dict[str, Tensor]:
     """All tensors of a DeepSpeed checkpoint, whole, in fp32, under the names of `pretrain.checkpoint`.
 
-    DeepSpeed's own converter to its universal format does the work, in a process of its own.
+    DeepSpeed's own converter to its universal format does the work, in a process of its own. Raises UserError where it
+    fails, as it does for a file that holds more than tensors.
     """
     tensors = load_file(folder / BUFFERS)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        script = str(Path(__file__).with_name("deepspeed_files.py"))
+        tool = [sys.executable, script, "--inject_missing_state"]
         workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
         folders = ["--input_folder", str(folder / NATIVE_TAG), "--output_folder", f"{scratch}/universal"]
         done = subprocess.run([*tool, *workers, *folders], capture_output=True, text=True)

@@ -119,7 +119,9 @@ def test_a_share_of_warm_up_stays_the_steps_that_the_run_was_begun_with(tmp_path
     assert training(tmp_path / "run") == training(tmp_path / "long")
 
 
-def test_a_new_budget_for_an_old_trunk_adds_a_branch(tmp_path: Path, data: Path) -> None:
+def test_a_new_budget_for_an_old_trunk_adds_a_branch(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def several(*budgets: int) -> ExperimentSettings:
         return run_of(tmp_path / "trunk", data, 0, budget={"steps": None, "flops": list(budgets)})
 
@@ -131,8 +133,22 @@ def test_a_new_budget_for_an_old_trunk_adds_a_branch(tmp_path: Path, data: Path)
     assert [read_lines(folder) for folder in folders[:2]] == before
     train(run_of(tmp_path / "alone", data, 0, budget={"steps": None, "flops": 250_000_000}))
     assert figures(read_lines(folders[2])) == figures(read_lines(tmp_path / "alone"))
-    with pytest.raises(UserError, match=r"new budgets must be larger.*start_from="):
-        trainer_for(several(100_000_000, 120_000_000, 150_000_000, 250_000_000)).run()
+    with pytest.raises(UserError, match=r"budgets of its branches stay in the list; 1e\+08 are missing"):
+        trainer_for(several(150_000_000, 250_000_000, 300_000_000)).run()
+    # one that the trunk has passed: from what the branch before it left
+    before = {folder: read_lines(folder) for folder in [tmp_path / "trunk", *folders]}
+    all_four = several(100_000_000, 150_000_000, 200_000_000, 250_000_000)
+    with monkeypatch.context() as patch:  # and the same command after it was cut short
+        patch.setattr(extend.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            extend.grow(all_four)
+    train(all_four)
+    assert {folder: read_lines(folder) for folder in before} == before
+    train(run_of(tmp_path / "passed", data, 0, budget={"steps": None, "flops": 200_000_000}))
+    assert figures(read_lines(tmp_path / "trunk/branches/2e08")) == figures(read_lines(tmp_path / "passed"))
+    assert same_tensors(tmp_path / "trunk/branches/2e08", tmp_path / "passed")
+    with pytest.raises(UserError, match=r"branch of 9e\+07 FLOPs leaves .* no checkpoint before that.*milestone_every"):
+        trainer_for(several(90_000_000, *all_four.budget.totals)).run()
 
 
 @pytest.mark.parametrize(
