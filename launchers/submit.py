@@ -383,7 +383,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cpu.add_argument("--cpu-mem", metavar="SIZE", help="memory of each; default: 16G, or all of a smaller node")
     cpu.add_argument("--cpu-sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch, for these jobs")
     parser.add_argument(
-        "--restart", action="store_true", help="of --config: begin the run anew; what is there is kept in RUN_DIR/before/"
+        "--restart",
+        action="store_true",
+        help="of --config: begin the run anew; its old one is kept in RUN_DIR/before/",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
     parser.add_argument("--print-run", type=int, metavar="N", help="print the arguments of --compare's run N, and stop")

@@ -1,4 +1,4 @@
-"""Reading DeepSpeed's checkpoints as data: its loader and its converter unpickle, which could run code of whoever wrote.
+"""Reading DeepSpeed's checkpoints as data: its loader and its converter unpickle, which could run code of who wrote.
 
 Both read through torch.load, which is made to build tensors and the three plain classes that DeepSpeed writes, and
 nothing else. Run by path, with the arguments of `deepspeed.checkpoint.ds_to_universal`, it is that converter.

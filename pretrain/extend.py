@@ -3,7 +3,7 @@
 A run on a plateau does not depend on its budget, so what was trained up to the beginning of the cool-down stands for
 the larger budget too. The checkpoint made there is kept for good; the run goes back to it, and what came after it, the
 cool-down with its metrics and its final model, becomes a branch in `branches/`: no figure is lost. A trunk of several
-budgets grows by a branch for each new one; one whose place the trunk has passed begins at the last checkpoint before it.
+budgets grows by a branch for each new one; one whose place the trunk has passed begins at a checkpoint before it.
 
 The result is, bit for bit, that of a run which had the larger budget from its beginning and the same warm-up in steps
 (the old run's is kept), on the same ranks; the points of validation before the cool-down are the old budget's. A
@@ -119,9 +119,7 @@ def _extend_trunk(settings: ExperimentSettings, growth: Growth) -> str:
     trunk = committed(folder / "checkpoints")
     stands = _spent(trunk[-1][1], growth) if trunk else 0
     passed = [
-        budget
-        for budget in growth.now
-        if budget not in growth.before and not _before_cooling(settings, stands, budget)
+        budget for budget in growth.now if budget not in growth.before and not _before_cooling(settings, stands, budget)
     ]
     bases = [(budget, _base(settings, trunk, budget, growth)) for budget in passed]  # refused before anything is made
     for budget, (step, path) in bases:
@@ -150,7 +148,7 @@ def _spent(checkpoint: Path, growth: Growth) -> int:
 def _base(
     settings: ExperimentSettings, trunk: Sequence[tuple[int, Path]], budget: int, growth: Growth
 ) -> tuple[int, Path]:
-    """(step, folder) of the last checkpoint before the cool-down of `budget`: the trunk's, or one that a branch left."""
+    """(step, folder) of the last checkpoint before the cool-down of `budget`: the trunk's, or a branch's."""
     folder, plateau = settings.run_dir, list(trunk)
     for root in sorted((folder / "branches").glob("*/checkpoints")):
         for step, path in committed(root):
@@ -161,8 +159,8 @@ def _base(
         there = ", ".join(str(step) for step, _ in sorted(plateau)) or "none"
         place = (1 - settings.schedule.decay_share) * budget
         raise UserError(
-            f"{folder}: the branch of {budget:.6g} FLOPs leaves the trunk at {place:.6g}, and no checkpoint before that "
-            f"is left (steps of the plateau that are: {there}; checkpoint.milestone_every keeps more). Give another "
+            f"{folder}: the branch of {budget:.6g} FLOPs leaves the trunk at {place:.6g}, and no checkpoint before "
+            f"that is left (steps of the plateau that are: {there}; checkpoint.milestone_every keeps more). Give another "
             f"budget, or train it by itself in a new run_dir; from the run as it is, with a schedule of its own: "
             f"start_from={folder} start_from.take=optimizer run_dir=NEW"
         )

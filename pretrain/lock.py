@@ -9,8 +9,8 @@ O_EXCL). A thread touches it every `BEAT_SECONDS`. Whoever finds it taken judges
     the same Slurm job
     elsewhere                dead once it has not been touched for `STALE_SECONDS`, by the file system's own clock
 
-A branch is covered by its trunk's lock (`owner_of`). A dead owner's lock is moved away and the directory taken over. An owner whose lock was taken finds that out at its next
-beat (`failure`) and has to stop.
+A dead owner's lock is moved away and the directory taken over. An owner whose lock was taken finds that out at its next
+beat (`failure`) and has to stop. A branch is covered by its trunk's lock (`owner_of`).
 """
 
 from __future__ import annotations

@@ -168,7 +168,7 @@ def _belongs(line: bytes, last_step: int) -> bool:
 
 
 def good_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(text, content) of every line before the first that is torn, as by a kill, or being written; none without a file."""
+    """(text, content) of every line before the first that is torn by a kill, or being written; none without a file."""
     found = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
         if not _belongs(text.encode(), sys.maxsize):

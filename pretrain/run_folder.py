@@ -161,7 +161,7 @@ def describe_run(
 
 
 def _known_parent(folder: Path, before: dict[str, Any]) -> dict[str, Any] | None:
-    """What is known of the run's parent: by its run.json, for a branch by its trunk's; None where it is to be looked up.
+    """What is known of the run's parent: by its run.json, of a branch by its trunk's; None where it must be looked up.
 
     That is also so where the checkpoint that was to be taken is gone before it was.
     """

@@ -321,7 +321,7 @@ def test_only_the_budget_of_a_comparison_may_grow(grid):
         assert planned(before).finished() and not planned(after).finished()
         with pytest.raises(UserError, match=r"differ: .*batch\.size"):
             planned(after, overrides={"batch": {"size": 4}})
-        with pytest.raises(UserError, match="smaller than|stay in the list"):
+        with pytest.raises(UserError, match=r"smaller than|stay in the list"):
             planned(1e9 if isinstance(before, float) else [1e10, 3e10])
 
 

@@ -265,7 +265,12 @@ def test_model_that_does_not_fit_is_refused_with_the_numbers(
 
     (command,) = dry_run(capsys, *big[:-1], "parallel=configs/parallel/fsdp2.yaml", "recompute=block")
     assert "recompute=block" in command
-    offloading = ["parallel.strategy=fsdp2", "parallel.offload_parameters=true", "recompute=block", "batch.micro_size=1"]
+    offloading = [
+        "parallel.strategy=fsdp2",
+        "parallel.offload_parameters=true",
+        "recompute=block",
+        "batch.micro_size=1",
+    ]
     (command,) = dry_run(capsys, *big[:-1], *offloading, "--gpu-memory=40")
     (memory,) = [word for word in command if word.startswith("--mem=")]
     assert int(memory[6:-1]) > 4 * 4 * 6.9 / 2 + 8 * 6, "of each node, half of what the states take"
