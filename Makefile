@@ -14,7 +14,7 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name it with PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,evaluate,gguf,test,lint]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[prepare,serve,evaluate,gguf,test,lint]'
 	touch $@
 
 compare: setup

@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass
 
 from data_prep.settings import UserError, run_command
 from launchers import status
-from launchers.compare import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare, shown_apart
+from launchers.grid import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare, shown_apart
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
 from pretrain.data import accumulation_steps

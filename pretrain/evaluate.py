@@ -39,6 +39,7 @@ from pretrain.data import Manifest
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
+from pretrain.perplexity import measure
 from pretrain.precision import for_evaluation
 from pretrain.run_folder import versions
 from pretrain.validation import Validation
@@ -385,15 +386,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tasks = parser.add_mutually_exclusive_group()
     tasks.add_argument("--tasks", help="tasks of lm-evaluation-harness, separated by commas")
     tasks.add_argument("--preset", help="tasks and shots of configs/evaluation/NAME.yaml, or of a YAML file")
+    tasks.add_argument(
+        "--perplexity", type=Path, metavar="FILE", help="of a text, or of each `text` of a .jsonl; nothing else is run"
+    )
+    add("--stride", type=_positive, metavar="N", help="with --perplexity: tokens scored by a window (half the context)")
     add("--task-folder", type=Path, metavar="DIR", help="task files of one's own, beside the harness's")
     add("--data", type=Path, metavar="DIR", help="prepared folder to validate on (default: the run's)")
     add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr too")
-    add("--limit", type=_positive, metavar="N", help="only the first N questions of a task and N validation sequences")
+    add(
+        "--limit", type=_positive, metavar="N", help="only the first N questions of a task, validation sequences, texts"
+    )
     add("--batch-size", type=_positive, default=8, metavar="N", help="sequences in a forward pass (%(default)s)")
     precisions = ["auto", "bf16", "fp32"]
     add("--precision", choices=precisions, help="of the forward pass (default auto: the run's where it is fast here)")
     add("--output", type=Path, metavar="FILE", help="where the results go (default: evaluation.json in the run)")
-    evaluate(parser.parse_args(arguments))
+    given = parser.parse_args(arguments)
+    if given.stride and not given.perplexity:
+        parser.error("--stride: only with --perplexity")
+    if given.perplexity and (given.data or given.task_folder):
+        parser.error("--perplexity: has no use for --data and --task-folder; leave them out")
+    (measure if given.perplexity else evaluate)(given)
     return 0
 
 

@@ -161,7 +161,7 @@ def _base(
         raise UserError(
             f"{folder}: the branch of {budget:.6g} FLOPs leaves the trunk at {place:.6g}, and no checkpoint before "
             f"that is left (steps of the plateau that are: {there}; checkpoint.milestone_every keeps more). Give "
-            f"another budget, or train it by itself in a new run_dir; from the run as it is, with a schedule of its own: "
+            f"another budget, or train it by itself in a new run_dir; or, from the run as it is, with a new schedule: "
             f"start_from={folder} start_from.take=optimizer run_dir=NEW"
         )
     return max(found, key=lambda item: item[0])

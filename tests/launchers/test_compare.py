@@ -20,6 +20,7 @@ from rich.console import Console
 
 from data_prep.settings import UserError
 from launchers import compare
+from launchers import grid as planning
 from pretrain.lock import RunLock
 from tests.helpers.runs import make_run
 
@@ -152,7 +153,7 @@ def test_plan_gives_every_run_its_own_directory_and_arguments(grid):
 
 def test_plan_matches_flops_within_half_a_step(grid):
     settings, _ = grid
-    rows = [row for planned in compare.plan_runs(settings)[:3] for _, row in compare.plans_of(planned)]
+    rows = [row for planned in compare.plan_runs(settings)[:3] for _, row in planning.plans_of(planned)]
     assert len(rows) == 3
     for row in rows:
         assert abs(row.flops - 2e10) <= row.flops / row.steps / 2
@@ -161,7 +162,7 @@ def test_plan_matches_flops_within_half_a_step(grid):
 
 def test_a_budget_below_one_step_is_refused_before_anything_runs(grid):
     settings, _ = grid
-    small = settings.model_copy(update={"budgets": [compare.BudgetEntry(flops=1000)]})
+    small = settings.model_copy(update={"budgets": [planning.BudgetEntry(flops=1000)]})
     with pytest.raises(UserError, match=r"vanilla-seed0: budget 1000 is below one step"):
         compare.plan_table(compare.plan_runs(small))
 
@@ -275,7 +276,7 @@ def test_a_directory_of_another_configuration_is_refused_by_key(grid):
 
 def test_several_budgets_train_one_trunk_with_branches(grid):
     settings, _ = grid
-    entry = compare.BudgetEntry(flops=[1e10, 2e10])
+    entry = planning.BudgetEntry(flops=[1e10, 2e10])
     (planned, *_) = compare.plan_runs(settings.model_copy(update={"budgets": [entry]}))
     assert planned.budgets == [10**10, 2 * 10**10] and planned.share() == 0
     make_run(planned.folder, finished=False, budget=1.6e10)  # the trunk, up to the last branch
@@ -305,7 +306,7 @@ def test_only_the_budget_of_a_comparison_may_grow(grid):
     settings, _ = grid
 
     def planned(flops, **changes):
-        budgets = [compare.BudgetEntry(flops=flops)]
+        budgets = [planning.BudgetEntry(flops=flops)]
         return compare.plan_runs(settings.model_copy(update={"budgets": budgets, **changes}))[0]
 
     for before, after in ((2e10, 3e10), ([1e10, 2e10], [1e10, 15e9, 2e10])):
@@ -329,7 +330,7 @@ def test_conventions_share_what_they_have_in_common():
     exact = compare.plan_runs(compare.read_compare(Path("configs/compare/cpu_seeds.yaml"), []))
     both = compare.plan_runs(compare.read_compare(Path("configs/compare/honest_count.yaml"), []))
     assert {r.folder for r in exact} < {r.folder for r in both} and len(both) == 24
-    table = {(r.settings.name, r.settings.budget.convention): compare.plans_of(r)[0][1].steps for r in both}
+    table = {(r.settings.name, r.settings.budget.convention): planning.plans_of(r)[0][1].steps for r in both}
     assert table["vanilla", "exact"] == table["vanilla", "paper"] == table["recursive_nr3", "paper"]
     assert table["mor_expert_nr3", "paper"] > 1.05 * table["mor_expert_nr3", "exact"]
 
@@ -345,7 +346,7 @@ def test_every_ready_made_comparison_can_be_planned(path, tmp_path):
 
 def test_table3_is_planned_to_the_authors_steps(tmp_path):
     runs = compare.plan_runs(compare.read_compare(Path("configs/compare/table3.yaml"), [f"output={tmp_path}"]))
-    steps = {planned.settings.name: compare.plans_of(planned)[0][1].steps for planned in runs}
+    steps = {planned.settings.name: planning.plans_of(planned)[0][1].steps for planned in runs}
     authors = {"vanilla": 9438, "recursive_nr4": 8883, "mor_expert_nr2": 12619, "mor_expert_nr3_shared_kv": 14672}
     for name, count in authors.items():
         assert abs(steps[name] - count) <= 1, name

@@ -13,7 +13,7 @@ import torch
 
 from data_prep.settings import UserError
 from launchers import status, submit
-from launchers.compare import plan_runs, read_compare
+from launchers.grid import plan_runs, read_compare
 from launchers.submit import REPOSITORY, main
 from model import hardware
 from tests.helpers.runs import make_run
