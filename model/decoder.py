@@ -254,7 +254,9 @@ class Run:
 
     mode: how gates decide, one of the method's `modes`. step: optimizer steps done. load: [G] of the global batch.
     routing_only: no layer behind a gate runs. max_recursions: no token executes more; None: as many as there are.
-    losses: unweighted scalars by name. exits: (states, weight) that are to be read out for the loss.
+    prompt: [B, 1] positions of each text that were given, of which some methods decide nothing. keep_exits: have states
+    at every exit in `exits`. losses: unweighted scalars by name. exits: states [B, T, D] that are to be read out for
+    the loss, and the weights of their losses.
     """
 
     model: MoRModel
@@ -264,7 +266,9 @@ class Run:
     load: Tensor | None = None
     routing_only: bool = False
     max_recursions: int | None = None
-    readout_with: Callable[[Tensor], Tensor] | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+    prompt: Tensor | None = None
+    keep_exits: bool = False
     hidden_states: list[Tensor] | None = None
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     exits: list[tuple[Tensor, float]] = field(default_factory=list)
@@ -313,9 +317,9 @@ class Run:
         """Add to an auxiliary loss."""
         self.losses.setdefault(name, []).append(value)
 
-    def exit(self, x: Tensor, weight: float) -> None:
-        """Have states x [B, T, D] read out for the loss."""
-        self.exits.append((x, weight))
+    def exit(self, weight: float) -> None:
+        """Have everyone's states before this gate read out for the loss, which counts so much of the whole."""
+        self.exits.append((self.hidden, weight))
 
     def executed(self, depth: Tensor) -> None:
         """[B, T] steps that tokens made use of, where these are not the gates that they passed."""
@@ -333,9 +337,14 @@ class Run:
 
     def readout(self, x: Tensor) -> Tensor:
         """Norm and head: [..., D] -> logits [..., V]."""
-        assert self.readout_with is not None
+        if self.head is None:
+            raise ValueError("routing_mode: 'causal' asks the head how sure it is; call MoRForCausalLM, or use 'full'")
         self.heads += x[..., 0].numel()
-        return self.readout_with(x)
+        return self.head(self.norm(x))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm."""
+        return self.model.norm(x)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
@@ -375,7 +384,7 @@ class Run:
         """
         method, gate = self.method, stage.gate
         assert gate is not None
-        x = method.prepare(gate, x, self)
+        x, self.hidden = method.prepare(gate, x, self), hidden
         logits = method.score(gate, x, Own(carry, offered), self)
         entered, x, logits = self._let_in(gate, x, logits, offered, carry)
         self.offered[gate], self.entered[gate] = offered.mask(), entered.mask()
@@ -460,7 +469,8 @@ class Run:
         model, tokens = self.model, who.tokens(stage)
         # The policy `block` is the layers' own: each checkpoints itself.
         policy = model.recompute if model.training and torch.is_grad_enabled() else "none"
-        groups = [stage.uses] if policy == "recursion" else [(use,) for use in stage.uses]
+        together = policy == "recursion" and stage.shared
+        groups = [stage.uses] if together else [(use,) for use in stage.uses]
         for group in groups:
             function = functools.partial(self._layers, group, tokens=tokens, kv=dict(self.kv), who=who, around=around)
             if policy == "recursion":
@@ -487,6 +497,7 @@ class Run:
             states = None
             if around is not None:  # a slot that stands for no token must not change its position's state
                 states = who.put(around, x if who.full else who.settle(x, who.take(around)))
+            before, kept = x, self.method.kept(use.depth, self)
             x, key, value = model.layers[use.layer](
                 x,
                 *(shared or (None, None)),
@@ -500,6 +511,8 @@ class Run:
             )
             if use.depth in self.sources and cache is None:
                 fresh[use.depth] = (key, value)
+            if kept is not None:
+                x = torch.where(who.take(kept.expand(self.shape))[..., None], x, before)
             if model.recursion_encoding is not None and use.encoding is not None:
                 x = x * model.recursion_encoding[use.encoding].to(x.dtype)
         return x, fresh
@@ -522,7 +535,8 @@ class Run:
         record = routing.make_record(entered, offered, real, method.layout)
         if self.depth is not None:
             record.depth = self.depth if real is None else self.depth.masked_fill(~real, 0)
-        record.heads, record.scores, record.selected = self.heads, self.scores, self.selected
+        record.heads = self.heads + len(self.exits) * self.shape[0] * self.shape[1]
+        record.scores, record.selected = self.scores, self.selected
         means = [mean for means in self.score_means for mean in means.flatten()]
         record.statistics |= {f"score_mean_{i + 1}": mean for i, mean in enumerate(means)}
         record.statistics |= {name: torch.stack(values).mean() for name, values in self.figures.items()}

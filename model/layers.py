@@ -245,8 +245,13 @@ def _norm(norm: nn.Module, x: Tensor, recursion: int) -> Tensor:
 class LMHead(nn.Linear):
     """Output head; with targets it returns the summed cross-entropy without ever holding all logits in fp32."""
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x: [..., D] -> logits [..., V]; with targets [...] (-100 ignored): fp32 scalar, the summed cross-entropy."""
+    def forward(  # type: ignore[override]
+        self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """x: [..., D] -> logits [..., V]; with targets [...] (-100 ignored): fp32 scalar, the summed cross-entropy.
+
+        weights: [N] of each token's term in that sum; only in training.
+        """
         if targets is None:
             return super().forward(x)
         x, targets = x.flatten(0, -2), targets.flatten()
@@ -255,7 +260,8 @@ class LMHead(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return _SummedCrossEntropy.apply(x, weight, targets)
+            return _SummedCrossEntropy.apply(x, weight, targets, weights)
+        assert weights is None
         rows = chunk_rows(weight.shape[0], x.device)
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.stack([cross_entropy_sum(F.linear(part, weight), target) for part, target in chunks]).sum()
@@ -278,13 +284,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy chunk by chunk; gradients are made in the forward pass, so nothing is recomputed."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
         rows = chunk_rows(weight.shape[0], x.device)
         total = x.new_zeros((), dtype=torch.float32)
         grads_x, grad_weight = [], torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for part, target in zip(x.split(rows), targets.split(rows), strict=True):
+        scales = targets if weights is None else weights
+        for part, target, scale in zip(x.split(rows), targets.split(rows), scales.split(rows), strict=True):
             logits = F.linear(part, weight).float()
             counted = (target != -100).unsqueeze(-1)
+            if weights is not None:
+                counted = counted * scale.unsqueeze(-1)
             label = target.clamp(min=0).unsqueeze(-1)
             # In place from here: the logits become exp(logits - max), then the gradient, softmax minus one-hot.
             logits -= logits.amax(-1, keepdim=True)
@@ -303,4 +312,4 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]
-        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None

@@ -255,7 +255,8 @@ class RoutingRecord:
         gate `score_mean_r`, and `entered_r`; token-choice: `max_violation`, `entropy`. All: `dead_token_share`, the
         share of positions that no sequence of the batch sends through the last gate.
     scores: raw fp32 logits per gate, over its candidates; one entry for token-choice.
-    selected: positions [B, K] of the tokens selected per gate (by top-k). heads: tokens read out before the end.
+    selected: positions [B, K] of the tokens selected per gate (by top-k). heads: tokens read out before the end
+        (where padding is left out of the layers, losses at exits count it).
     """
 
     depth: Tensor

@@ -158,7 +158,7 @@ def losses(validation: Validation, model: MoRForCausalLM, precision: Precision, 
     parallel.module = parallel.model = module.to(parallel.device)
     result: dict[str, Any] = {"validation": validation(parallel)}
     if depths:
-        caps = range(1, model.config.num_recursions + 1)
+        caps = range(1, method_of(model.config).levels(model.config) + 1)
         result["depths"] = [{"max_recursions": cap} | validation(parallel, cap) for cap in caps]
     model.eval()
     return result
@@ -273,7 +273,9 @@ def metrics_line(results: dict[str, Any]) -> dict[str, Any]:
     if results["average"] is not None:
         line["tasks/average"] = results["average"]
     if "depths" in results:
-        for key in ("validation_loss", "validation_loss_topk"):
+        for key in ("validation_loss", "validation_loss_topk", "validation_loss_full"):
+            if key not in results["depths"][0]:
+                continue
             line[f"{key}_by_depth"] = [depth[key] for depth in results["depths"]]
     return line
 
@@ -303,10 +305,15 @@ def show(results: dict[str, Any], console: Console) -> None:
     """The results as tables."""
     rows = [("as trained", results.get("validation"))]
     rows += [(f"at most {depth['max_recursions']}", depth) for depth in results.get("depths", [])]
-    table = rich.table.Table("recursions", "loss, causal", "top-k", title="Validation loss", title_justify="left")
+    key, how = (
+        ("full", "at full depth")
+        if any(line and "validation_loss_full" in line for _, line in rows)
+        else ("topk", "top-k")
+    )
+    table = rich.table.Table("recursions", "loss, causal", how, title="Validation loss", title_justify="left")
     for name, line in rows:
         if line is not None:
-            figures = (line["validation_loss"], line["validation_loss_topk"])
+            figures = (line["validation_loss"], line[f"validation_loss_{key}"])
             table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in figures))
     if table.row_count:
         console.print(table)
@@ -392,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--stride", type=_positive, metavar="N", help="with --perplexity: tokens scored by a window (half the context)")
     add("--task-folder", type=Path, metavar="DIR", help="task files of one's own, beside the harness's")
     add("--data", type=Path, metavar="DIR", help="prepared folder to validate on (default: the run's)")
-    add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr too")
+    add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr, or at each exit, too")
     add(
         "--limit", type=_positive, metavar="N", help="only the first N questions of a task, validation sequences, texts"
     )

@@ -69,6 +69,10 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+# The loss told beside the causal one, and how it came about.
+_SECOND_LOSSES = (("validation_loss_full", "at full depth"), ("validation_loss_topk", "top-k"))
+
+
 class Sums:
     """Named sums over micro-batches and ranks, brought together by one collective.
 
@@ -322,7 +326,8 @@ class TerminalLine:
         if "validation_loss_topk" in line:
             causal = line["validation_loss"]
             shown = f"{causal:.4f} causal, " if causal is not None else ""
-            self.say(f"step {line['step']}  validation loss {shown}{line['validation_loss_topk']:.4f} top-k")
+            key, how = next((k, h) for k, h in _SECOND_LOSSES if k in line)
+            self.say(f"step {line['step']}  validation loss {shown}{line[key]:.4f} {how}")
             if sources := line.get("validation_loss_sources"):
                 self.say("  of each source: " + ", ".join(f"{name} {loss:.4f}" for name, loss in sources.items()))
         if "loss" not in line:

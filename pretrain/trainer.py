@@ -328,6 +328,7 @@ class Trainer:
         sums.add("counts", routing.counts.sum(0))
         sums.add("pairs", routing.pairs.sum(0))
         sums.add("offered", routing.offered.sum(0))
+        sums.add("heads", float(routing.heads))
         depths = torch.bincount(routing.depth.flatten(), minlength=gates_of(self.config) + 1)
         sums.add("depth_shares", depths * (share / routing.depth.numel()))
         sums.add("load", routing.load * share)
@@ -357,7 +358,8 @@ class Trainer:
 
     def advance(self, totals: dict[str, Any], seconds: float, finite: bool) -> dict[str, float]:
         """Count the step; returns its rates. Takes from `totals` what is not a figure of the step's own."""
-        routed = [[round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs", "offered")]
+        routed: list[Any] = [[round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs", "offered")]
+        routed.append(round(totals.pop("heads", 0)))
         self.stopping, self.save_due = totals.pop("stop") > 0, totals.pop("save") > 0
         size = self.settings.batch.size
         self.state.step += 1

@@ -34,7 +34,9 @@ class Validation:
 
         `validation_loss`: causal routing, nothing looks ahead; None where `selection: none` leaves the model without a
         causal decision. `validation_loss_topk`: expert-choice picks the top-k of the whole sequence, as the paper
-        evaluates; equal to the former for every other model. `validation_tokens`; for routed models
+        evaluates; equal to the former for every other model. `validation_loss_full`: of models with exits,
+        teacher-forced at full depth, where `validation_loss` is what decoding under the exit rule would see.
+        `validation_tokens`; for routed models
         `validation_depth_shares` [Nr+1] and the routing statistics, of the causal pass where there is one.
         max_recursions: no token executes more (test-time depth, Fig. 5c); None: as many as the model has.
         """
@@ -47,6 +49,7 @@ class Validation:
         return line | {
             "validation_loss": line["validation_loss"] if "causal" in lines else None,
             "validation_loss_topk": topk["validation_loss"],
+            **{f"validation_loss_{mode}": lines[mode]["validation_loss"] for mode in lines if mode == "full"},
         }
 
     def _modes(self) -> list[str]:
