@@ -191,6 +191,7 @@ def estimate(settings: ExperimentSettings, options: argparse.Namespace) -> Memor
         precision=expected(settings.precision, options.gpus_per_node > 0),
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
+        on_gpu=options.gpus_per_node > 0,
     )
 
 

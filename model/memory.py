@@ -122,11 +122,14 @@ def activation_bytes(
     document_masking: bool = False,
     weight_copies: bool = True,
     work: Work | None = None,
+    on_gpu: bool = False,
 ) -> Activations:
     """Activations of one micro-batch, under expected routing unless `work` says what was routed.
 
     document_masking: attention takes a dense mask, which every layer keeps. weight_copies: of autocast, which keeps
-    each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs none.
+    each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs none. on_gpu: attention makes no masks and
+    packs no slots, weights that stand side by side for one product are copied at each use, and the head's chunks are
+    compiled.
     """
     work = expected_work(config, sequence_length, num_sequences) if work is None else work
     tokens, h = num_sequences * sequence_length, config.hidden_size
@@ -135,9 +138,9 @@ def activation_bytes(
     method = method_of(config)
     saved, stretches = 0, [0]
     for passed in work.passes:
-        packed = passed.stage.selects and not method.fixed
+        packed = passed.stage.selects and not method.fixed and not on_gpu
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
-        layer += mask_bytes(passed, precision, document_masking)
+        layer += 0 if on_gpu else mask_bytes(passed, precision, document_masking)
         inputs = round(passed.queries * h * size)
         products = round(passed.queries * (2 * q + 2 * h + 2 * config.intermediate_size) + passed.keys * 2 * kv) * size
         whole = (
@@ -165,8 +168,12 @@ def activation_bytes(
     saved += tokens * h * (FP32 + size) + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
     if precision == "bf16" and recompute == "none" and weight_copies:
         saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
-    rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
-    head = (3 * rows + h) * config.vocab_size * FP32
+    if on_gpu:
+        rows = min(tokens, max(64, 2 ** ((2**27 // config.vocab_size).bit_length() - 1)))
+        head = 2 * (rows * size + h * FP32) * config.vocab_size  # logits and their gradient; the weight's, twice
+    else:
+        rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
+        head = (3 * rows + h) * config.vocab_size * FP32
     return Activations(saved, max(head, 0 if recompute == "none" else max(stretches) + shared_keys))
 
 
@@ -201,6 +208,7 @@ def training_memory(
     precision: Precision = "bf16",
     recompute: Recompute = "none",
     document_masking: bool = False,
+    on_gpu: bool = False,
 ) -> Memory:
     """Bytes of one rank at the peak of a training step.
 
@@ -235,6 +243,7 @@ def training_memory(
         recompute=recompute,
         document_masking=document_masking,
         weight_copies=strategy != "fsdp2",
+        on_gpu=on_gpu,
     )
     host = 0
     if offload_optimizer or (offload_parameters and strategy == "fsdp2"):

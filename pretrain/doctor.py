@@ -159,6 +159,7 @@ def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
         precision=expected(settings.precision, parallel.device.type == "cuda"),
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
+        on_gpu=parallel.device.type == "cuda",
     ).total
     free = free_memory(parallel)
     text = f"estimate {needed / GIBIBYTE:.2f} GiB a rank, {free / GIBIBYTE:.2f} GiB free"

@@ -38,6 +38,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from data_prep.settings import UserError
+from model.attention.flex import can_compile
 from pretrain.parallel_settings import ParallelSettings, check_precision, resolve_strategy
 from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.timing import StepClock
@@ -103,6 +104,8 @@ class Parallel:
             _check_devices(torch.cuda.device_count(), os.environ)
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not TF32
+            torch.backends.cudnn.allow_tf32 = False
         else:
             self.device = torch.device("cpu")
         self.background_group: dist.ProcessGroup | None = None
@@ -153,6 +156,12 @@ class Parallel:
         """Set the precision of the passes, before `prepare`. Raises UserError where the launcher was told another."""
         check_precision(self.settings, precision, os.environ)
         self.precision = precision
+
+    def compiles(self, asked: bool | Literal["auto"]) -> bool:
+        """Whether layers are to be compiled: as asked, or on a GPU where that works."""
+        if asked != "auto":
+            return asked
+        return self.device.type == "cuda" and self.checkpoint_format != "deepspeed" and can_compile()
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
         """Around work of this rank for which the others may have to wait, however long: the watchdog lets it be."""
@@ -254,29 +263,35 @@ class Parallel:
         self._reached("backward", "backward")
         (loss * self.world_size).backward()
 
-    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
-        """Clip, update, clear the gradients. Returns the global gradient norm before clipping and whether it is finite.
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Clip, update, clear the gradients. Returns the global gradient norm before clipping and whether it is finite,
+        both scalars of the device, for which nothing waits.
 
         learning_rate: of every parameter group, times the group's `learning_rate_scale` where it has one.
         max_norm: of the gradient; 0 does not clip. A non-finite gradient, on any rank, updates nothing on any rank.
         """
         self._reached("the update", "optimizer")
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = whole = get_total_norm(gradients)
         if isinstance(norm, DTensor):
             self.clock.begin("communication")
-            norm_value = float(norm.full_tensor())
+            whole = norm.full_tensor()
             self.clock.begin("optimizer")
-        else:
-            norm_value = float(norm)
-        finite = norm_value < float("inf")  # False for nan too; the norm is global, so all ranks agree
-        if finite:
-            if max_norm > 0:
-                clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
-            self._set_learning_rate(learning_rate)
-            self.optimizer.step()
+        finite = whole < float("inf")  # False for nan too; the norm is global, so all ranks agree
+        if max_norm > 0:
+            clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
+        self._set_learning_rate(learning_rate)
+        self._step_if(finite)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm_value, finite
+        return whole, finite
+
+    def _step_if(self, finite: Tensor) -> None:
+        """Fused optimizers decide on the device, as gradient scalers have them do; others make the host wait."""
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -475,7 +490,7 @@ class _FSDP2(Parallel):
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         super().micro_step(loss, last)
 
-    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
         self._free_gathered()
         return super().optimizer_step(learning_rate, max_norm)
 
@@ -541,12 +556,13 @@ class _DeepSpeed(Parallel):
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size)
 
-    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
         self._reached("the update", "optimizer")
         self.optimizer.clip_grad = max_norm  # type: ignore[attr-defined]
         self._set_learning_rate(learning_rate)
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()), not self.optimizer.overflow  # type: ignore[attr-defined]
+        norm, overflow = self.engine.get_global_grad_norm(), self.optimizer.overflow  # type: ignore[attr-defined]
+        return torch.tensor(float(norm), dtype=torch.float64), torch.tensor(not overflow)
 
     def model_shapes(self) -> dict[str, torch.Size]:
         shapes = super().model_shapes()
