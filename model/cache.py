@@ -211,7 +211,7 @@ class MoRCache(Cache):
             assert first is not None
             key, value = self.layers[first].keys, self.layers[first].values
         query = tokens.to_slots(query).transpose(1, 2)
-        return tokens.from_slots(attend(query, key, value, tokens.mask, self.config, False).transpose(1, 2))
+        return tokens.from_slots(attend(query, key, value, tokens.seen, self.config, False).transpose(1, 2))
 
     def _replaced(self, own: int, first: int) -> tuple[Tensor, Tensor]:
         """The source's keys and values, replaced where a token entered this stage. [B, Hkv, S, Dh]."""

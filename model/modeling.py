@@ -21,6 +21,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
+from .attention import see, through
+from .attention.visible import Rows, Visible
 from .cache import MoRCache
 from .config import MoRConfig
 from .decoder import Batch, Run
@@ -154,6 +156,7 @@ class MoRModel(MoRPreTrainedModel):
         use_cache: bool | None = None,
         *,
         document_ids: Tensor | None = None,
+        num_documents: int | None = None,
         step: int | None = None,
         routing_mode: str | None = None,
         global_load: Tensor | None = None,
@@ -184,7 +187,7 @@ class MoRModel(MoRPreTrainedModel):
         cache = self._cache(past_key_values, use_cache, mode, document_ids)
         run = Run(
             self,
-            self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, cache),
+            self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, num_documents, cache),
             mode,
             step,
             global_load,
@@ -247,8 +250,8 @@ class MoRModel(MoRPreTrainedModel):
             raise ValueError("document_ids: a cached row is one document; leave them out, or use_cache=False")
         return MoRCache(self.config) if cache is None else cache
 
-    def _describe(self, hidden, input_ids, attention_mask, position_ids, document_ids, cache) -> Batch:
-        """Positions, rotary tables and masks, built once and gathered by every recursion."""
+    def _describe(self, hidden, input_ids, attention_mask, position_ids, document_ids, num_documents, cache) -> Batch:
+        """Positions, rotary tables and who sees whom, built once and gathered by every recursion."""
         length, device = hidden.shape[1], hidden.device
         past = cache.begin(hidden.shape[0]) if cache is not None else 0
         real = None if attention_mask is None else attention_mask.bool()
@@ -261,20 +264,12 @@ class MoRModel(MoRPreTrainedModel):
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=device)[None]
         cos, sin = self.rotary_emb(hidden, position_ids)
-        places = torch.arange(length + past, device=device)
-        allowed = None
-        if real is not None or document_ids is not None or (past and length > 1):
-            allowed = places[past:, None] >= places
-            if real is not None:
-                # A padded query looks at itself, so that no row of the softmax is empty.
-                allowed = (allowed & real[:, None]) | (places[past:, None] == places)
-            if document_ids is not None:
-                allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
-            allowed = allowed.expand(hidden.shape[0], -1, -1)
-        mask = None if allowed is None else allowed[:, None]
-        everyone = Tokens(cos, sin).look_through(mask)
-        real = None if real is None else real[:, past:]
-        return Batch(everyone, position_ids, real, document_ids, allowed, input_ids, cache=cache, past=past)
+        rows = Rows(hidden.shape[0], length, device, past, real, document_ids, num_documents)
+        if cache is None:
+            seen = see(Visible(rows), self.config, hidden.dtype, self.training)
+        else:
+            seen = through(Visible(rows).mask(), self.config, device)
+        return Batch(Tokens(cos, sin, seen=seen), rows, position_ids, input_ids, cache)
 
     @property
     def router_bias(self) -> Tensor | None:
@@ -345,6 +340,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         *,
         targets: Tensor | None = None,
         document_ids: Tensor | None = None,
+        num_documents: int | None = None,
         step: int | None = None,
         routing_mode: str | None = None,
         num_items_in_batch: Tensor | int | None = None,
@@ -365,6 +361,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             outside the signature, by whose names the Trainer tells what it takes for labels.
         document_ids: [B, T] non-decreasing; tokens attend, and compete for slots, within their document only. Without
             them, attention_mask and cache, position_ids that start anew start a document, as in transformers.
+        num_documents: of all rows together, or more; it spares a GPU's host the wait for the count.
         step: optimizer steps done before this one, needed while a warm-up runs; None: warm-ups are over.
         routing_mode: overrides `config.routing_mode` at evaluation; training always selects by top-k.
         prompt_length: how many positions of a row, or of each [B], were given; these never leave at an exit. None: the
@@ -381,7 +378,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         given, shifted = _shift(labels, targets, kwargs.get("shift_labels"))
         output = self.model(
             *(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache),
-            **{"document_ids": document_ids, "step": step, "routing_mode": routing_mode, "global_load": global_load},
+            **{"document_ids": document_ids, "num_documents": num_documents, "step": step},
+            **{"routing_mode": routing_mode, "global_load": global_load},
             **{"routing_only": routing_only, "max_recursions": max_recursions, "prompt_length": prompt_length},
             **{"output_hidden_states": output_hidden_states, "head": self.lm_head, "return_dict": True},
         )
@@ -473,8 +471,13 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         The layers share their code, so one compilation serves all of them at each kind of selection, however deep the
         recursion is unrolled, where compiling the model as a whole takes time in proportion to the effective depth.
         """
+        # A kind of selection is a graph: stages, training or not, with or without gradients. Beyond the limit torch
+        # would go on uncompiled, and say so once.
+        dynamo_settings: Any = torch._dynamo.config
+        dynamo_settings.recompile_limit = max(dynamo_settings.recompile_limit, 64)
         for layer in self.units():
             layer.compile(backend=backend)
+        self.lm_head.compiled = True
 
     def set_recompute(self, policy: RecomputePolicy) -> None:
         """Recompute activations in the backward pass: `none`, each `block`, each `recursion` as a whole, or `selective`

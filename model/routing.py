@@ -218,6 +218,11 @@ def bias_step(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return bias + rate * torch.sign(load.mean() - load)
 
 
+def depth_counts(depth: Tensor, gates: int) -> Tensor:
+    """[gates + 1] positions that passed 0, 1, ... gates; without waiting for the device, as `bincount` would."""
+    return (depth.flatten()[:, None] == torch.arange(gates + 1, device=depth.device)).sum(0)
+
+
 # Both -----------------------------------------------------------------------------------------------------------------
 
 

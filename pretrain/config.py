@@ -349,7 +349,11 @@ class ExperimentSettings(Settings):
     recompute: Literal["none", "block", "recursion", "selective"] = Field(
         default="none", description="which activations are computed again in the backward pass, to save memory"
     )
-    compile: bool = Field(default=False, description="torch.compile the model: slower to start, faster to run")
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="torch.compile each layer: slower to start, faster to run; auto: on a GPU, where a C compiler is "
+        "there and the strategy is not DeepSpeed's",
+    )
     evaluation: EvaluationSettings = Field(
         default=EvaluationSettings(), description="validation during and after training"
     )

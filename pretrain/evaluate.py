@@ -366,7 +366,9 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     results["average"] = average(tasks, results["tasks"])
     output = given.output or (checkpoint.run or checkpoint.folder) / "evaluation.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, output)
     recorded = given.limit is None and record(checkpoint, results)
     console = Console()
     show(results, console)

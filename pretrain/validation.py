@@ -13,6 +13,7 @@ import torch
 from model.config import MoRConfig
 from model.depth import method_of
 from model.flops import gates_of
+from model.routing import depth_counts
 from pretrain.data import Manifest, Mixture, fixed_batches
 from pretrain.metrics import Sums
 from pretrain.parallel import Parallel
@@ -95,6 +96,7 @@ class Validation:
                 input_ids=batch.input_ids,
                 targets=batch.targets,
                 document_ids=batch.document_ids,
+                num_documents=batch.num_documents,
                 routing_mode=routing_mode,
                 max_recursions=max_recursions,
                 num_items_in_batch=places,  # rows that only fill up the last batch then have loss 0, not 0 / 0
@@ -106,7 +108,7 @@ class Validation:
             fault = fault or batch.fault
             if output.routing is not None:
                 depth = output.routing.depth[: batch.samples].flatten()
-                sums.add("depth", torch.bincount(depth, minlength=gates_of(self.config) + 1))
+                sums.add("depth", depth_counts(depth, gates_of(self.config)))
                 for name, value in output.routing.statistics.items():
                     sums.add(name, value.double() * batch.samples)
         sums.add("faults", float(fault is not None))

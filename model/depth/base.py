@@ -210,6 +210,10 @@ class DepthMethod(nn.Module):
         """What tokens carry, from their states before the first gate. x: [..., D]."""
         return {}
 
+    def counts(self, carry: dict[str, Tensor], run: Any) -> Tensor | None:
+        """[G] tokens of the batch that each gate will let in, where `begin` settles it; None: each gate decides."""
+        return None
+
     def prepare(self, gate: int, x: Tensor, run: Any) -> Tensor:
         """The states that a gate scores and its stage computes. x: [..., D]."""
         return x
