@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launchers.compare import CompareSettings, PlannedRun
+from launchers.grid import CompareSettings, PlannedRun
 from launchers.requeues import Requeues
 from pretrain.lock import LOCK, STALE_SECONDS
 from pretrain.metrics import METRICS, last_line

@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass
 
 from data_prep.settings import UserError, run_command
 from launchers import corpus, status
-from launchers.compare import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare, shown_apart
+from launchers.grid import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare, shown_apart
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
 from pretrain.data import accumulation_steps
@@ -73,7 +73,8 @@ def plan_run(options: argparse.Namespace) -> list[Job]:
     settings = read_settings(options.config, options.overrides)
     check(settings, options)
     prepare = prepare_jobs(settings, options)
-    arguments = ["--config", options.config, *options.overrides, world_size(options)]
+    restart = ["--restart"] if options.restart else []
+    arguments = ["--config", options.config, *restart, *options.overrides, world_size(options)]
     named = [f"--job-name={settings.name}", f"--output={LOGS}/%x-%j.log"]
     command = [*named, *resources(options, [settings]), "launchers/pretrain.sbatch", *arguments]
     return [*prepare, Job("pretrain", command, after(prepare))]
@@ -201,10 +202,12 @@ def estimate(settings: ExperimentSettings, options: argparse.Namespace) -> Memor
         reshard_after_forward=parallel.reshard_after_forward,
         min_unit_parameters=parallel.min_unit_parameters,
         offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
         micro_batches=settings.batch.size // (micro_size * world_size),
         precision=expected(settings.precision, options.gpus_per_node > 0),
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
+        on_gpu=options.gpus_per_node > 0,
     )
 
 
@@ -294,12 +297,13 @@ def default_memory(
 
 
 def host_memory(settings: ExperimentSettings, options: argparse.Namespace) -> int:
-    """Bytes of a node's memory that a run needs: its ranks, the copy of a checkpoint that is being written, and the
-    whole model where it is built and exported."""
+    """Bytes of a node's memory that a run needs: its ranks, what they offload, the copy of a checkpoint that is being
+    written, and the whole model where it is built and exported."""
     memory = estimate(settings, options)
-    copied = memory.parameters + memory.optimizer
-    whole = memory.parameters * ranks(options)  # at most: where ranks do not share parameters each has them all
-    return max(1, options.gpus_per_node) * (RANK_MEMORY + copied) + 2 * min(whole, 64 * GIB)
+    copied = memory.parameters + memory.optimizer + memory.host
+    # at most: where ranks do not share parameters each has them all
+    whole = (memory.parameters or memory.host) * ranks(options)
+    return max(1, options.gpus_per_node) * (RANK_MEMORY + copied + memory.host) + 2 * min(whole, 64 * GIB)
 
 
 def cpu_resources(options: argparse.Namespace, cpus: int) -> list[str]:
@@ -413,6 +417,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     cpu.add_argument("--cpu-cpus", type=positive, metavar="N", help="cores of a preparation; default: 8")
     cpu.add_argument("--cpu-mem", metavar="SIZE", help="memory of each; default: 16G, or all of a smaller node")
     cpu.add_argument("--cpu-sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch, for these jobs")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="of --config: begin the run anew; its old one is kept in RUN_DIR/before/",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
     parser.add_argument("--print-run", type=int, metavar="N", help="print the arguments of --compare's run N, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
@@ -420,6 +429,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.prepare:  # --prepare takes whatever follows it
         options.overrides += [item for item in options.prepare if "=" in item]
         options.prepare = [item for item in options.prepare if "=" not in item]
+    if options.restart and not options.config:
+        parser.error("--restart belongs to --config: of a comparison, remove the run directories that begin anew")
     return options
 
 

@@ -13,7 +13,7 @@ import torch
 
 from data_prep.settings import UserError
 from launchers import status, submit
-from launchers.compare import plan_runs, read_compare
+from launchers.grid import plan_runs, read_compare
 from launchers.submit import REPOSITORY, main
 from model import hardware
 from tests.helpers.runs import make_run
@@ -115,6 +115,15 @@ def test_jobs_without_gpus_go_to_their_own_partition(capsys: pytest.CaptureFixtu
         capsys, "--compare", str(path), *wanted[:1], "--cpu-sbatch=--mem=1G", "--gpus-per-node=2", folder
     )
     assert "--partition=gpu" in prepare and [word for word in prepare if "--mem" in word] == ["--mem=1G"]
+
+
+def test_restart_reaches_the_run(capsys: pytest.CaptureFixture[str], data: list[str], tmp_path: Path) -> None:
+    (command,) = dry_run(capsys, *SMOKE, "--gpus-per-node=1", "--restart", *data)
+    script = command.index("launchers/pretrain.sbatch")
+    assert command[script + 1 :] == [*SMOKE, "--restart", *data, "parallel.world_size=1"]
+    with pytest.raises(SystemExit):
+        main(["--compare", str(comparison(tmp_path)), "--restart", "--dry-run"])
+    assert "--restart belongs to --config" in capsys.readouterr().err
 
 
 def test_one_task_a_gpu_and_nodes_without_gpus(capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
@@ -275,6 +284,15 @@ def test_model_that_does_not_fit_is_refused_with_the_numbers(
 
     (command,) = dry_run(capsys, *big[:-1], "parallel=configs/parallel/fsdp2.yaml", "recompute=block")
     assert "recompute=block" in command
+    offloading = [
+        "parallel.strategy=fsdp2",
+        "parallel.offload_parameters=true",
+        "recompute=block",
+        "batch.micro_size=1",
+    ]
+    (command,) = dry_run(capsys, *big[:-1], *offloading, "--gpu-memory=40")
+    (memory,) = [word for word in command if word.startswith("--mem=")]
+    assert int(memory[6:-1]) > 4 * 4 * 6.9 / 2 + 8 * 6, "of each node, half of what the states take"
     (command,) = dry_run(capsys, *big[:-1], f"--gpu-memory={needed + 1}")
     assert "parallel.world_size=16" in command
 
