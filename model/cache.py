@@ -272,6 +272,12 @@ class MoRCache(Cache):
             index.keep(chosen, index.rows[chosen], self.batch)
             self._keep(r, chosen)
 
+    def crop_layer(self, depth: int, count: int) -> None:
+        """Forget the last `count` positions at one depth alone, whose keys are of every token."""
+        own = self._plan[depth][0]
+        assert own is not None
+        self.layers[own].crop(-count)
+
     def _keep(self, gate: int, chosen: Tensor) -> None:
         for layer in self.layers:
             if isinstance(layer, RaggedLayer) and layer.index is self.indices[gate]:

@@ -52,6 +52,7 @@ class Memory:
     """Bytes of one rank in training.
 
     gathered: whole weights or gradients that a sharded strategy holds for a time. working, activations: `Activations`.
+    host: what is offloaded, of the machine's own memory; not part of the total, which is the device's.
     """
 
     parameters: int
@@ -60,10 +61,11 @@ class Memory:
     gathered: int
     activations: int
     working: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(getattr(self, field.name) for field in fields(self)) - self.host
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ def training_memory(
     reshard_after_forward: bool = True,
     min_unit_parameters: int = 0,
     offload_optimizer: bool = False,
+    offload_parameters: bool = False,
     micro_batches: int = 1,
     precision: Precision = "bf16",
     recompute: Recompute = "none",
@@ -210,8 +213,9 @@ def training_memory(
     """Bytes of one rank at the peak of a training step.
 
     shard_size: fsdp2, ranks that share one copy (hybrid). min_unit_parameters: fsdp2, smaller layers are gathered with
-    the root. micro_batches: forward passes of a step; fsdp2 keeps whole
-    gradients between them. Raises ValueError for a shard size that does not divide.
+    the root. micro_batches: forward passes of a step; fsdp2 keeps whole gradients between them, on the device also
+    where it offloads. offload_parameters: under fsdp2 gradients and optimizer states are in host memory too. Raises
+    ValueError for a shard size that does not divide.
     """
     _check(strategy, world_size, shard_size)
     states = unique_parameters(config) * FP32
@@ -241,8 +245,14 @@ def training_memory(
         weight_copies=strategy != "fsdp2",
         on_gpu=on_gpu,
     )
-    on_device = 0 if offload_optimizer else optimizer
-    return Memory(parameters, gradients, on_device, gathered, activations.saved, activations.working)
+    host = 0
+    if offload_optimizer or (offload_parameters and strategy == "fsdp2"):
+        host, optimizer = optimizer, 0
+    if offload_parameters:
+        host, parameters = host + parameters, 0
+        if strategy == "fsdp2":
+            host, gradients = host + gradients, 0
+    return Memory(parameters, gradients, optimizer, gathered, activations.saved, activations.working, host)
 
 
 def communication(

@@ -154,6 +154,7 @@ def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
         reshard_after_forward=rule.reshard_after_forward,
         min_unit_parameters=rule.min_unit_parameters,
         offload_optimizer=rule.offload_optimizer,
+        offload_parameters=rule.offload_parameters,
         micro_batches=max(1, settings.batch.size // (micro * parallel.world_size)),
         precision=expected(settings.precision, parallel.device.type == "cuda"),
         recompute=settings.recompute,

@@ -187,6 +187,16 @@ def _belongs(line: bytes, last_step: int) -> bool:
         return False
 
 
+def good_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(text, content) of every line before the first that is torn by a kill, or being written; none without a file."""
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
+        if not _belongs(text.encode(), sys.maxsize):
+            break
+        found.append((text, json.loads(text)))
+    return found
+
+
 def last_line(path: Path) -> dict[str, Any] | None:
     """The last line of a metrics.jsonl, or None where there is none or it is cut short."""
     if not path.exists():
@@ -300,9 +310,9 @@ def sync(run_dir: Path, mode: str, run_id: str | None = None) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tracker = Tracker(settings.model_copy(update=told), folder, run_id or tracker_id(run_dir / "tracker", None))
-    for text in lines.read_text(encoding="utf-8").splitlines():
+    for _, line in good_lines(lines):
         if tracker.reached:
-            tracker.log(json.loads(text))
+            tracker.log(line)
     if not tracker.reached:
         raise UserError(f"{run_dir}: W&B did not take the run; see the warning above")
     tracker.finish()

@@ -143,7 +143,13 @@ def fitting(cluster: Cluster, strategy: ParallelSettings, world: int, config: Mo
 
 
 def estimate(cluster: Cluster, strategy: ParallelSettings, world: int, config: MoRConfig) -> Estimate:
-    """Memory, communication and time of one step. Raises ValueError where the batch does not divide among the GPUs."""
+    """Memory, communication and time of one step.
+
+    Raises ValueError where the batch does not divide among the GPUs, and for offloading, whose transfers to host memory
+    the roofline does not know (model/memory.py knows its bytes).
+    """
+    if strategy.offload_optimizer or strategy.offload_parameters:
+        raise ValueError("offload_optimizer, offload_parameters: transfers to host memory are not in this estimate")
     if cluster.sequences % world:
         raise ValueError(f"sequences: {cluster.sequences} do not divide among {world} GPUs")
     size, recompute, memory = fitting(cluster, strategy, world, config)

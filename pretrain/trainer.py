@@ -41,11 +41,11 @@ from model.initialization import from_vanilla
 from model.modeling import MoRForCausalLM
 from model.routing import depth_counts
 from pretrain import extend, parent, run_folder
-from pretrain.checkpoint import Checkpoints, Outcome, export, folder_of
+from pretrain.checkpoint import Checkpoints, Outcome, committed, export, folder_of
 from pretrain.config import ExperimentSettings, StartSettings, micro_size_of, resolve_model
 from pretrain.data import BlockLoader, Manifest, MicroBatch
 from pretrain.evaluate import TaskSettings, run_tasks, task_line, wrap_tokenizer
-from pretrain.lock import RunLock
+from pretrain.lock import RunLock, owner_of
 from pretrain.metrics import METRICS, LossSpikes, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
 from pretrain.parallel import Parallel, RunFailed
 from pretrain.plan import Plan, RunState, make_plans
@@ -164,8 +164,8 @@ class Trainer:
         """
         with ExitStack() as stack:
             folder = self.settings.run_dir
-            self.lock = self.parallel.on_main("taking the lock", lambda: stack.enter_context(RunLock(folder)))
-            if restart:
+            self.lock = self.parallel.on_main("taking the lock", lambda: stack.enter_context(RunLock(owner_of(folder))))
+            if self.parallel.gather(restart or run_folder.set_aside_by_half(folder))[0]:
                 self.parallel.on_main("setting the old run aside", lambda: run_folder.set_aside(folder))
                 self.plans = self.make_plans()
             if grown := self.parallel.on_main("looking at the budget", lambda: extend.grow(self.settings)):
@@ -645,6 +645,8 @@ class Trainer:
     def start_branch(self, branch: Plan) -> None:
         """Begin a branch's run directory as if it had been trained up to here: the metrics and this checkpoint."""
         trunk = self.plan.folder
+        if self.parallel.gather(bool(committed(branch.folder / "checkpoints")))[0]:
+            return  # begun before the trunk went back to an earlier checkpoint, and maybe finished: it stands
 
         def begin() -> None:
             run_folder.claim(branch.settings)

@@ -124,6 +124,12 @@ def small(hidden_size: int = 64) -> MoRConfig:
     return MoRConfig(hidden_size=hidden_size, num_attention_heads=4, num_key_value_heads=4, **fields)
 
 
+def test_offloading_is_refused_by_name() -> None:
+    strategy = ParallelSettings(strategy="fsdp2", offload_parameters=True)
+    with pytest.raises(ValueError, match="offload_parameters: transfers to host memory"):
+        estimate(Cluster(), strategy, 8, MoRConfig(**MODEL))
+
+
 def test_the_roofline_by_hand() -> None:
     config = small()
     slow = {"node_bandwidth": 1.0, "link_efficiency": 1.0, "hop_seconds": 0.0, "sequences": 8, "sequence_length": 64}
