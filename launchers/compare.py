@@ -52,6 +52,7 @@ from launchers.grid import (
 )
 from model.hardware import describe, device_here
 from pretrain.analysis import seeds_needed
+from pretrain.lock import RunLock
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.precision import refused_or_slow
@@ -405,7 +406,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     prepare_data(runs[0].settings.data)
     command = shlex.join(["python", "launchers/compare.py", "--config", str(given.config), *given.overrides])
-    return run_locally(compare, runs, console, command)
+    with RunLock(compare.output):  # two at once would take each other's runs for failed ones
+        return run_locally(compare, runs, console, command)
 
 
 if __name__ == "__main__":

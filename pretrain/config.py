@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from data_prep.settings import Plain, Settings, UserError, describe, load, typed
 from model.config import MoRConfig
+from model.depth import all_settings, method_of
 from pretrain.data import Manifest, Mixture
 from pretrain.parallel_settings import ParallelSettings
 from pretrain.schedule import ScheduleKind
@@ -351,7 +352,11 @@ class ExperimentSettings(Settings):
     recompute: Literal["none", "block", "recursion", "selective"] = Field(
         default="none", description="which activations are computed again in the backward pass, to save memory"
     )
-    compile: bool = Field(default=False, description="torch.compile the model: slower to start, faster to run")
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="torch.compile each layer: slower to start, faster to run; auto: on a GPU, where a C compiler is "
+        "there and the strategy is not DeepSpeed's",
+    )
     evaluation: EvaluationSettings = Field(
         default=EvaluationSettings(), description="validation during and after training"
     )
@@ -365,11 +370,7 @@ class ExperimentSettings(Settings):
     @field_validator("model")
     @classmethod
     def _known_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        known = list(dict.fromkeys([*LLAMA_FIELDS, *MoRConfig.__annotations__]))
-        for key in fields:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
-                raise ValueError(f"unknown key {key!r}; nearest valid: {', '.join(near)}")
+        check_model_fields(fields)
         make_model_config(fields)
         return typed_model_fields(fields)
 
@@ -391,6 +392,28 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Exp
     return load(ExperimentSettings, path, overrides, sections=("model", "parallel"))
 
 
+def read_data(given: Sequence[str]) -> Manifest:
+    """What `--data` names: a prepared folder, several (a mixture in equal parts) or the data of an experiment's file.
+
+    Raises UserError for what is not prepared, and for folders of different tokenizers.
+    """
+    if len(given) == 1:
+        return read_settings(given[0]).data.read() if given[0].endswith(".yaml") else Manifest.read(Path(given[0]))
+    names = [Path(name).name for name in given]
+    if len(set(names)) < len(names):
+        raise UserError("--data: two folders have one name, by which their losses would be told; rename one")
+    return Mixture.of({name: (Manifest.read(Path(at)), [(0.0, 1.0)]) for name, at in zip(names, given, strict=True)})
+
+
+def check_model_fields(fields: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no field of a model, with the nearest that are."""
+    known = list(dict.fromkeys([*LLAMA_FIELDS, *MoRConfig.__annotations__, *all_settings()]))
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
+            raise ValueError(f"unknown key {key!r}; nearest valid: {', '.join(near)}")
+
+
 def typed_model_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of MoRConfig as its annotations say: a fraction where a whole number was written, a switch for `yes`."""
     hints: dict[str, Any] = {}
@@ -398,6 +421,7 @@ def typed_model_fields(fields: dict[str, Any]) -> dict[str, Any]:
         hints |= {
             name: hint for name, hint in vars(cls).get("__annotations__", {}).items() if not isinstance(hint, str)
         }
+    hints |= {name: setting.kind for name, setting in all_settings().items()}
     return {name: typed(_plain(value), hints.get(name, Any)) for name, value in fields.items()}
 
 
@@ -487,6 +511,7 @@ def print_config(settings: ExperimentSettings) -> None:
     """Print every key, its resolved value and its meaning as a table."""
     config = make_model_config(settings.model)
     meanings = {**LLAMA_FIELDS, **_documented_fields(MoRConfig.__doc__ or "")}
+    meanings |= {name: setting.meaning for name, setting in method_of(config).settings.items()}
     table = Table("key", "value", "meaning", title=f"{settings.name} ({config.architecture})")
     for key, value, meaning in describe(settings):
         if key != "model":

@@ -7,12 +7,14 @@ The rules on tokens: `begin`, then for each gate `prepare`, `score`, `admit` (or
 Shapes: states x are [..., D] and scores [...] of the same leading shape: rows [B, T], slots [B, C], or packed [N].
 What tokens carry from gate to gate is a name for each tensor [..., *] of that leading shape. G gates count from 0.
 `run` is a `model.decoder.Run`, or the engine's likeness of one: rules ask it for `mode`, `step`, `input_ids`,
-`positions`, `real`, `load`, `last` (the last gate), `cached`, `all_in` (every token takes all of the depth), `readout`;
-they give it `loss`, `exit`, `scored`, `figure`.
+`positions`, `prompt` (of each text: how many positions were given; None: unknown), `real`, `load`, `last` (the last
+gate), `cached`, `all_in` (every token takes all of the depth), `norm`, `readout` (norm and head); they give it `loss`,
+`exit`, `scored`, `figure`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -24,6 +26,18 @@ from .layout import Stage
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
+
+# Every way of spending depth: value of `routing` -> class, in the order of reports.
+METHODS: dict[str, type[DepthMethod]] = {}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of the configuration that methods own. kind: its type, a `Literal` for a choice; meaning: for people."""
+
+    default: Any
+    kind: Any
+    meaning: str
 
 
 @dataclass(frozen=True)
@@ -55,21 +69,32 @@ class Carry(Protocol):
 
 
 class DepthMethod(nn.Module):
-    """One way of spending depth. Subclasses stand one to a file, under the name of their paper."""
+    """One way of spending depth. Subclasses stand one to a file; one that has a `name` registers itself.
+
+    name: value of `routing`. place: where it stands in reports. kinds: names of its models (`architecture`), with the
+    colour that each has in reports; None: the next free one. settings: the fields of the configuration that mean
+    something to it; those of other methods are refused. Methods that share a setting name the same `Setting`.
+    """
+
+    name: ClassVar[str]
+    place: ClassVar[int] = 1000
+    kinds: ClassVar[dict[str, str | None]] = {}
+    settings: ClassVar[dict[str, Setting]] = {}
 
     # Only tokens that passed a gate are offered the next.
     nested: ClassVar[bool] = True
     # Training lets in as many tokens as `size` says, at fixed shapes; otherwise batches are ragged.
     fixed: ClassVar[bool] = False
 
-    # Fields of the configuration that mean something to it alone; set for another method they are refused.
-    fields: ClassVar[frozenset[str]] = frozenset()
-    # Values of `router_activation` that fit; empty: it has no router.
-    activations: ClassVar[tuple[str, ...]] = ()
     # Whether a token chooses a depth, so that scores are of depths and not of gates.
     chooses_depth: ClassVar[bool] = False
     # Whether a generating model may be asked for its load before the first gate (`routing_only`).
     previews: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            register(cls)
 
     def __init__(self, config: MoRConfig):
         super().__init__()
@@ -82,13 +107,13 @@ class DepthMethod(nn.Module):
 
     @classmethod
     def architecture(cls, config: MoRConfig) -> str:
-        """What reports call a model, one of `config.ARCHITECTURES`."""
-        raise NotImplementedError
+        """What reports call a model, one of `kinds`."""
+        return next(iter(cls.kinds), cls.name)
 
     @classmethod
     def resolved(cls, config: MoRConfig) -> dict[str, Any]:
         """Values of fields that were left None."""
-        return {"router_activation": "sigmoid", "router_alpha": 0.1}
+        return {}
 
     @classmethod
     def check_recursions(cls, config: MoRConfig) -> None:
@@ -128,6 +153,26 @@ class DepthMethod(nn.Module):
     def selected(cls, config: MoRConfig, gate: int, length: int) -> Fraction | int:
         """Tokens of a sequence that a gate is expected to let in, in whole tokens where the method counts them."""
         return cls.shares(config)[gate] * length
+
+    @classmethod
+    def levels(cls, config: MoRConfig) -> int:
+        """Depths that tokens can be limited to, from 1 to this many (`layout.within`)."""
+        return config.num_recursions
+
+    @classmethod
+    def scored(cls, config: MoRConfig, tokens: Any) -> list[Any] | None:
+        """Tokens that each gate scores in training, of a batch of so many; None: those that it is offered."""
+        return None
+
+    @classmethod
+    def heads(cls, config: MoRConfig, tokens: Any) -> Any:
+        """Tokens that training is expected to read out before the end, for losses there, of a batch of so many."""
+        return 0
+
+    @classmethod
+    def checks(cls, config: MoRConfig, offered: Sequence[Any]) -> Any:
+        """Tokens read out by gates that ask the head, from the tokens offered to each, outside training."""
+        return 0
 
     @classmethod
     def modes(cls, config: MoRConfig) -> tuple[str, ...]:
@@ -174,6 +219,10 @@ class DepthMethod(nn.Module):
         """What tokens carry, from their states before the first gate. x: [..., D]."""
         return {}
 
+    def counts(self, carry: dict[str, Tensor], run: Any) -> Tensor | None:
+        """[G] tokens of the batch that each gate will let in, where `begin` settles it; None: each gate decides."""
+        return None
+
     def prepare(self, gate: int, x: Tensor, run: Any) -> Tensor:
         """The states that a gate scores and its stage computes. x: [..., D]."""
         return x
@@ -208,6 +257,10 @@ class DepthMethod(nn.Module):
     def losses(self, gate: int, x: Tensor, logits: Tensor, chosen: Tensor, used: Tensor | None, run: Any) -> None:
         """Auxiliary losses and figures of a top-k. x: [B, C, D]; logits, chosen, used (None: all): [B, C]."""
 
+    def kept(self, depth: int, run: Any) -> Tensor | None:
+        """Rows [B, 1] that pass the layer at this depth, the others skip it; None: all of them."""
+        return None
+
     def coefficients(self) -> dict[str, float]:
         """Weight of each auxiliary loss; "lm" is 1 unless named."""
         return {}
@@ -223,3 +276,18 @@ class DepthMethod(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         """Start what is neither a router nor a plain linear layer."""
+
+
+def register(cls: type[DepthMethod]) -> None:
+    """Make a method known by its name. Raises ValueError where that, or one of its settings, is another method's."""
+    for other in METHODS.values():
+        if other.name == cls.name and other.__module__ != cls.__module__:
+            raise ValueError(f"name: {cls.name!r} is the method of {other.__module__}; give {cls.__module__} another")
+        for name, setting in cls.settings.items():
+            if other.name != cls.name and other.settings.get(name, setting) != setting:
+                raise ValueError(
+                    f"settings: {name} of {cls.__module__} is another one in {other.__module__}; use another name"
+                )
+    METHODS[cls.name] = cls
+    for name in sorted(METHODS, key=lambda name: METHODS[name].place):
+        METHODS[name] = METHODS.pop(name)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from data_prep.settings import UserError
+from model.depth import METHODS
 from pretrain import config
 from pretrain.config import differing_keys, print_config, read_settings
 
@@ -84,7 +85,7 @@ def test_budgets_must_rise_and_share_a_plateau(path: Path) -> None:
 
 def test_print_config_explains_every_key(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")
-    print_config(read_settings(path, ["model.num_recursions=3"]))
+    print_config(read_settings(path, ["model.num_recursions=3", "model.routing=expert_choice"]))
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line
     ]
@@ -94,13 +95,16 @@ def test_print_config_explains_every_key(path: Path, capsys: pytest.CaptureFixtu
     assert table["optimizer.weight_decay"][0] == "0.1"
     assert not [key for key, (_, meaning) in table.items() if not meaning]
     fields = [f"model.{name}" for name in config.MoRConfig.__annotations__ if name in config.MoRConfig.__doc__]
-    assert len(fields) > 25
+    fields += [f"model.{name}" for name in METHODS["expert_choice"].settings]
+    assert len(fields) > 20 and "model.balancing" not in table
     assert set(fields) <= set(table)
 
 
 def test_only_what_leaves_the_losses_alone_may_change(path: Path) -> None:
     before = read_settings(path).model_dump(mode="json")
     harmless = ["tracker.mode=disabled", "checkpoint.keep=9", "batch.micro_size=2", "data.folder=elsewhere"]
+    harmless += ["optimizer.max_skipped_steps=3", "evaluation.times=2", "metrics.every_steps=5"]
+    harmless += ["parallel.strategy=ddp"]
     assert differing_keys(before, read_settings(path, harmless).model_dump(mode="json")) == []
     changed = ["seed=2", "model.hidden_size=32", "batch.size=8", "optimizer.learning_rate=1e-3"]
     assert differing_keys(before, read_settings(path, changed).model_dump(mode="json")) == sorted(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,46 @@ metric_list:
 """
 
 
+def task_files(folder: Path) -> list[str]:
+    """Four tiny tasks, one of each kind of request, in `folder`; their names."""
+    words = ["one", "No lound", "gest", "old", "bulbail has", "x", "naïve café", "rast"]
+    questions = [
+        {"text": f"the {w}", "choices": ["a", "the bird", "moufests"], "answer": i % 3, "document": f"{w} sea " * 30}
+        for i, w in enumerate(words)
+    ]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    for i, text in enumerate((CHOICE, WORDS, GENERATED, ROLLING)):
+        (folder / f"task{i}.yaml").write_text(text.replace("FOLDER", str(folder)))
+    return ["tiny_choice", "tiny_words", "tiny_answers", "tiny_documents"]
+
+
+@pytest.mark.slow
+def test_the_harness_reads_a_final_folder_without_an_export(tmp_path: Path) -> None:
+    """Its own command with `--model hf`, registered by an import alone, gives what the loaded model gives."""
+    evaluator = pytest.importorskip("lm_eval.evaluator")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    task_files(tmp_path)
+    byte_bpe(tmp_path / "tokenizer.json")
+    final = tmp_path / "final"
+    write_folder(tiny_model("expert-recursion_wise", 1, vocab_size=290).float(), final, tmp_path / "tokenizer.json")
+    command = [sys.executable, "-m", "model.harness", "run", "--model", "hf", "--model_args", f"pretrained={final}"]
+    command += ["--tasks", "tiny_words", "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out.json")]
+    command += ["--device", "cpu", "--batch_size", "1"]
+    environment = os.environ | {"DISABLE_MULTIPROC": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (written,) = tmp_path.glob("out*.json")
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    model, _ = load_checkpoint(final)
+    lm = HFLM(model, tokenizer=str(final), batch_size=1)
+    direct = evaluator.simple_evaluate(lm, tasks=["tiny_words"], task_manager=manager, bootstrap_iters=0)
+    found = json.loads(written.read_text())["results"]["tiny_words"]
+    assert found["perplexity,none"] == direct["results"]["tiny_words"]["perplexity,none"] > 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["vanilla", "expert-recursion_wise"])
 def test_the_harness_gives_the_same_through_the_server(tmp_path: Path, monkeypatch, variant: str) -> None:
@@ -52,19 +95,11 @@ def test_the_harness_gives_the_same_through_the_server(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    words = ["one", "No lound", "gest", "old", "bulbail has", "x", "naïve café", "rast"]
-    questions = [
-        {"text": f"the {w}", "choices": ["a", "the bird", "moufests"], "answer": i % 3, "document": f"{w} sea " * 30}
-        for i, w in enumerate(words)
-    ]
-    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
-    for i, text in enumerate((CHOICE, WORDS, GENERATED, ROLLING)):
-        (tmp_path / f"task{i}.yaml").write_text(text.replace("FOLDER", str(tmp_path)))
+    names = task_files(tmp_path)
     byte_bpe(tmp_path / "tokenizer.json")
     write_folder(tiny_model(variant, 1, vocab_size=290).float(), tmp_path / "final", tmp_path / "tokenizer.json")
     model, tokenizer = load_checkpoint(tmp_path / "final")
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    names = ["tiny_choice", "tiny_words", "tiny_answers", "tiny_documents"]
 
     def figures(lm) -> dict[str, dict[str, float]]:
         got = evaluator.simple_evaluate(lm, tasks=names, num_fewshot=0, task_manager=manager, bootstrap_iters=0)
