@@ -228,10 +228,10 @@ def cells_of(compare: CompareSettings) -> list[Cell]:
 
 def require_keys(cell: Cell) -> None:
     """Raise UserError for a swept key that means nothing for the model."""
-    own = method_of(make_model_config(model_fields(cell.model))).fields
+    own = method_of(make_model_config(model_fields(cell.model))).settings
     for key in cell.keys:
         name = key.removeprefix("model.")
-        if name != key and name in METHOD_FIELDS - own:
+        if name != key and name in METHOD_FIELDS - set(own):
             raise UserError(
                 f"sweep: {key}: {cell.name} has no such key; give it under sweep_models, to the models that have it"
             )
@@ -257,7 +257,7 @@ def control_rows(compare: CompareSettings, entry: BudgetEntry) -> list[tuple[str
     known, length = data_fields(compare, next(iter(models.values())))
     configs = {name: make_model_config(fields | known) for name, fields in models.items()}
     vanilla = next((models[name] for name, config in configs.items() if config.architecture == "vanilla"), None)
-    routes = [name for name, config in configs.items() if method_of(config).fields]
+    routes = [name for name, config in configs.items() if method_of(config).settings]
     by_name = isinstance(compare.controls, dict)
     asked = compare.controls if isinstance(compare.controls, dict) else dict.fromkeys(routes, compare.controls)
     rows: list[tuple[str, dict[str, Any], Any]] = []

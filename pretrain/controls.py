@@ -14,7 +14,7 @@ from typing import Any
 
 from model import flops
 from model.config import MoRConfig
-from model.depth import METHODS, method_of
+from model.depth import all_settings, method_of
 from pretrain import analysis
 from pretrain.config import LLAMA_FIELDS, make_model_config
 from pretrain.runs import Variant
@@ -32,7 +32,7 @@ CONTROLS = {
 # What each step from the baseline to the model adds; a control that is missing joins its step to the next one.
 STEPS = {"recursive": "sharing", "gate_only": "gate", "random_router": "more tokens"}
 LAST_STEP = "choice of tokens"
-METHOD_FIELDS = frozenset({"routing"}).union(*(method.fields for method in METHODS.values()))
+METHOD_FIELDS = frozenset({"routing", *all_settings()})
 UNSTABLE = ("transformers_version", "dtype", "architectures", "_name_or_path")  # of a configuration that was written
 Fields = dict[str, Any]
 
@@ -133,7 +133,7 @@ def find_controls(
 
 def buildable(model: Mapping[str, Any], has_vanilla: bool, sequence_length: int) -> list[str]:
     """The controls that a model has. None for one that routes nothing: it is a control itself."""
-    if not method_of(make_model_config(dict(model))).fields:
+    if not method_of(make_model_config(dict(model))).settings:
         return []
     kinds = []
     for kind in CONTROLS:
