@@ -389,6 +389,19 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Exp
     return load(ExperimentSettings, path, overrides, sections=("model", "parallel"))
 
 
+def read_data(given: Sequence[str]) -> Manifest:
+    """What `--data` names: a prepared folder, several (a mixture in equal parts) or the data of an experiment's file.
+
+    Raises UserError for what is not prepared, and for folders of different tokenizers.
+    """
+    if len(given) == 1:
+        return read_settings(given[0]).data.read() if given[0].endswith(".yaml") else Manifest.read(Path(given[0]))
+    names = [Path(name).name for name in given]
+    if len(set(names)) < len(names):
+        raise UserError("--data: two folders have one name, by which their losses would be told; rename one")
+    return Mixture.of({name: (Manifest.read(Path(at)), [(0.0, 1.0)]) for name, at in zip(names, given, strict=True)})
+
+
 def check_model_fields(fields: Iterable[str]) -> None:
     """Raise ValueError for a name that is no field of a model, with the nearest that are."""
     known = list(dict.fromkeys([*LLAMA_FIELDS, *MoRConfig.__annotations__, *all_settings()]))

@@ -36,8 +36,8 @@ from model.inference.text import load_checkpoint
 from model.modeling import MoRForCausalLM
 from pretrain import exits
 from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state, verify
-from pretrain.config import ExperimentSettings, read_settings
-from pretrain.data import Manifest, fixed_batches
+from pretrain.config import ExperimentSettings, read_data, read_settings
+from pretrain.data import fixed_batches
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
@@ -133,14 +133,16 @@ def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Pat
 # --- loss ---------------------------------------------------------------------------------------------------------
 
 
-def make_validation(checkpoint: Checkpoint, data: Path | None, batch_size: int, limit: int | None) -> Validation | None:
-    """Validation on a prepared folder, or on the run's; None where neither is given.
+def make_validation(
+    checkpoint: Checkpoint, data: Sequence[str] | None, batch_size: int, limit: int | None
+) -> Validation | None:
+    """Validation on the data given, or on the run's; None where neither is there.
 
     Raises UserError where the data does not fit the model or its tokenizer.
     """
     settings, config = checkpoint.settings, checkpoint.model.config
     if data is not None:
-        manifest = Manifest.read(data)
+        manifest = read_data(data)
     elif settings is not None:
         manifest = settings.data.read()
     else:
@@ -449,7 +451,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--stride", type=_positive, metavar="N", help="with --perplexity: tokens scored by a window (half the context)")
     add("--task-folder", type=Path, metavar="DIR", help="task files of one's own, beside the harness's")
-    add("--data", type=Path, metavar="DIR", help="prepared folder to validate on (default: the run's)")
+    add(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="prepared folder to validate on, or several, or an experiment's YAML file (default: the run's)",
+    )
     add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr, or at each exit, too")
     add(
         "--limit", type=_positive, metavar="N", help="only the first N questions of a task, validation sequences, texts"
@@ -480,8 +487,9 @@ def _add_calibration(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibrate",
         choices=("text", "risk"),
-        help="find the exits' threshold by Learn then Test, so that answers stay within --delta of full depth's (text), or "
-        "come no more than that further from the corpus (risk); the model goes with it to RUN/calibrated, or --output",
+        help="find the exits' threshold by Learn then Test, so that answers stay within --delta of full depth's "
+        "(text), or come no more than that further from the corpus (risk); the model goes with it to RUN/calibrated, "
+        "or --output",
     )
     add("--delta", type=float, default=0.1, help="largest mean distance, 1 - ROUGE-L of the tokens (%(default)s)")
     add("--epsilon", type=float, default=0.05, help="probability of being wrong about that (%(default)s)")

@@ -1,10 +1,10 @@
 """What exits need once their model is trained: the classifier's fit, and a threshold that can be trusted.
 
 `python -m pretrain.evaluate --checkpoint RUN --calibrate text` finds the threshold by Learn then Test (CALM, arXiv
-2207.07061, section 4): thresholds are tried from the strictest on; each is the hypothesis that the mean distance between
-what it yields and what full depth yields is above `delta`, rejected where a p-value of Hoeffding and Bentkus is at most
-`epsilon`; the last one before the first that is not rejected is taken. Then, over prompts like these, the mean distance
-is at most `delta` with a probability of at least 1 - `epsilon`.
+2207.07061, section 4): thresholds are tried from the strictest on; each is the hypothesis that the mean distance
+between what it yields and what full depth yields is above `delta`, rejected where a p-value of Hoeffding and Bentkus is
+at most `epsilon`; the last one before the first that is not rejected is taken. Then, over prompts like these, the mean
+distance is at most `delta` with a probability of at least 1 - `epsilon`.
 
 Shapes: B sequences, T tokens, N tokens that count, D hidden size.
 """
@@ -173,7 +173,7 @@ def _costs(model: MoRForCausalLM, depths: Sequence[int], length: int) -> tuple[f
 
 
 def save_calibrated(model: MoRForCausalLM, tokenizer: Tokenizer, folder: Path, results: dict[str, Any]) -> None:
-    """The model with what was fitted and found, as a folder that generation and serving read; `calibration.json` says how."""
+    """The model with what was fitted and found, as a folder to generate from; `calibration.json` says how."""
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -220,8 +220,8 @@ def _best(model: MoRForCausalLM, normed: Tensor) -> Tensor:
 def fit_classifier(model: MoRForCausalLM, batches: Iterable[Tensor], rate: float = 1e-2) -> list[dict[str, Any]]:
     """Fit the exits' classifier, one step of Adam for each batch [B, T], the model left as it is.
 
-    Returns each step's loss and the share of tokens that the exits agree on with the last layer. Raises ValueError for a
-    model without one.
+    Returns each step's loss and the share of tokens that the exits agree on with the last layer. Raises ValueError for
+    a model without one.
     """
     if model.config.exit_measure != "classifier":
         raise ValueError(

@@ -142,6 +142,25 @@ def test_missing_data_is_prepared_first(capsys: pytest.CaptureFixture[str], tmp_
         main([*SMOKE, "--dry-run", "--gpus-per-node=1", f"data.folder={folder}", "data.prepare=null"])
 
 
+def test_a_mixture_is_prepared_source_by_source(
+    capsys: pytest.CaptureFixture[str], data: list[str], tmp_path: Path
+) -> None:
+    made, web, code = data[0].partition("=")[2], tmp_path / "web", tmp_path / "code-1"
+    sources = f"edu: {{folder: {made}, weight: 1}}, web: {{folder: {web}, weight: 1, prepare: configs/data/smoke.yaml}}"
+    missing = f"code-1: {{folder: {code}, weight: 1, prepare: configs/data/sotu.yaml}}"
+    path = tmp_path / "mixed.yaml"
+    path.write_text(
+        f"extends: configs/experiment/smoke.yaml\ndata: {{folder: '', mixture: {{{sources}, {missing}}}}}\n"
+    )
+    given = ["--config", str(path), "--gpus-per-node=1", "data.prepare=null"]
+    one, two, run = dry_run(capsys, *given)
+    assert one[-2:] == ["configs/data/smoke.yaml", f"folder={web}"]
+    assert two[-2:] == ["configs/data/sotu.yaml", f"folder={code}"]
+    assert "--dependency=afterok:$prepare_web:$prepare_code_1" in run
+    with pytest.raises(UserError, match=r"data\.mixture\.web\.prepare does not say how.*--prepare CONFIG folder=.*web"):
+        main([*given, "--dry-run", "data.mixture.web.prepare=null"])
+
+
 def test_array_of_preparations(capsys: pytest.CaptureFixture[str]) -> None:
     configs = ["configs/data/smoke.yaml", "configs/data/sotu.yaml"]
     (command,) = dry_run(capsys, "--prepare", *configs, "workers=2")

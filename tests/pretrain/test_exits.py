@@ -55,7 +55,7 @@ def test_the_threshold_is_the_last_that_passed_and_the_engine_uses_it():
 def test_what_cannot_be_tested_is_refused():
     with pytest.raises(ValueError, match="needs a model with exits"):
         calibrate(tiny_model("recursive"), [[1]] * 60, [[2]] * 60)
-    with pytest.raises(ValueError, match="calibration-prompts: 5 cannot show .* use at least 29"):
+    with pytest.raises(ValueError, match=r"calibration-prompts: 5 cannot show .* use at least 29"):
         calibrate(tiny_model("exit"), [[1]] * 5, [[2]] * 5)
     with pytest.raises(ValueError, match="takes 'classifier'"):
         fit_classifier(tiny_model("exit"), [])
