@@ -180,6 +180,11 @@ class DepthMethod(nn.Module):
         return ("causal",)
 
     @classmethod
+    def confident(cls, config: MoRConfig) -> bool:
+        """Of methods with exits: whether tokens leave at a large score, not at a small one."""
+        return True
+
+    @classmethod
     def refuses(cls, config: MoRConfig, mode: str) -> str | None:
         """Why a model cannot be evaluated in this mode."""
         return None
