@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -31,8 +32,9 @@ from model.config import MoRConfig
 from model.depth import method_of
 from model.hardware import Precision, device_here
 from model.inference.text import load_checkpoint
-from pretrain.config import ExperimentSettings, read_settings
-from pretrain.data import Manifest
+from pretrain import exits
+from pretrain.config import ExperimentSettings, read_data, read_settings
+from pretrain.data import fixed_batches
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
 from pretrain.parallel_settings import ParallelSettings
 from pretrain.perplexity import measure
@@ -137,14 +139,16 @@ def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Pat
 # --- loss ---------------------------------------------------------------------------------------------------------
 
 
-def make_validation(checkpoint: Checkpoint, data: Path | None, batch_size: int, limit: int | None) -> Validation | None:
-    """Validation on a prepared folder, or on the run's; None where neither is given.
+def make_validation(
+    checkpoint: Checkpoint, data: Sequence[str] | None, batch_size: int, limit: int | None
+) -> Validation | None:
+    """Validation on the data given, or on the run's; None where neither is there.
 
     Raises UserError where the data does not fit the model or its tokenizer.
     """
     settings, config = checkpoint.settings, checkpoint.model.config
     if data is not None:
-        manifest = Manifest.read(data)
+        manifest = read_data(data)
     elif settings is not None:
         manifest = settings.data.read()
     else:
@@ -166,7 +170,7 @@ def losses(validation: Validation, model: MoRForCausalLM, precision: Precision, 
     parallel.module = parallel.model = module.to(parallel.device)
     result: dict[str, Any] = {"validation": validation(parallel)}
     if depths:
-        caps = range(1, model.config.num_recursions + 1)
+        caps = range(1, method_of(model.config).levels(model.config) + 1)
         result["depths"] = [{"max_recursions": cap} | validation(parallel, cap) for cap in caps]
     model.eval()
     return result
@@ -283,7 +287,9 @@ def metrics_line(results: dict[str, Any]) -> dict[str, Any]:
     if results["average"] is not None:
         line["tasks/average"] = results["average"]
     if "depths" in results:
-        for key in ("validation_loss", "validation_loss_topk"):
+        for key in ("validation_loss", "validation_loss_topk", "validation_loss_full"):
+            if key not in results["depths"][0]:
+                continue
             line[f"{key}_by_depth"] = [depth[key] for depth in results["depths"]]
     return line
 
@@ -313,10 +319,15 @@ def show(results: dict[str, Any], console: Console) -> None:
     """The results as tables."""
     rows = [("as trained", results.get("validation"))]
     rows += [(f"at most {depth['max_recursions']}", depth) for depth in results.get("depths", [])]
-    table = rich.table.Table("recursions", "loss, causal", "top-k", title="Validation loss", title_justify="left")
+    key, how = (
+        ("full", "at full depth")
+        if any(line and "validation_loss_full" in line for _, line in rows)
+        else ("topk", "top-k")
+    )
+    table = rich.table.Table("recursions", "loss, causal", how, title="Validation loss", title_justify="left")
     for name, line in rows:
         if line is not None:
-            figures = (line["validation_loss"], line["validation_loss_topk"])
+            figures = (line["validation_loss"], line[f"validation_loss_{key}"])
             table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in figures))
     if table.row_count:
         console.print(table)
@@ -371,13 +382,66 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     results["average"] = average(tasks, results["tasks"])
     output = given.output or (checkpoint.run or checkpoint.folder) / "evaluation.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, output)
     recorded = given.limit is None and record(checkpoint, results)
     console = Console()
     show(results, console)
     where = f"{output}, {checkpoint.run / METRICS}" if recorded and checkpoint.run else str(output)
     console.print(f"results: {where}", soft_wrap=True, highlight=False)
     return results
+
+
+def calibrate(given: argparse.Namespace) -> dict[str, Any]:
+    """Fit the exits' classifier and find their threshold, as asked; what `calibration.json` holds."""
+    checkpoint = open_checkpoint(given.checkpoint.resolve())
+    validation = make_validation(checkpoint, given.data, given.batch_size, given.calibration_prompts)
+    if validation is None:
+        raise UserError(f"{given.checkpoint}: belongs to no run; give --data FOLDER")
+    from pretrain.run_folder import versions
+
+    model, manifest = checkpoint.model, validation.manifest
+    folder = given.output or (checkpoint.run or checkpoint.folder) / "calibrated"
+    results: dict[str, Any] = {"checkpoint": str(given.checkpoint), "corpus": manifest.corpus, "versions": versions()}
+    try:
+        if given.fit_classifier:
+            wanted = given.fit_classifier * given.batch_size
+            batches = (b.input_ids for b in fixed_batches(manifest, "train", given.batch_size, samples=wanted))
+            lines = exits.fit_classifier(model, batches)
+            results["classifier"] = {"steps": len(lines), "first": lines[0], "last": lines[-1]}
+            print(f"classifier: {len(lines)} steps, loss {lines[0]['loss']:.4f} to {lines[-1]['loss']:.4f}", flush=True)
+        if given.calibrate:
+            rows = [b.input_ids for b in fixed_batches(manifest, "validation", 1, samples=given.calibration_prompts)]
+            start, end = given.prompt_tokens, given.prompt_tokens + given.output_tokens
+            if end > rows[0].shape[1]:
+                raise ValueError(
+                    f"--prompt-tokens: {start} and --output-tokens {given.output_tokens} are more than the "
+                    f"{rows[0].shape[1]} tokens of a sequence; give fewer"
+                )
+            prompts, references = ([row[0, cut].tolist() for row in rows] for cut in (slice(start), slice(start, end)))
+            found = exits.calibrate(model, prompts, references, given.calibrate, given.delta, given.epsilon)
+            results["calibration"] = dataclasses.asdict(found)
+            show_calibration(found, Console())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not given.fit_classifier and results["calibration"]["threshold"] is None:
+        print("no threshold passed its test: nothing was written", flush=True)
+        return results
+    exits.save_calibrated(model, checkpoint.tokenizer.backend_tokenizer, folder, results)
+    print(f"results: {folder}", flush=True)
+    return results
+
+
+def show_calibration(found: exits.Calibration, console: Console) -> None:
+    """The thresholds that were tested, and which was taken."""
+    title = f"Thresholds: {found.kind} distance at most {found.delta}, level {found.epsilon}, {found.prompts} prompts"
+    table = rich.table.Table("threshold", "distance", "p-value", "layers", "FLOPs (exact) of full depth's", title=title)
+    for trial in found.trials:
+        mark = " *" if trial.threshold == found.threshold else ""
+        figures = (f"{trial.risk:.4f}", f"{trial.p_value:.2g}", f"{trial.layers:.2f}", f"{trial.flops:.3f}")
+        table.add_row(f"{trial.threshold:.4g}{mark}", *figures)
+    console.print(table)
 
 
 def chosen_tasks(names: str | None, preset: str | None) -> list[TaskSettings]:
@@ -401,8 +465,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--stride", type=_positive, metavar="N", help="with --perplexity: tokens scored by a window (half the context)")
     add("--task-folder", type=Path, metavar="DIR", help="task files of one's own, beside the harness's")
-    add("--data", type=Path, metavar="DIR", help="prepared folder to validate on (default: the run's)")
-    add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr too")
+    add(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="prepared folder to validate on, or several, or an experiment's YAML file (default: the run's)",
+    )
+    add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr, or at each exit, too")
     add(
         "--limit", type=_positive, metavar="N", help="only the first N questions of a task, validation sequences, texts"
     )
@@ -410,13 +479,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     precisions = ["auto", "bf16", "fp32"]
     add("--precision", choices=precisions, help="of the forward pass (default auto: the run's where it is fast here)")
     add("--output", type=Path, metavar="FILE", help="where the results go (default: evaluation.json in the run)")
+    _add_calibration(parser)
     given = parser.parse_args(arguments)
+    if given.calibrate or given.fit_classifier:
+        if given.perplexity or given.tasks or given.preset or given.depths or given.limit:
+            parser.error("--calibrate and --fit-classifier: stand alone; leave the other measurements out")
+        calibrate(given)
+        return 0
     if given.stride and not given.perplexity:
         parser.error("--stride: only with --perplexity")
     if given.perplexity and (given.data or given.task_folder):
         parser.error("--perplexity: has no use for --data and --task-folder; leave them out")
     (measure if given.perplexity else evaluate)(given)
     return 0
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "exits", "what they need once their model is trained (pretrain/exits.py)"
+    ).add_argument
+    add(
+        "--calibrate",
+        choices=("text", "risk"),
+        help="find the exits' threshold by Learn then Test, so that answers stay within --delta of full depth's "
+        "(text), or come no more than that further from the corpus (risk); the model goes with it to RUN/calibrated, "
+        "or --output",
+    )
+    add("--delta", type=float, default=0.1, help="largest mean distance, 1 - ROUGE-L of the tokens (%(default)s)")
+    add("--epsilon", type=float, default=0.05, help="probability of being wrong about that (%(default)s)")
+    add("--calibration-prompts", type=_positive, default=200, metavar="N", help="validation sequences (%(default)s)")
+    add("--prompt-tokens", type=_positive, default=32, metavar="N", help="of each that are given (%(default)s)")
+    add("--output-tokens", type=_positive, default=32, metavar="N", help="that are to be answered (%(default)s)")
+    add("--fit-classifier", type=_positive, metavar="STEPS", help="train the classifier, the model left as it is")
 
 
 def _positive(text: str) -> int:

@@ -13,6 +13,7 @@ import torch
 from model.config import MoRConfig
 from model.depth import method_of
 from model.flops import gates_of
+from model.routing import depth_counts
 from pretrain.data import Manifest, Mixture, fixed_batches
 from pretrain.metrics import Sums
 
@@ -36,7 +37,9 @@ class Validation:
 
         `validation_loss`: causal routing, nothing looks ahead; None where `selection: none` leaves the model without a
         causal decision. `validation_loss_topk`: expert-choice picks the top-k of the whole sequence, as the paper
-        evaluates; equal to the former for every other model. `validation_tokens`; for routed models
+        evaluates; equal to the former for every other model. `validation_loss_full`: of models with exits,
+        teacher-forced at full depth, where `validation_loss` is what decoding under the exit rule would see.
+        `validation_tokens`; for routed models
         `validation_depth_shares` [Nr+1] and the routing statistics, of the causal pass where there is one.
         max_recursions: no token executes more (test-time depth, Fig. 5c); None: as many as the model has.
         """
@@ -49,7 +52,57 @@ class Validation:
         return line | {
             "validation_loss": line["validation_loss"] if "causal" in lines else None,
             "validation_loss_topk": topk["validation_loss"],
+            **{f"validation_loss_{mode}": lines[mode]["validation_loss"] for mode in lines if mode == "full"},
         }
+
+    @torch.no_grad()
+    def look_ahead(self, parallel: Parallel) -> float | None:
+        """What later tokens do to earlier ones: a measurement, not a statement.
+
+        The first half of a batch's positions, causally evaluated once with the text that follows and once with random
+        tokens in its place: the change of its loss, in nats per token, or the share of its tokens that take another
+        depth, whichever is larger. Rounding, where nothing looks ahead. None where there is no causal decision. Every
+        rank takes part and gets the same figure.
+        """
+        if "causal" not in self._modes():
+            return None
+        parallel.model.eval()
+        sources = self.manifest.sources.values() if isinstance(self.manifest, Mixture) else [self.manifest]
+        manifest = next(iter(sources))
+        rows = self.micro_size * parallel.world_size
+        (batch,) = fixed_batches(
+            manifest,
+            "validation",
+            self.micro_size,
+            parallel.rank,
+            parallel.world_size,
+            samples=rows,
+            document_masking=self.document_masking,
+        )
+        batch = batch.to(parallel.device)
+        half = manifest.sequence_length // 2
+        random = torch.Generator().manual_seed(0)
+        other = torch.randint(manifest.vocab_size, batch.input_ids[:, half:].shape, generator=random)
+        changed = torch.cat([batch.input_ids[:, :half], other.to(batch.input_ids)], dim=1)
+        targets = batch.targets.clone()
+        targets[:, half:] = -100
+        sums, depths = Sums(), []
+        for name, ids in (("given", batch.input_ids), ("changed", changed)):
+            output = parallel.forward(
+                input_ids=ids,
+                targets=targets,
+                document_ids=batch.document_ids,
+                routing_mode="causal",
+                num_items_in_batch=targets.numel(),
+                return_logits=False,
+            )
+            sums.add(name, output.losses["lm"].double() * targets.numel())
+            depths.append(targets if output.routing is None else output.routing.depth)
+        sums.add("tokens", (targets != -100).sum())
+        sums.add("moved", (depths[0] != depths[1])[:, :half].sum())
+        totals = sums.reduce(parallel)
+        parallel.model.train()
+        return max(abs(totals["given"] - totals["changed"]), totals["moved"]) / max(totals["tokens"], 1.0)
 
     def _modes(self) -> list[str]:
         return list(method_of(self.config).modes(self.config))
@@ -94,6 +147,7 @@ class Validation:
                 input_ids=batch.input_ids,
                 targets=batch.targets,
                 document_ids=batch.document_ids,
+                num_documents=batch.num_documents,
                 routing_mode=routing_mode,
                 max_recursions=max_recursions,
                 num_items_in_batch=places,  # rows that only fill up the last batch then have loss 0, not 0 / 0
@@ -105,7 +159,7 @@ class Validation:
             fault = fault or batch.fault
             if output.routing is not None:
                 depth = output.routing.depth[: batch.samples].flatten()
-                sums.add("depth", torch.bincount(depth, minlength=gates_of(self.config) + 1))
+                sums.add("depth", depth_counts(depth, gates_of(self.config)))
                 for name, value in output.routing.statistics.items():
                     sums.add(name, value.double() * batch.samples)
         sums.add("faults", float(fault is not None))

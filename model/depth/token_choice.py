@@ -71,6 +71,10 @@ class TokenChoice(DepthMethod):
         return [Fraction(depth - r, depth) for r in range(depth)]
 
     @classmethod
+    def controls(cls, config: MoRConfig) -> dict[str, dict[str, Any]]:
+        return {"random_router": {"router": "random"}}
+
+    @classmethod
     def follows_load(cls, config: MoRConfig) -> bool:
         return config.balancing == "loss_free"
 
@@ -111,6 +115,10 @@ class TokenChoice(DepthMethod):
         if warmup > 0 and step is not None and step < warmup:
             return scores.new_full(scores.shape[:-1], self.gates - 1, dtype=torch.long)
         return (scores if self.router_bias is None else scores + self.router_bias).argmax(-1)
+
+    def counts(self, carry: dict[str, Tensor], run: Any) -> Tensor:
+        passes = carry["choice"][..., None] >= torch.arange(self.gates, device=carry["choice"].device)
+        return (passes if run.real is None else passes & run.real[..., None]).sum((0, 1))
 
     def admit(self, gate: int, logits: Tensor | None, x: Tensor, carry: Carry, run: Any) -> Tensor | None:
         return None if gate == 0 else carry["choice"] >= gate

@@ -6,6 +6,7 @@ The made-up trainer copies a run directory prepared by `make_run`, so that a tes
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from rich.console import Console
 from data_prep.settings import UserError
 from launchers import compare
 from launchers import grid as planning
+from pretrain.lock import RunLock
 from tests.helpers.runs import make_run
 
 CONFIGS = sorted(path for path in Path("configs/compare").glob("*.yaml") if path.name != "paper.yaml")
@@ -38,7 +40,7 @@ MODELS = {
 TRAINER = """
 import pathlib, shutil, signal, sys, time
 staged, mode = pathlib.Path(sys.argv[1]), sys.argv[2]
-given = dict(argument.partition("=")[::2] for argument in sys.argv[3:])
+given = dict(argument.partition("=")[::2] for argument in sys.argv[4:])
 folder = pathlib.Path(given["run_dir"])
 with open(staged / "starts.txt", "a") as file:
     file.write(folder.name + "\\n")
@@ -68,6 +70,16 @@ if mode == "broken":
 if mode == "full":
     (folder / "requeue").touch()
     sys.exit(74)
+if mode == "sweep" and not (staged / folder.name).exists():
+    sys.path.insert(0, sys.argv[3])
+    from tests.helpers.runs import make_run
+    rate, seed = float(given.get("optimizer.learning_rate", 3e-3)), int(given["seed"])
+    if rate > 0.1:
+        sys.exit("RunFailed: the loss is not finite")
+    name, _, rest = given["name"].partition("_nr3")
+    kind = name + "_nr3" if "_nr3" in given["name"] else name
+    make_run(staged / folder.name, kind, seed=seed, rate=rate, loss=3 + 20 * abs(rate - 4e-3) + 0.05 * (seed % 3),
+             name=given["name"], budget=float(given["budget.flops"]))
 shutil.copytree(staged / folder.name, folder, dirs_exist_ok=True)
 """
 
@@ -96,7 +108,7 @@ def grid(tmp_path, monkeypatch):
 
     def use(mode):
         def command(settings, run):
-            return [sys.executable, str(script), str(tmp_path / "staged"), mode, *run.arguments[2:]]
+            return [sys.executable, str(script), str(tmp_path / "staged"), mode, str(compare.ROOT), *run.arguments[2:]]
 
         monkeypatch.setattr(compare, "local_command", command)
 
@@ -290,6 +302,40 @@ def test_several_budgets_train_one_trunk_with_branches(grid):
     assert [folder.name for folder in planned.folders()] == ["1e10", "2e10"]
 
 
+def test_a_second_comparison_in_the_same_folder_is_refused_while_the_first_is_at_work(grid, monkeypatch):
+    settings, _ = grid
+    monkeypatch.setattr(compare, "prepare_data", lambda data: None)
+    config = settings.output.parent / "compare.yaml"
+    with RunLock(settings.output, {}), pytest.raises(UserError, match=rf"process {os.getpid()} on .* is at work there"):
+        compare.main(["--config", str(config)])
+    assert not starts(settings)
+
+
+def test_only_the_budget_of_a_comparison_may_grow(grid):
+    """And a run whose budget has grown is not finished, also where its trunk gets a branch more."""
+    settings, _ = grid
+
+    def planned(flops, **changes):
+        budgets = [planning.BudgetEntry(flops=flops)]
+        return compare.plan_runs(settings.model_copy(update={"budgets": budgets, **changes}))[0]
+
+    for before, after in ((2e10, 3e10), ([1e10, 2e10], [1e10, 15e9, 2e10])):
+        shutil.rmtree(settings.output, ignore_errors=True)
+        first = planned(before)
+        make_run(first.folder)
+        if isinstance(before, list):
+            path = first.folder / "metrics.jsonl"
+            path.write_text(path.read_text().replace("finished", "branched"))
+            for label in ("1e10", "2e10", "1.5e10.partial"):
+                make_run(first.folder / "branches" / label)
+        (first.folder / "config.yaml").write_text(yaml.safe_dump(first.settings.model_dump(mode="json")))
+        assert planned(before).finished() and not planned(after).finished()
+        with pytest.raises(UserError, match=r"differ: .*batch\.size"):
+            planned(after, overrides={"batch": {"size": 4}})
+        with pytest.raises(UserError, match=r"smaller than|stay in the list"):
+            planned(1e9 if isinstance(before, float) else [1e10, 3e10])
+
+
 def test_conventions_share_what_they_have_in_common():
     exact = compare.plan_runs(compare.read_compare(Path("configs/compare/cpu_seeds.yaml"), []))
     both = compare.plan_runs(compare.read_compare(Path("configs/compare/honest_count.yaml"), []))
@@ -303,7 +349,8 @@ def test_conventions_share_what_they_have_in_common():
 def test_every_ready_made_comparison_can_be_planned(path, tmp_path):
     settings = compare.read_compare(path, [f"output={tmp_path}"])
     runs = compare.plan_runs(settings)
-    assert len(runs) == len(settings.models) * len(settings.budgets) * len(settings.seeds)
+    assert len(runs) == len(planning.cells_of(settings)) * len(settings.seeds)
+    assert planning.sweep_cost(settings) <= 1.001
     first = [planned for planned in runs if planned.settings.seed == settings.seeds[0]]
     assert compare.plan_table(runs).row_count == sum(len(planned.budgets) for planned in first)
 
@@ -323,9 +370,111 @@ def test_slurm_receives_the_whole_comparison():
                            "--gpus-per-node=8", "seeds=[1]"]  # fmt: skip
 
 
+# --- sweeps, controls, seeds ----------------------------------------------------------------------------------------
+
+
+def changed(settings, **changes):
+    return compare.CompareSettings.model_validate(settings.model_dump() | changes)
+
+
+def one_model(settings, **changes):
+    return changed(settings, models={"vanilla": TINY}, seeds=[0], at_once=4, **changes)
+
+
+RATES = {"optimizer.learning_rate": [2e-3, 4e-3, 8e-3, 0.5]}  # the last one diverges
+
+
+def test_a_sweep_runs_before_the_report_and_its_winner_is_reported(grid):
+    """Halving: four short runs, of which one fails, then two of twice the length; a second call runs nothing."""
+    settings, use = grid
+    use("sweep")
+    swept = one_model(settings, sweep=RATES)
+    assert planning.sweep_cost(swept) <= 1
+    code, text = run(swept)
+    begun = starts(settings)
+    assert code == 0 and "vanilla: optimizer.learning_rate 0.004 won its sweep" in text, text
+    assert len(begun) == 7 and begun[-1] == "vanilla-learning_rate0.004-seed0"
+    assert all(name.endswith("-seed1000") for name in begun[:-1])
+    budgets = [name.split("-")[-2] for name in begun[:-1]]
+    assert budgets == ["2.5e09"] * 4 + ["5e09"] * 2
+    results = json.loads((settings.output / "report" / "results.json").read_text())
+    (found,) = results["sweep"]
+    assert found["winner"] == {"optimizer.learning_rate": 4e-3} and not found["edge"]
+    checks = {check["question"]: check for check in results["checklist"]}
+    assert checks["learning rate"]["passed"] and not checks["seeds"]["holds_up"]
+    assert run(swept)[0] == 0 and [name for name in starts(settings)[7:] if "0.5" not in name] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sweep": RATES, "sweep_seeds": [1, 7]}, r"\[1\] are seeds of the report too"),
+        ({"sweep": {"optimizer.learning_rate": [1e-3]}}, "at least two different values"),
+        ({"sweep_models": {"nobody": RATES}}, "'nobody' is no model of this comparison"),
+        ({"controls": ["shallow"]}, "no shallow; there are shallower"),
+    ],
+)
+def test_sweeps_and_controls_that_make_no_sense_are_refused(grid, changes, said):
+    with pytest.raises(ValueError, match=said):
+        changed(grid[0], **changes)
+
+
+@pytest.mark.parametrize("key", ["model.router_alpha", "optimizer.lerning_rate"])
+def test_a_key_that_a_model_lacks_is_refused_by_name(grid, key):
+    with pytest.raises(UserError, match=r"vanilla has no such key|unknown key 'optimizer.lerning_rate'"):
+        planning.plan_round(changed(grid[0], sweep={key: [0.1, 0.2]}), 0)
+
+
+def test_controls_are_rows_of_the_grid(grid):
+    """Built from the model that routes; what is a model of the comparison already is not run twice."""
+    asked = list(planning.CONTROLS)
+    runs = planning.plan_runs(changed(grid[0], controls=asked, seeds=[0]))
+    names = [planned.settings.name for planned in runs]
+    built = [f"mor_expert_nr3_{kind}" for kind in asked if kind != "recursive"]
+    assert names == [*MODELS, *built]
+    by_name = {planned.settings.name: planned for planned in runs}
+    tokens = {name: planning.plans_of(planned)[0][1].tokens for name, planned in by_name.items()}
+    step = 8 * 64
+    assert abs(tokens["mor_expert_nr3_equal_tokens"] - tokens["mor_expert_nr3"]) <= step
+    assert by_name["mor_expert_nr3_gate_only"].settings.model["capacity_factors"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("controls", "said"),
+    [
+        ({"recursive_nr3": ["gate_only"]}, "gate_only: recursive_nr3: there is none for recursive"),
+        ({"mor_expert_nr3": ["gate_only", "shallower"], "vanilla": ["shallower"]}, "shallower: vanilla: it costs"),
+    ],
+)
+def test_a_control_that_cannot_be_built_is_refused_by_name(grid, controls, said):
+    with pytest.raises(UserError, match=said):
+        planning.plan_runs(changed(grid[0], controls=controls))
+
+
+def test_until_adds_seeds_until_the_interval_is_narrow(grid):
+    settings, use = grid
+    use("sweep")
+    for prepared in (settings.output.parent / "staged").glob("*-seed?"):
+        shutil.rmtree(prepared)
+    two = {name: MODELS[name] for name in ("vanilla", "mor_expert_nr3")}
+    code, text = run(changed(settings, models=two, seeds=[0], until=0.5, most_seeds=4))
+    assert code == 0 and "--until 0.5: adds seeds 1, 2" in text and text.count("adds seeds") == 1
+    results = json.loads((settings.output / "report" / "results.json").read_text())
+    assert results["seeds"] == [0, 1, 2]
+    tight = compare.more_seeds(changed(settings, until=1e-9, most_seeds=2), results)
+    assert tight == [], "the budget of seeds is spent"
+
+
+def test_noise_repeats_the_baseline(grid):
+    runs = planning.plan_noise(changed(grid[0], noise=["order", "precision"], seeds=[3]))
+    order, precision = (planned.settings for planned in runs)
+    assert order.data.order_seed not in (None, 3) and order.seed == precision.seed == 3
+    assert {order.precision, precision.precision} == {"bf16", "fp32"} and order.run_dir.parent.name == "noise"
+
+
 @pytest.mark.slow
 def test_a_real_comparison_from_nothing_to_the_report(tmp_path, capsys):
-    """Real trainer, real data: FLOPs agree, models learn, and the second call does nothing."""
+    """Real trainer, real data: FLOPs agree, models learn, the second call does nothing, a larger budget goes on."""
     config = tmp_path / "compare.yaml"
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(
@@ -353,3 +502,19 @@ def test_a_real_comparison_from_nothing_to_the_report(tmp_path, capsys):
     assert compare.main(["--config", str(config)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/metrics.jsonl")}
     assert "3 of 3 runs are finished already" in capsys.readouterr().out
+    assert compare.main(["--config", str(config), "budgets=[{flops: 5e10}]"]) == 0
+    told = capsys.readouterr().out
+    assert "0 of 3 runs are finished already" in told and told.count("finished, validation loss") == 3
+    results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    grown = {r["name"]: r for r in results["runs"]}
+    assert set(grown) == {*MODELS, *(f"{name}-4e10" for name in MODELS)}  # their first endings stand beside
+    for name, run in runs.items():
+        ended = grown.pop(f"{name}-4e10")
+        assert (ended["flops"], ended["validation_loss"]) == (run["flops"], run["validation_loss"])
+        assert grown[name]["flops"] == pytest.approx(5e10, rel=0.01)
+        facts = json.loads((tmp_path / "out" / f"{name}-seed0" / "run.json").read_text())
+        assert [entry["budget"] for entry in facts["extensions"]] == [4e10], "it went on, it did not begin anew"
+    assert compare.main(["--config", str(config), "budgets=[{flops: 5e10}]"]) == 0
+    assert "3 of 3 runs are finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"4e\+10 is smaller than 5e\+10, its own"):
+        compare.main(["--config", str(config)])
