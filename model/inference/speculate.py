@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from model.cache import MoRCache
-from model.decoder import Run
 from model.depth.layout import Stage
 from model.flops import Pass, Work, forward_flops, gates_of
-from model.modeling import MoRForCausalLM
+
+if TYPE_CHECKING:
+    from model.modeling import MoRForCausalLM
 
 
 @dataclass
@@ -135,6 +136,8 @@ class Speculator:
         """States [1, K, D] of the tokens from position `start` on, behind the stages."""
         cache.seen = start
         batch = self.inner._describe(hidden, None, None, None, None, cache)
+        from model.decoder import Run  # slow to import: not where arguments alone are read
+
         run = Run(self.inner, batch, "full")
         run.layout = stages
         hidden = run.decode(hidden)
