@@ -27,7 +27,6 @@ from transformers.utils.logging import disable_progress_bar
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams
 from model.inference.scheduler import DepthPolicy, Request
-from model.inference.speculate import Speculated, Speculator
 from model.inference.text import TextStream, end_of_text, load_checkpoint, pieces
 
 # From one recursion to many: cold to warm.
@@ -294,6 +293,8 @@ def speculate_all(
         if wrong:
             raise ValueError(f"{name}: {fault}")
     model, tokenizer = load_checkpoint(options.checkpoint, options.dtype, options.device, options.tokenizer)
+    from model.inference.speculate import Speculated, Speculator  # brings the model: not for the arguments alone
+
     speculator = Speculator(model, *options.speculate)
     ends = [token for (token,) in end_of_text(model)]
     total = Speculated()

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from model.cache import MoRCache
+from model.decoder import Run
 from model.depth.layout import Stage
 from model.flops import Pass, Work, forward_flops, gates_of
-
-if TYPE_CHECKING:
-    from model.modeling import MoRForCausalLM
+from model.modeling import MoRForCausalLM
 
 
 @dataclass
@@ -135,9 +134,7 @@ class Speculator:
     def _pass(self, stages: tuple[Stage, ...], hidden: Tensor, cache: MoRCache, start: int) -> Tensor:
         """States [1, K, D] of the tokens from position `start` on, behind the stages."""
         cache.seen = start
-        batch = self.inner._describe(hidden, None, None, None, None, cache)
-        from model.decoder import Run  # slow to import: not where arguments alone are read
-
+        batch = self.inner._describe(hidden, *[None] * 5, cache)
         run = Run(self.inner, batch, "full")
         run.layout = stages
         hidden = run.decode(hidden)
