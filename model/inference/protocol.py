@@ -7,6 +7,7 @@ it: a request that will be refused costs little.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,19 +17,22 @@ from tokenizers import Tokenizer
 from model.inference.sampling import SamplingParams
 
 Ids = list[int]
+LARGE = 1 << 16  # bytes of a body that is counted before it is parsed, which nothing interrupts
+_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Limits:
     """Sizes beyond which a request is refused, and seconds after which a connection is closed.
 
-    body: bytes; choices: prompts times n or best_of; stops, stop_length: stop texts and characters of each; biases:
-    entries of logit_bias; scores: log-probabilities in one answer; connections: open at once; head_seconds,
-    body_seconds, write_seconds: for a request's head, its body, and a client that does not read; patience: for what
-    runs when the server stops.
+    body: bytes; fields: names in a body; choices: prompts times n or best_of; stops, stop_length: stop texts and
+    characters of each; biases: entries of logit_bias; scores: log-probabilities in one answer; connections: open at
+    once; head_seconds, body_seconds, write_seconds: for a request's head, its body, and a client that does not read;
+    patience: for what runs when the server stops.
     """
 
     body: int = 1 << 20
+    fields: int = 4096
     choices: int = 64
     stops: int = 16
     stop_length: int = 1024
@@ -131,13 +135,28 @@ class Reader:
     def read(self, body: bytes | bytearray) -> Prepared:
         """Raises ServiceError naming the field that is wrong."""
         try:
+            self._counted(body)
             content = json.loads(body)
+        except ServiceError:
+            raise
         except (ValueError, RecursionError) as error:
             raise ServiceError(400, f"body: no JSON object: {error}") from None
         try:
             return self._prepare(self._checked(content))
         except ValueError as error:
             raise ServiceError(400, str(error)) from None
+
+    def _counted(self, body: bytes | bytearray) -> None:
+        """Refuse a large body of more lists or fields than any request has, by their signs outside of texts."""
+        if len(body) < LARGE:
+            return
+        bare, limits = _TEXTS.sub(b"", body), self.limits
+        for sign, most, what in (
+            (b"[", limits.choices + limits.stops, "lists"),
+            (b":", limits.fields, "fields"),
+        ):
+            if bare.count(sign) > most:
+                raise ServiceError(400, f"body: {bare.count(sign)} {what}; a request has at most {most}")
 
     def _checked(self, content: Any) -> CompletionRequest:
         if not isinstance(content, dict):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -541,6 +542,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Behind another address a name of the network is as good as any, unless names are given.
     hosts = options.allowed_host if local or options.allowed_host else None
     app = build_app(engine, tokenizer, options.model_name or model_name(options.checkpoint), limits, hosts, key or None)
+    # What stands now stays for good; looked through at every collection it would stop everyone for a second.
+    gc.collect()
+    gc.freeze()
     uvicorn.run(
         app,
         host=options.host,

@@ -472,13 +472,35 @@ def test_half_sent_requests_end_and_connections_are_counted():
             head, _, body = answer.partition(b"\r\n\r\n")
             assert b" 408 " in head and json.loads(body)["error"]["code"] == 408
         silent = [socket.create_connection((host, int(port)), timeout=30) for _ in range(12)]
-        refused = json.loads(raw(address, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").partition(b"\r\n\r\n")[2])
-        assert refused["error"]["code"] == 503
+        assert HTTP.get(f"{address}/health").status_code == 200  # the oldest of them makes room
+        first = silent[0].recv(65536)
+        assert json.loads(first.partition(b"\r\n\r\n")[2])["error"]["code"] == 503
         for connection in silent:
             while connection.recv(65536):
                 pass
             connection.close()
         assert HTTP.get(f"{address}/health").status_code == 200
+
+
+def test_half_sent_bodies_make_room_and_whole_requests_do_not():
+    with running(Limits(body=20_000, choices=4, connections=2, body_seconds=120)) as (address, engine):
+        host, port = address.removeprefix("http://").split(":")
+        halves = [socket.create_connection((host, int(port)), timeout=30) for _ in range(2)]
+        for connection in halves:
+            connection.sendall(request_head(100) + b'{"prompt"')
+        time.sleep(0.3)
+        body = {"prompt": "a", "max_tokens": 240, "n": 4, "logit_bias": {"0": -100}, "stream": True}
+        with HTTP.stream("POST", f"{address}/v1/completions", json=body) as one:
+            next(one.iter_lines())
+            assert halves[0].recv(100) == b""
+            with HTTP.stream("POST", f"{address}/v1/completions", json=body) as other:
+                next(other.iter_lines())
+                assert halves[1].recv(100) == b""
+                refused = raw(address, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["code"] == 503
+        for connection in halves:
+            connection.close()
+        wait_until_idle(engine)
 
 
 def test_a_client_that_leaves_in_its_body_is_one_line(server, caplog):
