@@ -4,22 +4,19 @@ Names follow the paper (arXiv 2507.10524). Which architecture a configuration de
 `num_recursions` and `routing`, and spelled out by the property `architecture`.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, type_validator
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
-from .depth import METHODS, method_of
+from .depth import METHODS, all_settings, method_of
 
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
-Routing = Literal["none", "expert_choice", "token_choice", "mixture_of_depths", "universal"]
-KVStrategy = Literal["recursion_wise", "shared", "shared_update"]
+KVStrategy = Literal["recursion_wise", "shared", "shared_update", "propagated"]
 RoutingMode = Literal["causal", "topk"]
-ARCHITECTURES = ("vanilla", "recursive", "mor_expert", "mor_token", "mod", "ut")
 # What configurations hold, though nothing reads it, that were resolved without routing.
 UNUSED = {"router_activation": "sigmoid", "router_alpha": 0.1}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -36,38 +33,14 @@ class MoRConfig(LlamaConfig):
     share_norms: whether shared layers share their RMSNorm weights too; False gives each depth its own.
     kv_strategy: `recursion_wise` (a token attends to the tokens of its recursion), `shared` (keys and values of the
         first recursion serve every deeper one), `shared_update` (as shared, but a token that enters a deeper recursion
-        replaces its keys and values).
-    routing: `expert_choice` (each recursion picks its top-k tokens, section 2.2.1), `token_choice` (each token picks
-        its depth once, section 2.2.1), `mixture_of_depths` (untied layers, some of which pick their top-k tokens, arXiv
-        2404.02258), `universal` (a token halts when its halting probabilities add up, arXiv 1807.03819) or `none`. A
-        field that means nothing for the chosen one is refused, unless it has its default value.
-    router: `linear`, `mlp` and `wide_mlp` score a token from its hidden state; `random` is the control without one.
-    router_activation: sigmoid, tanh or none for expert_choice; softmax or sigmoid for token_choice; sigmoid or none
-        (the raw score) for mixture_of_depths.
-    router_alpha: scale of the gate; None takes 0.1 for expert_choice and 1.0 otherwise.
-    router_temperature: divides the router's input, which for a linear router is to divide its logits.
-    gating: `weighted` (h + g * block(h)) or `additive` (h + block(h)).
-    selection: how expert-choice decides without looking ahead: `aux_loss` (the router's own score, trained by BCE),
-        `aux_router` (a second router, trained on detached states), `predictor` (mixture_of_depths: the same, a small
-        MLP), `none` (no causal decision can be made).
-    selection_coefficient: weight of that BCE in the loss. Auxiliary router and predictor train apart from the model.
-    capacity_factors: c_1 .. c_Nr, the share of the sequence that recursion r takes; None is (Nr - r + 1) / Nr.
-    routed_every: mixture_of_depths: each so many-th layer is routed, the others take every token.
-    routed_capacity: mixture_of_depths: share of the sequence that a routed layer takes.
-    residual: mixture_of_depths: the gate multiplies what a layer changes (`delta`: x + g (layer(x) - x)) or what it
-        gives (`block`: x + g layer(x)).
-    capacity_warmup_steps: optimizer steps over which every capacity falls from 1 to its value (cosine).
-    balancing: token-choice: `loss`, `loss_free` (a bias on the choice, never on the gate) or `none`.
-    balancing_coefficient: weight of the balancing loss.
-    bias_update_rate: u of the loss-free update b <- b + u * sign(mean load - load).
-    balancing_warmup_steps: optimizer steps during which every token takes the full depth.
-    act_combine: universal: the output is the mean of a token's states (`accumulated`), folded as published (`basic`),
-        or the mean with the states of halted tokens kept, which alone saves FLOPs (`frozen`). num_recursions limits the
-        steps.
-    act_epsilon: universal: a token halts when its probabilities add up to more than 1 - epsilon.
-    act_bias: universal: bias of the halting unit at the start of training.
-    ponder_coefficient: universal: weight of the ponder loss, the mean of steps and remainder.
-    z_loss_coefficient: weight of the router z-loss; 0 leaves it out.
+        replaces its keys and values), `propagated` (a token attends to every token: one that has stopped gives keys
+        and values at each deeper layer from the state with which it stopped).
+    routing: the way of spending depth, by its name in `model/depth/`: `none`, `expert_choice` (each recursion picks its
+        top-k tokens, section 2.2.1), `token_choice` (each token picks its depth once, section 2.2.1),
+        `mixture_of_depths` (untied layers, some of which pick their top-k tokens, arXiv 2404.02258), `universal` (a
+        token halts when its halting probabilities add up, arXiv 1807.03819). Its own settings stand in its file
+        (`DepthMethod.settings`), and are fields here as well; those of other methods are refused, unless they have
+        their default value.
     routing_mode: at evaluation and generation, `causal` (no look-ahead) or `topk` (the paper's; sees all of the text).
     relaxation: `lora`, `dora` (per-depth low-rank deltas on shared weights), `recursion_encoding` (a vector per
         recursion that scales the block's output) or `none`.
@@ -96,28 +69,7 @@ class MoRConfig(LlamaConfig):
     sharing: Sharing = "middle_cycle"
     share_norms: bool = True
     kv_strategy: KVStrategy = "recursion_wise"
-    routing: Routing = "none"
-    router: Literal["linear", "mlp", "wide_mlp", "random"] = "linear"
-    router_activation: Literal["sigmoid", "tanh", "softmax", "none"] | None = None
-    router_alpha: float | None = None
-    router_temperature: float = 1.0
-    gating: Literal["weighted", "additive"] = "weighted"
-    selection: Literal["aux_loss", "aux_router", "predictor", "none"] = "aux_loss"
-    selection_coefficient: float = 0.001
-    capacity_factors: list[float] | tuple[float, ...] | None = None
-    routed_every: int = 2
-    routed_capacity: float = 0.125
-    residual: Literal["delta", "block"] = "delta"
-    capacity_warmup_steps: int = 0
-    balancing: Literal["loss", "loss_free", "none"] = "loss"
-    balancing_coefficient: float = 0.1
-    bias_update_rate: float = 0.001
-    balancing_warmup_steps: int = 0
-    act_combine: Literal["accumulated", "basic", "frozen"] = "accumulated"
-    act_epsilon: float = 0.01
-    act_bias: float = 1.0
-    ponder_coefficient: float = 0.01
-    z_loss_coefficient: float = 0.0
+    routing: str = "none"
     routing_mode: RoutingMode = "causal"
     relaxation: Literal["none", "lora", "dora", "recursion_encoding"] = "none"
     lora_rank: int = 16
@@ -125,9 +77,22 @@ class MoRConfig(LlamaConfig):
     lora_dropout: float = 0.0
     lora_targets: list[str] | tuple[str, ...] = ("q_proj", "v_proj")
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Settings of the methods of `model/depth/`."""
+
     def __post_init__(self, **kwargs):
-        for name, value in method_of(self).resolved(self).items():
-            if getattr(self, name) is None:
+        method = method_of(self)
+        for name, setting in all_settings().items():
+            value = kwargs.pop(name, setting.default)
+            try:
+                type_validator(name, value, setting.kind)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{name}: {error}") from None
+            setattr(self, name, value)
+        for name, value in (UNUSED | method.resolved(self)).items():
+            if getattr(self, name, None) is None:
                 setattr(self, name, value)
         super().__post_init__(**kwargs)
         self.validate_architecture()
@@ -180,26 +145,19 @@ class MoRConfig(LlamaConfig):
             raise ValueError(
                 f"kv_strategy: {self.kv_strategy!r} needs num_recursions of at least 2; use 'recursion_wise'"
             )
-        if self.kv_strategy == "shared_update" and not routed:
-            raise ValueError("kv_strategy: 'shared_update' needs routing, or it would share nothing; use 'shared'")
+        if self.kv_strategy in ("shared_update", "propagated") and not routed:
+            works = "shared" if self.kv_strategy == "shared_update" else "recursion_wise"
+            raise ValueError(f"kv_strategy: {self.kv_strategy!r} needs routing, or no token would stop; use {works!r}")
         if self.relaxation != "none" and not recursive:
             raise ValueError(f"relaxation: {self.relaxation!r} needs num_recursions of at least 2; use 'none'")
-        allowed = method_of(self).activations
-        if allowed and self.router_activation not in allowed:
-            raise ValueError(
-                f"router_activation: {self.router_activation!r} does not fit routing {self.routing!r}; "
-                f"use one of {', '.join(map(repr, allowed))}"
-            )
-        if self.router_temperature <= 0:
-            raise ValueError(f"router_temperature: must be above 0, got {self.router_temperature}; use 1.0")
 
     def _validate_meaning(self):
         """Refuse settings of other methods. Resolved configurations name every default, so defaults are let through."""
-        method, defaults = method_of(self), {f.name: f.default for f in dataclasses.fields(MoRConfig)}
-        for name in sorted(set().union(*(other.fields for other in METHODS.values())) - method.fields):
+        own = method_of(self).settings
+        for name, setting in sorted(all_settings().items()):
             value = getattr(self, name)
-            if value not in (None, defaults[name], UNUSED.get(name)):
-                users = [repr(other) for other, of in METHODS.items() if name in of.fields]
+            if name not in own and value not in (None, setting.default, UNUSED.get(name)):
+                users = [repr(method.name) for method in METHODS.values() if name in method.settings]
                 raise ValueError(
                     f"{name}: means nothing for routing {self.routing!r}, only for {', '.join(users)}; got {value!r}, "
                     "leave it out"
@@ -214,7 +172,7 @@ class MoRConfig(LlamaConfig):
 
     @property
     def architecture(self) -> str:
-        """One of `ARCHITECTURES`."""
+        """What reports call the model, one of `depth.architectures()`."""
         return method_of(self).architecture(self)
 
 

@@ -102,6 +102,11 @@ class Everyone:
     def __init__(self, run: Run):
         self.run, self.documents = run, run.batch.documents
 
+    @property
+    def full(self) -> bool:
+        """Whether all of the selection are known to count, without waiting for the device."""
+        return self.used is None
+
     def take(self, x: Tensor) -> Tensor:
         """x: [B, T, ...] -> the selection's own shape."""
         return x
@@ -175,6 +180,10 @@ class Packed(Everyone):
     def real(cls, run: Run) -> Everyone:
         """Every token, without the padding."""
         return Everyone(run) if run.batch.real is None else cls.of(run, run.batch.real)
+
+    @property
+    def full(self) -> bool:
+        return len(self.flat) > 1
 
     @classmethod
     def of(cls, run: Run, chosen: Tensor) -> Packed:
@@ -475,12 +484,13 @@ class Run:
             shared = None
             if use.source is not None and cache is None:
                 shared = fresh.get(use.source) or kv.get(use.source)
-            if around is not None:
-                around = who.put(around, x)
+            states = None
+            if around is not None:  # a slot that stands for no token must not change its position's state
+                states = who.put(around, x if who.full else who.settle(x, who.take(around)))
             x, key, value = model.layers[use.layer](
                 x,
                 *(shared or (None, None)),
-                around,
+                states,
                 tokens=tokens,
                 everyone=self.batch.everyone,
                 keys=use.keys,

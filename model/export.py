@@ -16,6 +16,7 @@ A tokenizer beside the weights (`tokenizer.json`) and the facts of the model car
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -27,6 +28,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from .config import MoRConfig
+from .depth import METHODS
 from .export_gguf import write_gguf
 from .folder import CARD, model_card, set_modes, write_folder
 from .modeling import MoRForCausalLM
@@ -126,18 +128,19 @@ def flat_sources() -> dict[str, str]:
 
     A module of a package, `depth/base.py`, becomes `depth_base.py`, the package itself `depth.py`.
     """
-    package = Path(__file__).parent
     found: dict[str, str] = {}
     wanted = ["modeling"]
     while wanted:
         module = wanted.pop()
-        file = package / (module.replace(".", "/") + ".py")
-        inside = module.rpartition(".")[0]  # the package whose names one dot reaches
-        if not file.exists():
-            file, inside = file.with_suffix("") / "__init__.py", module
         name = module.replace(".", "_") + ".py"
         if name in found:
             continue
+        spec = importlib.util.find_spec(f"{__package__}.{module}")
+        assert spec is not None and spec.origin is not None
+        # The package whose names one dot reaches.
+        inside = module if spec.submodule_search_locations else module.rpartition(".")[0]
+        # Where there is no folder to look for methods in, the files are named.
+        source = Path(spec.origin).read_text("utf-8").replace("\nfind_methods()\n", f"\n{_imports_of_methods()}\n")
 
         def flat(match: re.Match[str], inside: str = inside) -> str:
             if match[3] is None:  # names of the package itself, which other modules import by their own names too
@@ -147,8 +150,12 @@ def flat_sources() -> dict[str, str]:
             wanted.append(target)
             return f"{match[1]}from .{target.replace('.', '_')} import"
 
-        found[name] = re.sub(r"^( *)from (\.+)(\w[\w.]*)? import", flat, file.read_text("utf-8"), flags=re.MULTILINE)
+        found[name] = re.sub(r"^( *)from (\.+)(\w[\w.]*)? import", flat, source, flags=re.MULTILINE)
     return found
+
+
+def _imports_of_methods() -> str:
+    return "\n".join(f"from .{of.__module__.rpartition('.')[2]} import {of.__name__}" for of in METHODS.values())
 
 
 def export(checkpoint: Path, output: Path, to: str) -> MoRForCausalLM | LlamaForCausalLM:

@@ -8,7 +8,6 @@ budget and a branch leaves it where its cool-down begins.
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from rich.table import Table
 from data_prep.settings import UserError, read_yaml, run_command
 from model.config import MoRConfig
 from model.flops import CONVENTIONS, training_flops
-from pretrain.config import LLAMA_FIELDS, make_model_config
+from pretrain.config import check_model_fields, make_model_config
 
 
 @dataclass(frozen=True)
@@ -149,12 +148,8 @@ def disagreements(plans: Sequence[Plan]) -> list[str]:
 def read_model(path: str | Path) -> MoRConfig:
     """The configuration in a YAML file of MoRConfig fields. Raises UserError that names the file and the field."""
     fields = read_yaml(path)
-    known = [*LLAMA_FIELDS, *MoRConfig.__annotations__]
-    for key in fields:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
-            raise UserError(f"{path}: unknown key {key!r}; nearest valid: {', '.join(near)}")
     try:
+        check_model_fields(fields)
         return make_model_config(fields)
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from data_prep.settings import Plain, Settings, UserError, describe, load, typed
 from model.config import MoRConfig
+from model.depth import all_settings, method_of
 from pretrain.data import Manifest, Mixture
 from pretrain.parallel_settings import ParallelSettings
 from pretrain.schedule import ScheduleKind
@@ -362,11 +363,7 @@ class ExperimentSettings(Settings):
     @field_validator("model")
     @classmethod
     def _known_fields(cls, fields: dict[str, Any]) -> dict[str, Any]:
-        known = list(dict.fromkeys([*LLAMA_FIELDS, *MoRConfig.__annotations__]))
-        for key in fields:
-            if key not in known:
-                near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
-                raise ValueError(f"unknown key {key!r}; nearest valid: {', '.join(near)}")
+        check_model_fields(fields)
         make_model_config(fields)
         return typed_model_fields(fields)
 
@@ -388,6 +385,15 @@ def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> Exp
     return load(ExperimentSettings, path, overrides, sections=("model", "parallel"))
 
 
+def check_model_fields(fields: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no field of a model, with the nearest that are."""
+    known = list(dict.fromkeys([*LLAMA_FIELDS, *MoRConfig.__annotations__, *all_settings()]))
+    for key in fields:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
+            raise ValueError(f"unknown key {key!r}; nearest valid: {', '.join(near)}")
+
+
 def typed_model_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """Fields of MoRConfig as its annotations say: a fraction where a whole number was written, a switch for `yes`."""
     hints: dict[str, Any] = {}
@@ -395,6 +401,7 @@ def typed_model_fields(fields: dict[str, Any]) -> dict[str, Any]:
         hints |= {
             name: hint for name, hint in vars(cls).get("__annotations__", {}).items() if not isinstance(hint, str)
         }
+    hints |= {name: setting.kind for name, setting in all_settings().items()}
     return {name: typed(_plain(value), hints.get(name, Any)) for name, value in fields.items()}
 
 
@@ -484,6 +491,7 @@ def print_config(settings: ExperimentSettings) -> None:
     """Print every key, its resolved value and its meaning as a table."""
     config = make_model_config(settings.model)
     meanings = {**LLAMA_FIELDS, **_documented_fields(MoRConfig.__doc__ or "")}
+    meanings |= {name: setting.meaning for name, setting in method_of(config).settings.items()}
     table = Table("key", "value", "meaning", title=f"{settings.name} ({config.architecture})")
     for key, value, meaning in describe(settings):
         if key != "model":

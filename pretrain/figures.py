@@ -15,12 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from model.config import MoRConfig
-from model.depth import method_of
+from model.depth import architectures, method_of
 from pretrain.analysis import Isoflop, PairedDifference
 from pretrain.runs import Run, Variant
 
-COLOURS = {"vanilla": "#0072b2", "recursive": "#d55e00", "mor_expert": "#009e73", "mor_token": "#cc79a7",
-           "mod": "#e69f00", "ut": "#56b4e9"}  # fmt: skip
 MARKERS = "osD^vP*X"
 DEPTH_COLOURS = "viridis"
 MANY = 12  # variants, beyond which a legend names architectures
@@ -40,7 +38,7 @@ def looks_ahead(variant: Variant) -> bool:
 def styles(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
     """Plot style per variant: colour by architecture, lightness and marker apart within one architecture."""
     result = {}
-    for architecture, colour in COLOURS.items():
+    for architecture, colour in architectures().items():
         same = [variant for variant in variants if variant.architecture == architecture]
         for place, variant in enumerate(same):
             lighter = 0.55 * place / max(1, len(same) - 1)
@@ -64,7 +62,7 @@ def _legend(axes: Axes, variants: Sequence[Variant]) -> None:
     style = styles(variants)
     if len(variants) > MANY:
         names: dict[str, dict[str, Any]] = {
-            v.architecture: {"color": COLOURS[v.architecture], "marker": "o"} for v in variants
+            v.architecture: {"color": architectures()[v.architecture], "marker": "o"} for v in variants
         }
     else:
         names = {v.name: style[v.name] for v in variants}
@@ -128,7 +126,7 @@ def depth_shares(variants: Sequence[Variant]) -> Figure | None:
 
     Of many variants, the last `MAX_PANELS` (those of the largest budgets) are drawn.
     """
-    routed = [v for v in variants if v.architecture.startswith("mor") and v.runs[0].depth_lines][-MAX_PANELS:]
+    routed = [v for v in variants if v.runs[0].depth_lines][-MAX_PANELS:]
     if not routed:
         return None
     columns = min(3, len(routed))
@@ -160,7 +158,7 @@ def differences(rows: Sequence[tuple[str, str, PairedDifference]], baseline: str
     """Loss differences to the baseline with their intervals; rows are (name, architecture, difference)."""
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
     for place, (_, architecture, difference) in enumerate(rows):
-        colour = COLOURS[architecture]
+        colour = architectures()[architecture]
         if difference.low is not None and difference.high is not None:
             axes.plot([difference.low, difference.high], [place, place], color=colour, lw=2)
         axes.plot(difference.mean, place, "o", color=colour)
@@ -189,7 +187,7 @@ def isoflop(panels: Mapping[str, Sequence[IsoflopCurve]], size_label: str) -> Fi
     for (architecture, curves), axes in zip(panels.items(), grid.flat):
         shades = np.linspace(0.35, 1.0, len(curves))
         for (budget, parameters, losses, fit), shade in zip(curves, shades):
-            colour = matplotlib.colors.to_rgba(COLOURS.get(architecture, "#333333"), shade)
+            colour = matplotlib.colors.to_rgba(architectures().get(architecture, "#333333"), shade)
             axes.plot(parameters, losses, "o", color=colour, label=f"{budget:.3g} FLOPs")
             dense = np.geomspace(min(parameters), max(parameters), 100)
             axes.plot(dense, fit.loss(dense), color=colour, lw=1.2)

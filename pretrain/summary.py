@@ -9,7 +9,8 @@ from typing import Any
 
 from data_prep.settings import UserError
 from model import flops
-from model.config import ARCHITECTURES, MoRConfig
+from model.config import MoRConfig
+from model.depth import architectures
 from model.memory import kv_cache_bytes_per_token
 from pretrain import analysis
 from pretrain.runs import Run, Variant, variants
@@ -52,10 +53,11 @@ def build_results(runs: Sequence[Run], baseline: str | None = None) -> Results:
 
 
 def ordered_variants(runs: Sequence[Run]) -> list[Variant]:
-    """The variants by FLOP budget, then vanilla, recursive, expert-choice, token-choice, then size."""
+    """The variants by FLOP budget, then in the order of `architectures`, then by size."""
+    order = list(architectures())
 
     def rank(group: Variant) -> tuple[int, float]:
-        return ARCHITECTURES.index(group.architecture), group.runs[0].facts["unique_parameters"]
+        return order.index(group.architecture), group.runs[0].facts["unique_parameters"]
 
     return [group for members in budget_classes(variants(runs)) for group in sorted(members, key=rank)]
 

@@ -1,38 +1,53 @@
-"""Ways of spending depth, one to a file: name -> class, in the order of reports."""
+"""Ways of spending depth, one to a file. A new file in this folder is all that a new one takes: it registers itself."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import re
 from typing import TYPE_CHECKING
 
-from .base import DepthMethod
-from .dense import Dense
-from .expert_choice import ExpertChoice
+from .base import METHODS, DepthMethod, Setting
 from .layout import Stage
-from .mixture_of_depths import MixtureOfDepths
-from .token_choice import TokenChoice
-from .universal import Universal
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
 
-METHODS: dict[str, type[DepthMethod]] = {
-    "none": Dense,
-    "expert_choice": ExpertChoice,
-    "token_choice": TokenChoice,
-    "mixture_of_depths": MixtureOfDepths,
-    "universal": Universal,
-}
+# Colours of architectures that name none; kinds that are told apart by people who see few colours.
+_FREE = ("#f0e442", "#882255", "#44aa99", "#117733", "#999933", "#661100", "#6699cc", "#888888")
+
+
+def find_methods() -> None:
+    """Import every file of this folder."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+
+
+find_methods()
 
 
 def method_of(config: MoRConfig) -> type[DepthMethod]:
-    """The way of spending depth that a configuration names."""
+    """The way of spending depth that a configuration names. Raises ValueError for a name that no file registers."""
+    if config.routing not in METHODS:
+        raise ValueError(f"routing: {config.routing!r} is unknown; use one of {', '.join(map(repr, METHODS))}")
     return METHODS[config.routing]
 
 
 def stages_of(config: MoRConfig) -> tuple[Stage, ...]:
     """The layout of a configuration."""
     return method_of(config).stages(config)
+
+
+def all_settings() -> dict[str, Setting]:
+    """The settings of every method, by name."""
+    return {name: setting for method in METHODS.values() for name, setting in method.settings.items()}
+
+
+def architectures() -> dict[str, str]:
+    """What models are called in reports, in their order, with the colour of each."""
+    kinds = {kind: colour for m in METHODS.values() for kind, colour in (m.kinds or {m.name: None}).items()}
+    free = iter(_FREE * len(kinds))
+    return {kind: colour or next(free) for kind, colour in kinds.items()}
 
 
 def current_name(name: str) -> str:

@@ -25,6 +25,18 @@ from .layout import Stage
 if TYPE_CHECKING:
     from ..config import MoRConfig
 
+# Every way of spending depth: value of `routing` -> class, in the order of reports.
+METHODS: dict[str, type[DepthMethod]] = {}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of the configuration that methods own. kind: its type, a `Literal` for a choice; meaning: for people."""
+
+    default: Any
+    kind: Any
+    meaning: str
+
 
 @dataclass(frozen=True)
 class Scorer:
@@ -55,21 +67,32 @@ class Carry(Protocol):
 
 
 class DepthMethod(nn.Module):
-    """One way of spending depth. Subclasses stand one to a file, under the name of their paper."""
+    """One way of spending depth. Subclasses stand one to a file; one that has a `name` registers itself.
+
+    name: value of `routing`. place: where it stands in reports. kinds: names of its models (`architecture`), with the
+    colour that each has in reports; None: the next free one. settings: the fields of the configuration that mean
+    something to it; those of other methods are refused. Methods that share a setting name the same `Setting`.
+    """
+
+    name: ClassVar[str]
+    place: ClassVar[int] = 1000
+    kinds: ClassVar[dict[str, str | None]] = {}
+    settings: ClassVar[dict[str, Setting]] = {}
 
     # Only tokens that passed a gate are offered the next.
     nested: ClassVar[bool] = True
     # Training lets in as many tokens as `size` says, at fixed shapes; otherwise batches are ragged.
     fixed: ClassVar[bool] = False
 
-    # Fields of the configuration that mean something to it alone; set for another method they are refused.
-    fields: ClassVar[frozenset[str]] = frozenset()
-    # Values of `router_activation` that fit; empty: it has no router.
-    activations: ClassVar[tuple[str, ...]] = ()
     # Whether a token chooses a depth, so that scores are of depths and not of gates.
     chooses_depth: ClassVar[bool] = False
     # Whether a generating model may be asked for its load before the first gate (`routing_only`).
     previews: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in cls.__dict__:
+            register(cls)
 
     def __init__(self, config: MoRConfig):
         super().__init__()
@@ -82,13 +105,13 @@ class DepthMethod(nn.Module):
 
     @classmethod
     def architecture(cls, config: MoRConfig) -> str:
-        """What reports call a model, one of `config.ARCHITECTURES`."""
-        raise NotImplementedError
+        """What reports call a model, one of `kinds`."""
+        return next(iter(cls.kinds), cls.name)
 
     @classmethod
     def resolved(cls, config: MoRConfig) -> dict[str, Any]:
         """Values of fields that were left None."""
-        return {"router_activation": "sigmoid", "router_alpha": 0.1}
+        return {}
 
     @classmethod
     def check_recursions(cls, config: MoRConfig) -> None:
@@ -214,3 +237,18 @@ class DepthMethod(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:
         """Start what is neither a router nor a plain linear layer."""
+
+
+def register(cls: type[DepthMethod]) -> None:
+    """Make a method known by its name. Raises ValueError where that, or one of its settings, is another method's."""
+    for other in METHODS.values():
+        if other.name == cls.name and other.__module__ != cls.__module__:
+            raise ValueError(f"name: {cls.name!r} is the method of {other.__module__}; give {cls.__module__} another")
+        for name, setting in cls.settings.items():
+            if other.name != cls.name and other.settings.get(name, setting) != setting:
+                raise ValueError(
+                    f"settings: {name} of {cls.__module__} is another one in {other.__module__}; use another name"
+                )
+    METHODS[cls.name] = cls
+    for name in sorted(METHODS, key=lambda name: METHODS[name].place):
+        METHODS[name] = METHODS.pop(name)

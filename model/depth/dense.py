@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from .base import DepthMethod
 from .layout import Stage, looped
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 class Dense(DepthMethod):
     """No gates."""
+
+    name, place = "none", 0
+    kinds: ClassVar[dict[str, str | None]] = {"vanilla": "#0072b2", "recursive": "#d55e00"}
 
     @classmethod
     def architecture(cls, config: MoRConfig) -> str:

@@ -5,30 +5,53 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import routing
 from ..routing import Router
-from .base import Carry, DepthMethod, Scorer
+from .base import Carry, DepthMethod, Scorer, Setting
 from .layout import Stage, looped
-from .routers import router_shapes
+from .routers import GATING, ROUTER, check_router, router_shapes
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
+
+SELECTION = {
+    "selection": Setting(
+        "aux_loss",
+        Literal["aux_loss", "aux_router", "predictor", "none"],
+        "how a top-k is decided without looking ahead: aux_loss (the router's own score, trained by BCE), aux_router "
+        "(expert_choice: a second router, trained on detached states), predictor (mixture_of_depths: the same, a small "
+        "MLP), none (no causal decision can be made)",
+    ),
+    "selection_coefficient": Setting(
+        0.001, float, "weight of that BCE in the loss; auxiliary router and predictor train apart from the model"
+    ),
+    "capacity_warmup_steps": Setting(
+        0, int, "optimizer steps over which every capacity falls from 1 to its value (cosine)"
+    ),
+}
 
 
 class ExpertChoice(DepthMethod):
     """A router before each recursion."""
 
+    name, place = "expert_choice", 10
+    kinds: ClassVar[dict[str, str | None]] = {"mor_expert": "#009e73"}
     fixed = True
-    fields = frozenset(
-        {"router", "router_activation", "router_alpha", "router_temperature", "gating", "z_loss_coefficient"}
-        | {"selection", "selection_coefficient", "capacity_factors", "capacity_warmup_steps"}
-    )
-    activations: ClassVar[tuple[str, ...]] = ("sigmoid", "tanh", "none")
+    settings: ClassVar[dict[str, Setting]] = {
+        **ROUTER,
+        **GATING,
+        **SELECTION,
+        "capacity_factors": Setting(
+            None,
+            list[float] | tuple[float, ...] | None,
+            "c_1 .. c_Nr, the share of the sequence that recursion r takes; null is (Nr - r + 1) / Nr",
+        ),
+    }
 
     def __init__(self, config: MoRConfig):
         super().__init__(config)
@@ -39,16 +62,14 @@ class ExpertChoice(DepthMethod):
                 self.aux_routers = nn.ModuleList(Router(config, 1, tempered=False) for _ in range(self.gates))
 
     @classmethod
-    def architecture(cls, config: MoRConfig) -> str:
-        return "mor_expert"
-
-    @classmethod
     def resolved(cls, config: MoRConfig) -> dict[str, Any]:
         depth = config.num_recursions
-        return super().resolved(config) | {"capacity_factors": [(depth - r) / depth for r in range(depth)]}
+        capacities = [(depth - r) / depth for r in range(depth)]
+        return {"router_activation": "sigmoid", "router_alpha": 0.1, "capacity_factors": capacities}
 
     @classmethod
     def check(cls, config: MoRConfig) -> None:
+        check_router(config, ("sigmoid", "tanh", "none"))
         if config.selection == "predictor":
             raise ValueError("selection: 'predictor' is of mixture_of_depths; use 'aux_router', or 'aux_loss'")
         default = [round((config.num_recursions - r) / config.num_recursions, 4) for r in range(config.num_recursions)]

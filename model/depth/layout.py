@@ -79,7 +79,9 @@ def looped(config: MoRConfig, gated: bool, first_takes_all: bool) -> tuple[Stage
         recursion = segment[0].recursion
         uses = tuple(_use(config, use, gated, first_takes_all, first) for use in segment)
         gate = recursion if gated else None
-        whole = gate == 0 and (first_takes_all or any(use.keys == "everyone" for use in uses))
+        # Keys of everyone made from passed states, unless those of the states with which tokens stopped will do.
+        passed = config.kv_strategy != "propagated" and any(use.keys == "everyone" for use in uses)
+        whole = gate == 0 and (first_takes_all or passed)
         together = bool(stages) and gate is not None and stages[-1].gate is not None and not apart
         call = stages[-1].call + (not together) if stages else 0
         stages.append(Stage(uses, gate, whole, call))
@@ -92,7 +94,7 @@ def _use(config: MoRConfig, use: Application, gated: bool, first_takes_all: bool
     source = None
     if use.recursion is not None and config.kv_strategy == "recursion_wise":
         keys = "entered" if gated and not (first_takes_all and use.recursion == 0) else "everyone"
-    elif use.recursion:
+    elif use.recursion and config.kv_strategy != "propagated":
         keys, source = ("none" if config.kv_strategy == "shared" else "entered"), first[use.layer]
     return Use(use.depth, use.layer, use.recursion, use.encoding, keys, source)
 

@@ -7,16 +7,17 @@ the paper leaves open are settings: the gate (sigmoid of the score, or the raw s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..routing import elementwise, exact_linear
-from .base import Carry, Scorer
-from .expert_choice import ExpertChoice
+from .base import Carry, Scorer, Setting
+from .expert_choice import SELECTION, ExpertChoice
 from .layout import Stage, stack
+from .routers import ROUTER, check_router
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
@@ -41,22 +42,26 @@ class Predictor(nn.Module):
 class MixtureOfDepths(ExpertChoice):
     """A router before every `routed_every`-th layer, so that the last layer of an even stack is routed."""
 
+    name, place = "mixture_of_depths", 30
+    kinds: ClassVar[dict[str, str | None]] = {"mod": "#e69f00"}
     nested = False
-    fields = frozenset(
-        {"router", "router_activation", "router_alpha", "router_temperature", "z_loss_coefficient"}
-        | {"selection", "selection_coefficient", "capacity_warmup_steps"}
-        | {"routed_every", "routed_capacity", "residual"}
-    )
-    activations = ("sigmoid", "none")
+    settings: ClassVar[dict[str, Setting]] = {
+        **ROUTER,
+        **SELECTION,
+        "routed_every": Setting(2, int, "each so many-th layer is routed, the others take every token"),
+        "routed_capacity": Setting(0.125, float, "share of the sequence that a routed layer takes"),
+        "residual": Setting(
+            "delta",
+            Literal["delta", "block"],
+            "what the gate multiplies: what a layer changes (delta: x + g (layer(x) - x)) or what it gives (block: x + "
+            "g layer(x))",
+        ),
+    }
 
     def __init__(self, config: MoRConfig):
         super().__init__(config)
         if config.router != "random" and config.selection == "predictor":
             self.predictors = nn.ModuleList(Predictor(config.hidden_size) for _ in range(self.gates))
-
-    @classmethod
-    def architecture(cls, config: MoRConfig) -> str:
-        return "mod"
 
     @classmethod
     def resolved(cls, config: MoRConfig) -> dict[str, Any]:
@@ -71,6 +76,7 @@ class MixtureOfDepths(ExpertChoice):
 
     @classmethod
     def check(cls, config: MoRConfig) -> None:
+        check_router(config, ("sigmoid", "none"))
         if config.selection == "aux_router":
             raise ValueError("selection: 'aux_router' is of expert_choice; use 'predictor', or 'aux_loss'")
         if not 2 <= config.routed_every <= config.num_hidden_layers:

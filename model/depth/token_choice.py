@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .. import routing
 from ..routing import Router
-from .base import Carry, DepthMethod, Scorer
+from .base import Carry, DepthMethod, Scorer, Setting
 from .layout import Stage, looped
-from .routers import router_shapes
+from .routers import GATING, ROUTER, check_router, router_shapes
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
@@ -21,13 +21,22 @@ if TYPE_CHECKING:
 class TokenChoice(DepthMethod):
     """One router with an output for each depth."""
 
+    name, place = "token_choice", 20
+    kinds: ClassVar[dict[str, str | None]] = {"mor_token": "#cc79a7"}
     previews = True
     chooses_depth = True
-    fields = frozenset(
-        {"router", "router_activation", "router_alpha", "router_temperature", "gating", "z_loss_coefficient"}
-        | {"balancing", "balancing_coefficient", "bias_update_rate", "balancing_warmup_steps"}
-    )
-    activations = ("softmax", "sigmoid")
+    settings: ClassVar[dict[str, Setting]] = {
+        **ROUTER,
+        **GATING,
+        "balancing": Setting(
+            "loss",
+            Literal["loss", "loss_free", "none"],
+            "loss, loss_free (a bias on the choice of depth, never on the gate) or none",
+        ),
+        "balancing_coefficient": Setting(0.1, float, "weight of the balancing loss"),
+        "bias_update_rate": Setting(0.001, float, "u of the loss-free update b <- b + u * sign(mean load - load)"),
+        "balancing_warmup_steps": Setting(0, int, "optimizer steps during which every token takes the full depth"),
+    }
     router_bias: Tensor | None
 
     def __init__(self, config: MoRConfig):
@@ -38,12 +47,12 @@ class TokenChoice(DepthMethod):
         self.register_buffer("router_bias", bias)
 
     @classmethod
-    def architecture(cls, config: MoRConfig) -> str:
-        return "mor_token"
-
-    @classmethod
     def resolved(cls, config: MoRConfig) -> dict[str, Any]:
         return {"router_activation": "softmax", "router_alpha": 1.0}
+
+    @classmethod
+    def check(cls, config: MoRConfig) -> None:
+        check_router(config, ("softmax", "sigmoid"))
 
     @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:

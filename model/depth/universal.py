@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..routing import elementwise, exact_linear
-from .base import Carry, DepthMethod, Scorer
+from .base import Carry, DepthMethod, Scorer, Setting
 from .layout import Stage, looped
 
 if TYPE_CHECKING:
@@ -41,7 +41,19 @@ class Halting(nn.Linear):
 class Universal(DepthMethod):
     """A gate before each step, which those pass who have not halted."""
 
-    fields = frozenset({"act_combine", "act_epsilon", "act_bias", "ponder_coefficient"})
+    name, place = "universal", 40
+    kinds: ClassVar[dict[str, str | None]] = {"ut": "#56b4e9"}
+    settings: ClassVar[dict[str, Setting]] = {
+        "act_combine": Setting(
+            "accumulated",
+            Literal["accumulated", "basic", "frozen"],
+            "the output is the mean of a token's states (accumulated), folded as published (basic), or the mean with "
+            "the states of halted tokens kept, which alone saves FLOPs (frozen); num_recursions limits the steps",
+        ),
+        "act_epsilon": Setting(0.01, float, "a token halts when its probabilities add up to more than 1 - epsilon"),
+        "act_bias": Setting(1.0, float, "bias of the halting unit at the start of training"),
+        "ponder_coefficient": Setting(0.01, float, "weight of the ponder loss, the mean of steps and remainder"),
+    }
 
     def __init__(self, config: MoRConfig):
         super().__init__(config)
@@ -49,10 +61,6 @@ class Universal(DepthMethod):
         self.step_embedding = nn.Embedding(self.gates, config.hidden_size)
 
     # --- from the configuration alone ---------------------------------------------------------------------------------
-
-    @classmethod
-    def architecture(cls, config: MoRConfig) -> str:
-        return "ut"
 
     @classmethod
     def check(cls, config: MoRConfig) -> None:

@@ -65,7 +65,13 @@ VARIANTS |= {
     "ut-frozen": UT | {"act_combine": "frozen"},
     "ut-frozen-cycle": UT | CYCLE | {"act_combine": "frozen"},
 }
-NEW = ["mod", "mod-predictor", "ut", "ut-basic", "ut-frozen"]
+PROPAGATED: Fields = {"kv_strategy": "propagated"}
+VARIANTS |= {
+    "expert-propagated": EXPERT | PROPAGATED | CYCLE | FALLING | TRAINED,
+    "expert-aux-propagated": EXPERT | PROPAGATED | {"selection": "aux_router", "relaxation": "lora", "lora_rank": 2},
+    "token-propagated": TOKEN | PROPAGATED | {"balancing": "loss_free"},
+}
+NEW = ["expert-propagated", "token-propagated", "mod", "mod-predictor", "ut", "ut-basic", "ut-frozen"]
 
 # Laws of generation: cache, engine, `generate`.
 GENERATING = [
@@ -97,6 +103,7 @@ SEEING = [
     *NEW,
     "mod-random",
     "ut-frozen-cycle",
+    "expert-aux-propagated",
 ]
 # Laws of training: recomputation, accumulation, saving.
 TRAINING = [
@@ -113,6 +120,8 @@ TRAINING = [
     "mod-predictor",
     "ut",
     "ut-frozen",
+    "expert-propagated",
+    "token-propagated",
 ]
 ROUTED = [name for name, fields in VARIANTS.items() if fields.get("routing", "none") != "none"]
 
@@ -133,6 +142,7 @@ def _counted() -> list[Fields]:
         EXPERT | {"selection": "none", "gating": "additive"},
         *(EXPERT | {"kv_strategy": kv, "capacity_factors": [0.8, 0.5, 0.2]} for kv in KV_STRATEGIES),
         EXPERT | cycle | {"z_loss_coefficient": 0.1},
+        *(f | PROPAGATED for f in (EXPERT, TOKEN, EXPERT | cycle | {"capacity_factors": [0.8, 0.5, 0.2]})),
         TOKEN | {"router_activation": "sigmoid", "balancing": "loss_free", "gating": "additive"},
         TOKEN | cycle | {"balancing": "loss_free"},
         *(

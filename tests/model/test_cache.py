@@ -167,3 +167,12 @@ def test_what_cannot_be_cached_is_refused():
     with pytest.raises(ValueError, match="attention_mask"):
         model(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
     assert model(ids).past_key_values is None
+
+
+@pytest.mark.parametrize("variant", ["token-propagated", "ut-frozen"])
+def test_a_token_that_stops_alone_keeps_its_state_for_the_others(variant):
+    """Where nobody runs a stage, whose keys are of everyone, a token stands in: it must not pass for a passed one."""
+    model, ids = tiny_model(variant), random_ids(3, 1, 10)
+    (logits, depths), (alone, depths_alone, _) = at_once(model, ids), in_chunks(model, ids, [1] * 10)
+    assert depths.min() < model.config.num_recursions and torch.equal(depths, depths_alone)
+    torch.testing.assert_close(alone, logits, **LOGITS)

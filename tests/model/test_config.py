@@ -20,6 +20,7 @@ REFUSED = [
     ({"num_key_value_heads": 4}, "num_key_value_heads: 4", "use 3"),
     ({"kv_strategy": "shared"}, "kv_strategy", "use 'recursion_wise'"),
     ({"num_recursions": 3, "kv_strategy": "shared_update"}, "kv_strategy", "use 'shared'"),
+    ({"num_recursions": 3, "kv_strategy": "propagated"}, "kv_strategy", "use 'recursion_wise'"),
     ({"relaxation": "lora"}, "relaxation", "use 'none'"),
     (MOR | {"router_activation": "softmax"}, "router_activation", "'sigmoid', 'tanh', 'none'"),
     (TOKEN | {"router_activation": "tanh"}, "router_activation", "'softmax', 'sigmoid'"),
@@ -74,5 +75,5 @@ def test_defaults_are_resolved_and_survive_a_round_trip(tmp_path, changes, activ
 
 @pytest.mark.parametrize(("field", "value"), [("routing", "both"), ("num_recursions", "three"), ("sharing", "spiral")])
 def test_values_of_the_wrong_kind_name_the_field(field, value):
-    with pytest.raises(ValueError, match=f"'{field}'"):
+    with pytest.raises(ValueError, match=field):
         MoRConfig(**{field: value})

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from data_prep.settings import UserError
+from model.depth import METHODS
 from pretrain import config
 from pretrain.config import differing_keys, print_config, read_settings
 
@@ -84,7 +85,7 @@ def test_budgets_must_rise_and_share_a_plateau(path: Path) -> None:
 
 def test_print_config_explains_every_key(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "250")
-    print_config(read_settings(path, ["model.num_recursions=3"]))
+    print_config(read_settings(path, ["model.num_recursions=3", "model.routing=expert_choice"]))
     rows = [
         [cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines() if "│" in line
     ]
@@ -94,7 +95,8 @@ def test_print_config_explains_every_key(path: Path, capsys: pytest.CaptureFixtu
     assert table["optimizer.weight_decay"][0] == "0.1"
     assert not [key for key, (_, meaning) in table.items() if not meaning]
     fields = [f"model.{name}" for name in config.MoRConfig.__annotations__ if name in config.MoRConfig.__doc__]
-    assert len(fields) > 25
+    fields += [f"model.{name}" for name in METHODS["expert_choice"].settings]
+    assert len(fields) > 20 and "model.balancing" not in table
     assert set(fields) <= set(table)
 
 
