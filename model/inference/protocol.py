@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tokenizers import Tokenizer
 
+from model.inference.policy import DepthPolicy
 from model.inference.sampling import SamplingParams
 
 Ids = list[int]
@@ -70,7 +71,8 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """OpenAI's fields of a completion, and two of this server: top_k and return_depth.
+    """OpenAI's fields of a completion, and those of this server: top_k, depth (a `DepthPolicy`), and what `mor` in the
+    answer holds: return_depth (recursions of each token), return_scores (of its gates), return_flops.
 
     Null means the default everywhere; a prompt that is null is the start of a document. What cannot be honoured is
     refused by name: suffix, and stream_options.include_obfuscation.
@@ -97,7 +99,10 @@ class CompletionRequest(BaseModel):
     top_p: float = 1.0
     user: str | None = None
     top_k: int = 0
+    depth: str | None = None
     return_depth: bool = False
+    return_scores: bool = False
+    return_flops: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -263,6 +268,8 @@ class Reader:
             frequency_penalty=asked.frequency_penalty,
             logit_bias=bias,
             logprobs=scored,
+            depth=None if asked.depth is None else DepthPolicy.parse(asked.depth),
+            gates=asked.return_scores,
             prompt_logprobs=not asked.max_tokens or (asked.echo and asked.logprobs is not None),
         )
         return [replace(common, stream=i) for i in range(asked.candidates)]
