@@ -112,7 +112,7 @@ class Universal(DepthMethod):
         return counts | {"output": torch.zeros_like(x)}
 
     def prepare(self, gate: int, x: Tensor, run: Any) -> Tensor:
-        return x + self.step_embedding(torch.tensor(gate, device=x.device)).to(x.dtype)
+        return x + self.step_embedding(torch.full((), gate, device=x.device)).to(x.dtype)
 
     def score(self, gate: int, x: Tensor, carry: Carry, run: Any) -> Tensor:
         return self.halt(x)

@@ -43,5 +43,8 @@ def of_request(config: MoRConfig, request: Request) -> tuple[int, int]:
     """FLOPs that a request took, and those that it would have taken with all of the depth for every token."""
     heads = len(request.text) - len(request.prompt)
     heads += (len(request.prompt) - 1) * request.params.prompt_logprobs
+    early = sum(request.heads)
     whole = [(1 << gates_of(config)) - 1] * len(request.passed)
-    return spent(config, request.passed, request.judged, heads, request.limit), spent(config, whole, whole, heads)
+    return spent(config, request.passed, request.judged, heads + early, request.limit), spent(
+        config, whole, whole, heads
+    )

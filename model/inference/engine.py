@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,8 +46,8 @@ class Statistics:
 
 
 def recursion_of(stage: Stage) -> int:
-    """The recursion that a stage belongs to, which a token may be kept from; 0 for layers outside of them."""
-    return max(use.recursion or 0 for use in stage.uses)
+    """The recursion or level of a stage, which a token may be kept from; 0 for layers outside of them."""
+    return max(use.recursion or 0 for use in stage.uses) if stage.level is None else stage.level
 
 
 class Engine:
@@ -80,7 +80,8 @@ class Engine:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
         config = model.config
         self.model, self.inner, self.config = model.eval(), model.model, config
-        self.inner._mode("causal")  # refuses a model that cannot decide without looking ahead
+        # As configured; refuses a model that cannot decide without looking ahead.
+        self.mode = self.inner._mode("full" if config.routing_mode == "full" else "causal")
         self.policy = (depth or DepthPolicy()).checked(config)
         # A plain attribute: those of a transformers configuration are slow to read.
         self.context = config.max_position_embeddings
@@ -109,7 +110,7 @@ class Engine:
             before = self.layout[-1] if self.layout else None
             plain = before is not None and before.gate is None and stage.gate is None
             if plain and recursion_of(before) == recursion_of(stage):
-                self.layout[-1] = Stage((*before.uses, *stage.uses), None, call=before.call)  # one call for all of them
+                self.layout[-1] = replace(before, uses=(*before.uses, *stage.uses))  # one call for all of them
                 continue
             if before is not None and before.gate is not None and stage.gate is not None and stage.call == before.call:
                 self.calls[-1].append(len(self.layout))
@@ -130,7 +131,8 @@ class Engine:
 
     def _policies_fit(self) -> bool:
         """Whether a request may have a depth of its own: no call makes several recursions of layers that all pass."""
-        return all(len({use.recursion or 0 for use in stage.uses}) == 1 for stage in self.layout if stage.gate is None)
+        plain = [stage for stage in self.layout if stage.gate is None and stage.level is None]
+        return all(len({use.recursion or 0 for use in stage.uses}) == 1 for stage in plain)
 
     # Requests --------------------------------------------------------------------------------------------------------
 
@@ -240,7 +242,7 @@ class Engine:
         entering = [flight for flight in entering if flight.request.running]
         if not entering:
             return
-        ids, positions, allowed = [], [], []
+        ids, positions, prompts, allowed = [], [], [], []
         for flight in entering:
             request = flight.request
             limits = request.limits(flight.start, flight.count, self.context)
@@ -248,13 +250,18 @@ class Engine:
             end = flight.start + flight.count
             ids.append(np.array(flight.request.text[flight.start : end]))
             positions.append(np.arange(flight.start, end))
+            prompts.append(np.full(flight.count, len(flight.request.prompt)))
             flight.request.runs[0].length = end
             self.statistics.prompt_tokens += flight.count if flight.start < len(flight.request.prompt) else 0
-        self._join(entering, self._indices(ids), self._indices(positions), np.concatenate(allowed, axis=1))
+        known = map(self._indices, (ids, positions, prompts))
+        self._join(entering, *known, np.concatenate(allowed, axis=1))
 
-    def _join(self, entering: list[Flight], ids: Tensor, positions: Tensor, allowed: np.ndarray) -> None:
+    def _join(
+        self, entering: list[Flight], ids: Tensor, positions: Tensor, prompts: Tensor, allowed: np.ndarray
+    ) -> None:
         """Embeddings of new flights, which then stand before the first stage. allowed: see `InFlight.new`."""
-        fresh = InFlight.new(ids, positions, self.inner.embed_tokens(ids), self.method.gates, allowed)
+        state = self.inner.embed_tokens(ids)
+        fresh = InFlight.new(ids, positions, prompts, state, self.method.gates, allowed)
         offset = len(self.tokens.ids) if self.air is not None else 0
         for flight in entering:
             flight.offset, offset = offset, offset + flight.count
@@ -500,6 +507,7 @@ class Engine:
             request.depths[flight.start :] = air.depth[begin:end].tolist()
             request.passed[flight.start :] = air.passed[begin:end].tolist()
             request.judged[flight.start :] = air.judged[begin:end].tolist()
+            request.heads[flight.start :] = air.heads[begin:end].tolist()
             if request.params.gates:
                 request.gates[flight.start :] = air.scores[begin:end].tolist()
             begin = end

@@ -46,15 +46,17 @@ class Flight:
 class InFlight:
     """All tokens in flight, [M] each.
 
-    ids, positions, state [M, D], logits (of the gate that judged last); carry: what the method has them carry, by name;
-    on the host: offered (the next gate sees it), enters (it takes the result of the next stage), computes (it takes
-    part in that stage, be it for its keys alone), depth (gates passed), limit (recursions that it may take), most (that
-    any token of its text may), exact (it takes all that it may), passed and judged (gates behind which it passed
-    layers, and that scored it, as bits); scores [M, G]: raw, of each gate, NaN where there is none.
+    ids, positions, prompts (length of the request's), state [M, D], logits (of the gate that judged last); carry: what
+    the method has them carry, by name; on the host: offered (the next gate sees it), enters (it takes the result of the
+    next stage), computes (it takes part in that stage, be it for its keys alone), depth (gates passed), limit
+    (recursions that it may take), most (that any token of its text may), exact (it takes all that it may), passed and
+    judged (gates behind which it passed layers, and that scored it, as bits); heads (times it was read out on the way);
+    scores [M, G]: raw, of each gate, NaN where there is none.
     """
 
     ids: Tensor
     positions: Tensor
+    prompts: Tensor
     state: Tensor
     logits: Tensor
     offered: np.ndarray
@@ -66,20 +68,23 @@ class InFlight:
     exact: np.ndarray
     passed: np.ndarray
     judged: np.ndarray
+    heads: np.ndarray
     scores: Tensor
     carry: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def new(cls, ids: Tensor, positions: Tensor, state: Tensor, gates: int, allowed: np.ndarray) -> InFlight:
+    def new(
+        cls, ids: Tensor, positions: Tensor, prompts: Tensor, state: Tensor, gates: int, allowed: np.ndarray
+    ) -> InFlight:
         """gates: how many there are; allowed: [3, M] limit, most and exact."""
         count = len(ids)
         offered, enters, computes = (np.zeros(count, dtype=bool) for _ in range(3))
-        depth, passed, judged = (np.zeros(count, dtype=np.int64) for _ in range(3))
+        depth, passed, judged, heads = (np.zeros(count, dtype=np.int64) for _ in range(4))
         logits = torch.zeros(count, device=state.device)
         scores = torch.full((count, gates), torch.nan, device=state.device)
         limit, most, exact = allowed
-        flags = offered, enters, computes, depth, limit, most, exact.astype(bool), passed, judged
-        return cls(ids, positions, state, logits, *flags, scores)
+        flags = offered, enters, computes, depth, limit, most, exact.astype(bool), passed, judged, heads
+        return cls(ids, positions, prompts, state, logits, *flags, scores)
 
     def select(self, index: np.ndarray) -> InFlight:
         """The tokens `index`, in this order."""
@@ -127,11 +132,11 @@ class Carried:
 class Rules:
     """What a method's rules may ask of the engine, as they do of `model.decoder.Run` (`model.depth.base`)."""
 
-    mode, step, load, real, routing_only, cached = "causal", None, None, None, False, True
+    step, load, real, routing_only, keep_exits, cached = None, None, None, False, False, True
 
     def __init__(self, engine: Engine, index: Tensor, limit: int | None = None, exact: bool = False):
         """limit, exact: of the tokens `index`; None where a rule asks for neither."""
-        self.engine, self.index, self.all_in = engine, index, exact
+        self.engine, self.index, self.all_in, self.mode = engine, index, exact, engine.mode
         self.last = engine.last_gate if limit is None else engine.last_gates[limit]
 
     @cached_property
@@ -142,13 +147,22 @@ class Rules:
     def positions(self) -> Tensor:
         return self.engine.tokens.positions[self.index]
 
+    @cached_property
+    def prompt(self) -> Tensor:
+        return self.engine.tokens.prompts[self.index]
+
     def executed(self, depth: Tensor) -> None:
         """[N] steps that tokens made use of, where these are not the gates that they passed."""
         self.engine.tokens.depth[self.index.cpu().numpy()] = depth.cpu().numpy()
 
     def readout(self, x: Tensor) -> Tensor:
         """Norm and head: [N, D] -> [N, V]."""
-        return self.engine.head(self.engine.norm(x))
+        self.engine.tokens.heads[self.index.cpu().numpy()] += 1
+        return self.engine.head(self.norm(x))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm."""
+        return self.engine.norm(x)
 
     def nothing(self, *args: Any, **kwargs: Any) -> None:
         """Losses and figures are of training."""

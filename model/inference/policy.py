@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.config import MoRConfig
-from model.depth import stages_of
+from model.depth import method_of, stages_of
 
 FORMS = "adaptive, uniform:N, cap:N or progressive:A-B"
 
@@ -19,7 +19,7 @@ class DepthPolicy:
     or exactly as many as its place says (`progressive`), which rise from `first` to n in equal stretches over the
     prompt and as long an answer as was asked for.
 
-    Without a router `adaptive` is all of them.
+    With exits, 1 is to leave at the first of them. Without a router `adaptive` is all of them.
     """
 
     mode: str = "adaptive"
@@ -48,7 +48,7 @@ class DepthPolicy:
         Raises ValueError."""
         if self.mode == "adaptive":
             return self
-        most, first = config.num_recursions if most is None else most, self.first or 1
+        most, first = method_of(config).levels(config) if most is None else most, self.first or 1
         if self.recursions is None or not 1 <= first <= self.recursions <= most:
             raise ValueError(f"depth: {self} does not fit 1 to {most} recursions")
         if self.first is not None and any(s.gate is None and s.uses[-1].recursion for s in stages_of(config)):
@@ -60,7 +60,7 @@ class DepthPolicy:
 
     def limit(self, config: MoRConfig) -> int:
         """Most recursions of a token."""
-        return config.num_recursions if self.recursions is None else self.recursions
+        return method_of(config).levels(config) if self.recursions is None else self.recursions
 
     @property
     def exact(self) -> bool:

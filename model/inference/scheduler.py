@@ -41,11 +41,11 @@ class Request:
     recursions that each of the `done` executed; tokens: the generated ids without a stop sequence; released: how many
     of those were handed out; runs: pages of all tokens, then one run per gate; places: positions of their tokens.
     finished: `stop`, `length`, `cancelled` or "" while it lives. policy: its depth; limit: most recursions of a token;
-    share: expected tokens behind the gates whose keys lie apart (`gate_share`), ragged: how many these are. passed,
-    judged: of each of the `done`, the gates behind which it passed layers and those that scored it, as bits; gates:
-    their raw scores [G], NaN where there is none, where the parameters ask for them. scores: position -> token's
-    log-probability, where the parameters ask for it, a stop sequence's tokens included; the first token of a prompt has
-    none.
+    share: expected tokens behind the gates whose keys lie apart (`gate_share`), ragged: how many these are. heads: how
+    often each of the `done` was read out before the end; passed, judged: the gates behind which it passed layers, and
+    those that scored it, as bits; gates: their raw scores [G], NaN where there is none, where the parameters ask for
+    them. scores: position -> token's log-probability, where the parameters ask for it, a stop sequence's tokens
+    included; the first token of a prompt has none.
     """
 
     order: int
@@ -68,6 +68,7 @@ class Request:
     preemptions: int = 0
     passed: list[int] = field(default_factory=list)
     judged: list[int] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)
     gates: list[list[float]] = field(default_factory=list)
     scores: dict[int, TokenScore] = field(default_factory=dict)
 

@@ -293,7 +293,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float):
     parallel, model = small()
     before = model.weight.detach().clone()
     parallel.micro_step(parallel.forward(input=torch.tensor([[bad, 1.0, 1.0, 1.0]])).sum(), last=True)
-    assert parallel.optimizer_step(1.0, 1.0)[1] is False
+    assert not parallel.optimizer_step(1.0, 1.0)[1]
     assert torch.equal(model.weight, before) and model.weight.grad is None
 
 

