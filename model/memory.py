@@ -10,7 +10,7 @@ kv = G d widths of queries and keys, V vocabulary, L effective depth, Nr recursi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -138,6 +138,8 @@ def activation_bytes(
     method = method_of(config)
     saved, stretches = 0, [0]
     for passed in work.passes:
+        if passed.stage.gate is not None and not work.offered[passed.stage.gate]:  # a gate that is open in training
+            passed = replace(passed, stage=replace(passed.stage, gate=None))
         packed = passed.stage.selects and not method.fixed and not on_gpu
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
         layer += 0 if on_gpu else mask_bytes(passed, precision, document_masking)
@@ -166,6 +168,8 @@ def activation_bytes(
     copied = gates if precision == "bf16" else {gate for gate in gates if gate > 0}
     saved += round(sum(work.offered[gate] for gate in copied)) * h * FP32
     saved += tokens * h * (FP32 + size) + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
+    if work.heads:  # the same of exits, whose states their next layer keeps, and one more gradient of the head's weight
+        saved += round(work.heads) * 2 * h * FP32 + config.vocab_size * h * size
     if precision == "bf16" and recompute == "none" and weight_copies:
         saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
     if on_gpu:
@@ -174,6 +178,7 @@ def activation_bytes(
     else:
         rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
         head = (3 * rows + h) * config.vocab_size * FP32
+    head += round(work.heads) * 2 * h * size  # states of exits, side by side, and their gradients
     return Activations(saved, max(head, 0 if recompute == "none" else max(stretches) + shared_keys))
 
 

@@ -12,6 +12,7 @@ from model.modeling import MoRForCausalLM
 BATCH, LENGTH = 4, 128
 RECURSIVE = {"num_recursions": 3}
 EXPERT, TOKEN = RECURSIVE | {"routing": "expert_choice"}, RECURSIVE | {"routing": "token_choice"}
+EXIT = {"routing": "early_exit", "exit_layers": [2, 4, 6]}
 SHARED = {"kv_strategy": "shared"}
 
 
@@ -65,6 +66,9 @@ def measured(config: MoRConfig, recompute: str, bf16: bool, masked: bool) -> tup
         (EXPERT | SHARED, "recursion", False, False),
         (TOKEN, "none", False, False),
         (TOKEN | SHARED, "none", False, True),
+        (EXIT, "none", False, False),
+        (EXIT, "block", True, False),
+        (RECURSIVE | {"routing": "early_exit"}, "recursion", False, False),
     ],
 )
 def test_estimates_stay_close_to_the_measured_activations_and_peak(fields, recompute, bf16, masked):
