@@ -139,10 +139,7 @@ def guarded(limits: Limits) -> type[H11Protocol]:
 
         def _answer(self, status: int, phrase: str, message: str) -> None:
             """An error where no request has reached the application."""
-            kind = "server_error" if status == 503 else "invalid_request_error"
-            body = json.dumps(error_body(ServiceError(status, message, kind))).encode()
-            head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            self.transport.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+            self.transport.write(_error(status, phrase, message))
             self._answered = True
             opened.pop(self, None)
             # Closed at once, with something unread, the connection would be reset before the client has the answer.
@@ -151,6 +148,13 @@ def guarded(limits: Limits) -> type[H11Protocol]:
             self._deadline = self.loop.call_later(1.0, self.transport.close)
 
     return Guarded
+
+
+def _error(status: int, phrase: str, message: str) -> bytes:
+    kind = "server_error" if status == 503 else "invalid_request_error"
+    body = json.dumps(error_body(ServiceError(status, message, kind))).encode()
+    head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Connection: close\r\n\r\n".encode() + body
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
