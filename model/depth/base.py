@@ -153,6 +153,11 @@ class DepthMethod(nn.Module):
         return cls.shares(config)[gate] * length
 
     @classmethod
+    def kept(cls, config: MoRConfig) -> int:
+        """States of those let in that `merge` keeps for the backward pass."""
+        return 1
+
+    @classmethod
     def modes(cls, config: MoRConfig) -> tuple[str, ...]:
         """Ways to decide at evaluation; first the one that a generating model can use, if there is one."""
         return ("causal",)
