@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup compare test test-fast test-explore lint bench-model bench-reference bench-inference bench-data bench-scale
+.PHONY: setup compare test test-fast test-explore lint bench-model bench-reference bench-inference bench-data bench-scale gpu-check null-gpu
 
 setup: $(VENV)/.complete
 
@@ -52,6 +52,16 @@ bench-inference: setup
 bench-data: setup
 	$(BIN)/python tests/benchmarks/bench_tokenize.py
 	$(BIN)/python tests/benchmarks/bench_loader.py
+
+# On a machine with a GPU: is it right, how fast is it? Under ten minutes; results in GPU_OUT.
+GPU_OUT ?= runs/gpu-check
+gpu-check: setup
+	$(BIN)/python -m tests.gpu.check --out $(GPU_OUT)
+
+# Without a GPU: the host's side on a CUDA device that computes nothing. VENV must hold a CUDA build of torch.
+null-gpu: setup
+	$(BIN)/python -m tests.gpu.null.build build/null-gpu
+	NULL_DEVICE=build/null-gpu $(BIN)/python -m pytest -n 0 tests/gpu/null
 
 bench-scale: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/bench_checkpoint.py

@@ -84,7 +84,12 @@ class TokenizerSettings(Settings):
         description="path of a tokenizer.json, folder that save_pretrained wrote, or name on the hub; null trains one",
     )
     vocab_size: int | None = Field(None, ge=257, description="size of the vocabulary to train, special token included")
-    train_bytes: int = Field(256 << 20, gt=0, description="training reads documents up to about this many bytes")
+    train_bytes: int = Field(
+        256 << 20,
+        gt=0,
+        description="training reads all documents of the train split, or a sample of them drawn by seed, of about this "
+        "many bytes and no more",
+    )
     eos_token: str = Field("<|endoftext|>", min_length=1, description="token that ends every document")
 
     @model_validator(mode="after")
@@ -97,11 +102,14 @@ class TokenizerSettings(Settings):
 
 
 class DataSettings(Settings):
-    """One prepared folder. Same settings and seed give the same bytes, whatever `workers` is."""
+    """One prepared folder. Same settings and seed give the same bytes, whatever number of tasks makes them."""
 
     folder: PathText = Field(description="prepared folder that is written")
     cache: PathText = Field("data/cache", description="folder for downloaded packages")
-    workers: int = Field(0, ge=0, description="processes that tokenize; 0: one for each core")
+    workers: int = Field(0, ge=0, description="tasks at a time on this machine; 0: one for each core")
+    executor: Literal["local", "ray"] = Field(
+        "local", description="what runs the tasks: processes of this machine, or a Ray cluster that is running"
+    )
     corpus: str = Field(min_length=1, description="name of the corpus in manifests and reports")
     seed: int = Field(0, ge=0, lt=2**63, description="seed of the split, of the shuffle and of a synthetic source")
     sequence_length: int = Field(gt=0, description="tokens a model reads at once; a block stores one more")
@@ -115,13 +123,20 @@ class DataSettings(Settings):
     max_undecodable_bytes: int = Field(
         1024, ge=0, description="bytes that are not UTF-8 are skipped and counted up to this many, then refused"
     )
+    part_bytes: int = Field(
+        64 << 20,
+        ge=1024,
+        description="the corpus is cut into parts of about this many bytes of text, which tasks share among them; an "
+        "interruption costs one of them",
+    )
     shard_bytes: int = Field(256 << 20, gt=0, description="largest size of one tar file")
 
     def content(self) -> dict[str, Any]:
-        """The settings that decide the bytes written: all but places and the number of workers.
+        """The settings that decide the bytes written: all but places and what runs the tasks.
 
         `source.paths` is a place too: the manifest lists the files themselves (data_prep/inputs.py).
         """
         return self.model_dump(
-            mode="json", exclude={"folder": True, "cache": True, "workers": True, "source": {"paths"}}
+            mode="json",
+            exclude={"folder": True, "cache": True, "workers": True, "executor": True, "source": {"paths"}},
         )

@@ -1,35 +1,42 @@
-"""Raw records -> clean documents of two splits, spilled to disk.
+"""Raw records -> clean documents of two splits, spilled to disk part by part.
 
     read -> decode (skip and count bytes that are not UTF-8) -> normalise (NFC, newlines) -> drop empty
-         -> digest, split by digest -> documents.bin + one row each in documents.index
-         -> drop exact duplicates (first one stays) -> train.spans, validation.spans
+         -> digest, split by digest -> PART.bin + one row each in PART.index + their order by digest in PART.order
+    select -> for a range of digests, over all parts: exact duplicates (the first one stays) -> RANGE.dropped
 
-Memory: one document, plus one byte for each document and a bounded sort buffer.
+Memory: a document and the index of one part, or the rows of one range.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.config import DataSettings
-from data_prep.files import CHUNK, sync
-from data_prep.progress import progress_bar
+from data_prep.files import sync
 from data_prep.settings import UserError
 
 SPLITS = ("train", "validation")
-# One row of documents.index: length in bytes, salted digest of the text, and the split.
+# One row of an index: length in bytes, salted digest of the text, and the split.
 INDEX_ROW = np.dtype([("length", "<i8"), ("digest", "<u8", (2,)), ("validation", "?")])
-# One row of SPLIT.spans: where a document lies in documents.bin.
+# Where a document lies in the text of its part.
 SPAN = np.dtype([("offset", "<i8"), ("length", "<i8")])
+# A document that another repeats: its part and its row in that part's index.
+DROPPED = np.dtype([("part", "<i8"), ("row", "<i8")])
+# A document that occurs several times: where it does first, and how often.
+REPEATED = np.dtype([("part", "<i8"), ("row", "<i8"), ("times", "<i8")])
+MOST_REPEATED = 20  # of them are told
+RANGE_ROWS = 1 << 22  # documents whose digests are sorted at once, about
 
 
 @dataclass(frozen=True)
@@ -130,92 +137,106 @@ def bounded(records: Iterable[Record], settings: DataSettings, counts: DocumentC
         yield Record(record.where, record.raw[start:], continues)
 
 
-def spill(records: Iterable[Record], settings: DataSettings, folder: Path) -> DocumentCounts:
-    """Clean all records into `folder`/documents.bin, documents.index and SPLIT.spans; return what was counted.
+def spill(records: Iterable[Record], settings: DataSettings, target: Path) -> DocumentCounts:
+    """Clean the records of one part into `target`.bin, .index and .order; return what was counted.
 
-    Raises UserError for a corpus without text, one with too many undecodable bytes, and an empty split.
+    Raises UserError for too many undecodable bytes.
     """
     counts = DocumentCounts()
     threshold = int(settings.validation_fraction * 2**64)
     salt = settings.seed.to_bytes(8, "little")
     row = np.zeros(1, INDEX_ROW)
     validation = False
-    with (
-        (folder / "documents.bin").open("wb") as texts,
-        (folder / "documents.index").open("wb") as index,
-        progress_bar("read", None, "documents") as advance,
-    ):
+    with target.with_suffix(".bin").open("wb") as texts, target.with_suffix(".index").open("wb") as index:
         for record in bounded(records, settings, counts):
-            advance(1)
             text, skipped = decode(record.raw)
             counts.undecodable += skipped
-            if counts.undecodable > settings.max_undecodable_bytes:
-                raise UserError(
-                    f"{record.where}: not UTF-8; with it {counts.undecodable} bytes would be skipped, more than "
-                    f"max_undecodable_bytes={settings.max_undecodable_bytes}; convert the file or raise the limit"
-                )
+            check_undecodable(counts.undecodable, settings, record.where)
             data = normalise(text).encode()
             if not data:
                 counts.dropped_empty += 1
                 continue
             digest = np.frombuffer(hashlib.blake2b(data, digest_size=16, salt=salt).digest(), "<u8")
-            if not record.continues:  # the parts of a cut document stay in one split
+            if not record.continues:  # the pieces of a cut document stay in one split
                 validation = int(digest[0]) < threshold
             row[0] = (len(data), digest, validation)
             texts.write(data)
             index.write(row.tobytes())
         sync(texts)
         sync(index)
-    select(folder, counts)
-    check_splits(counts, settings)
+    digests = open_rows(target.with_suffix(".index"), INDEX_ROW)["digest"]
+    with target.with_suffix(".order").open("wb") as order:
+        order.write(np.lexsort((digests[:, 0], digests[:, 1])).astype("<i8").tobytes())
+        sync(order)
     return counts
 
 
-def select(folder: Path, counts: DocumentCounts, rows_per_pass: int = 1 << 24) -> None:
-    """Write SPLIT.spans for the first occurrence of each text, in the order of the source."""
-    path = folder / "documents.index"
-    index = np.memmap(path, INDEX_ROW, "r") if path.stat().st_size else np.zeros(0, INDEX_ROW)
-    keep = first_occurrences(index, rows_per_pass)
-    counts.dropped_duplicate = len(index) - int(keep.sum())
-    offset = 0
-    with (folder / "train.spans").open("wb") as train, (folder / "validation.spans").open("wb") as validation:
-        for start in range(0, len(index), CHUNK):
-            rows = index[start : start + CHUNK]
-            spans = np.empty(len(rows), SPAN)
-            spans["length"] = rows["length"]
-            spans["offset"] = offset + np.cumsum(rows["length"]) - rows["length"]
-            offset += int(rows["length"].sum())
-            kept = keep[start : start + CHUNK]
-            for file, chosen in ((train, kept & ~rows["validation"]), (validation, kept & rows["validation"])):
-                file.write(spans[chosen].tobytes())
-        counts.train, counts.validation = train.tell() // SPAN.itemsize, validation.tell() // SPAN.itemsize
-        sync(train)
-        sync(validation)
+def check_undecodable(skipped: int, settings: DataSettings, where: str) -> None:
+    """Raise UserError where more bytes that are not UTF-8 would be skipped than the settings allow."""
+    if skipped > settings.max_undecodable_bytes:
+        raise UserError(
+            f"{where}: not UTF-8; with it {skipped} bytes would be skipped, more than "
+            f"max_undecodable_bytes={settings.max_undecodable_bytes}; convert the file or raise the limit"
+        )
 
 
-def first_occurrences(index: np.ndarray, rows_per_pass: int) -> np.ndarray:
-    """Mark the first row of each digest. index: [N] of INDEX_ROW, may be a map of a file; result: [N] bool.
+def open_rows(path: Path, kind: np.dtype[Any]) -> np.ndarray:
+    """A file of rows as a map, which an empty file cannot be."""
+    return np.memmap(path, kind, "r") if path.stat().st_size else np.zeros(0, kind)
 
-    Several passes over the index, each for one residue of the digest, keep the sort within `rows_per_pass` rows
-    or so.
+
+def select(targets: Sequence[Path], number: int, ranges: int) -> tuple[np.ndarray, dict[str, int], np.ndarray]:
+    """Find what repeats an earlier text among the digests of one of `ranges` equal ranges.
+
+    targets: the spilled parts, in order. Returns the rows to drop ([dropped] of DROPPED, sorted); how many documents of
+    each split stay, and `train_bytes`, their length in the train split; and those that are repeated most ([n] of
+    REPEATED).
     """
-    passes = max(1, -(-len(index) // rows_per_pass))
-    keep = np.zeros(len(index), bool)
-    for number in range(passes):
-        rows_found, digests_found = [], []
-        for start in range(0, len(index), CHUNK):
-            digests = index["digest"][start : start + CHUNK]
-            rows = np.flatnonzero(digests[:, 1] % np.uint64(passes) == number)
-            rows_found.append(rows + start)
-            digests_found.append(digests[rows])
-        if not rows_found:
-            continue
-        rows, digests = np.concatenate(rows_found), np.concatenate(digests_found)
-        order = np.lexsort((rows, digests[:, 1], digests[:, 0]))
-        ordered = digests[order]
-        first = np.ones(len(order), bool)
-        first[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
-        keep[rows[order[first]]] = True
+    low, high = (number << 64) // ranges, (number + 1 << 64) // ranges
+    found, places = [np.zeros(0, INDEX_ROW)], [np.zeros(0, DROPPED)]
+    for part, target in enumerate(targets):
+        index, order = (
+            open_rows(target.with_suffix(".index"), INDEX_ROW),
+            open_rows(target.with_suffix(".order"), np.dtype("<i8")),
+        )
+        first, last = (
+            bisect.bisect_left(range(len(order)), bound, key=lambda n: int(index["digest"][order[n], 1]))
+            for bound in (low, high)
+        )
+        rows = np.array(order[first:last])
+        found.append(index[rows])
+        place = np.empty(len(rows), DROPPED)
+        place["part"], place["row"] = part, rows
+        places.append(place)
+    documents, place = np.concatenate(found), np.concatenate(places)
+    digests = documents["digest"]
+    order = np.lexsort((place["row"], place["part"], digests[:, 1], digests[:, 0]))
+    repeated = np.zeros(len(order), bool)
+    repeated[1:] = (digests[order[1:]] == digests[order[:-1]]).all(axis=1)
+    kept = documents[order[~repeated]]
+    train = kept[~kept["validation"]]
+    counts = {"train": len(train), "validation": len(kept) - len(train), "train_bytes": int(train["length"].sum())}
+    firsts = np.flatnonzero(~repeated)
+    times = np.diff(firsts, append=len(order))
+    most = np.argsort(-times, kind="stable")[:MOST_REPEATED]
+    most = most[times[most] > 1]
+    told = np.empty(len(most), REPEATED)
+    told["times"] = times[most]
+    for key in ("part", "row"):
+        told[key] = place[key][order[firsts[most]]]
+    return np.sort(place[order[repeated]]), counts, told
+
+
+def kept_rows(part: int, rows: int, dropped: Sequence[Path]) -> np.ndarray:
+    """Which documents of a part stay: [rows] bool. dropped: what `select` found in each range."""
+    keep = np.ones(rows, bool)
+    for path in dropped:
+        found = open_rows(path, DROPPED)
+        first, last = (
+            bisect.bisect_left(range(len(found)), bound, key=lambda n: int(found["part"][n]))
+            for bound in (part, part + 1)
+        )
+        keep[found["row"][first:last]] = False
     return keep
 
 

@@ -15,9 +15,9 @@ CHUNK = 1 << 20
 
 @contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Write `path` so that it appears complete or not at all, also after a power cut."""
+    """Write `path` so that it appears complete or not at all, also after a power cut, whoever else writes it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}-{os.getpid()}.partial")
     try:
         with temporary.open("wb") as file:
             yield file

@@ -16,8 +16,8 @@ from typing import Any
 
 from data_prep.files import sha256_of
 from data_prep.settings import UserError
+from data_prep.streams import COMPRESSED
 
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _NAMES = {
     "text": (".txt",),
     "jsonl": (".jsonl", ".ndjson", ".json"),

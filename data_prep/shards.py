@@ -92,13 +92,19 @@ def token_offsets(samples: int, width: int, dtype: np.dtype, per_member: int | N
     return first + _member_bytes(per_member, width, dtype) * members + width * dtype.itemsize * inside
 
 
-def write_shards(blocks: Iterable[np.ndarray], folder: Path, split: str, shard_bytes: int) -> Iterator[Shard]:
-    """Write arrays [blocks, W] in their order to `folder`/`split`; yield each shard once it is whole on disk."""
-    number = first = capacity = 0
+def write_shards(
+    blocks: Iterable[np.ndarray], folder: Path, split: str, shard_bytes: int, number: int = 0
+) -> Iterator[Shard]:
+    """Write arrays [blocks, W] in their order to `folder`/`split`; yield each shard once it is whole on disk.
+
+    number: of the first shard; those before it are full.
+    """
+    first = capacity = 0
     held = np.zeros((0, 0))
     for array in blocks:
         if capacity == 0:
             capacity = samples_per_shard(array.shape[1], array.dtype, shard_bytes)
+            first = number * capacity
         held = np.concatenate([held, array]) if len(held) else array
         while len(held) >= capacity:
             yield _write_shard(held[:capacity], folder, f"{split}/shard-{number:06d}", first)
@@ -128,8 +134,11 @@ def _write_shard(blocks: np.ndarray, folder: Path, name: str, first: int) -> Sha
     return Shard(f"{name}.tar", len(blocks), size, digest.hexdigest())
 
 
-def write_split(blocks: Iterable[np.ndarray], folder: Path, split: str, shard_bytes: int, vocab_size: int) -> dict:
-    """Write a split's shards. Returns samples, tokens (stored), shards, and counts: how often each id is a target."""
+def write_split(
+    blocks: Iterable[np.ndarray], folder: Path, split: str, shard_bytes: int, vocab_size: int, number: int = 0
+) -> dict:
+    """Write a split's shards from `number` on. Returns samples, tokens (stored), shards, and counts: how often each id
+    is a target."""
     counts = np.zeros(vocab_size, np.int64)
     width = 0
 
@@ -141,6 +150,6 @@ def write_split(blocks: Iterable[np.ndarray], folder: Path, split: str, shard_by
                 counts += np.bincount(array[start : start + 4096, 1:].ravel(), minlength=vocab_size)
             yield array
 
-    shards = [asdict(shard) for shard in write_shards(counted(), folder, split, shard_bytes)]
+    shards = [asdict(shard) for shard in write_shards(counted(), folder, split, shard_bytes, number)]
     samples = sum(shard["samples"] for shard in shards)
     return {"samples": samples, "tokens": samples * width, "shards": shards, "counts": counts.tolist()}

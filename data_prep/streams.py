@@ -20,6 +20,7 @@ _MARKS = (  # a UTF-32 mark begins with the UTF-16 one, so it is tried first
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _SAMPLE = 4096
 _PIECE = 1 << 16
 READ_ERRORS = (OSError, EOFError, lzma.LZMAError, zlib.error, pyarrow.ArrowException)
@@ -120,10 +121,33 @@ def _decompressed(path: Path, raw: BinaryIO) -> Any:
     return raw
 
 
+def _range(raw: BinaryIO, start: int, end: int) -> Iterator[bytes]:
+    raw.seek(start)
+    while piece := raw.read(min(_PIECE, end - raw.tell())):
+        yield piece
+
+
+def is_plain(path: Path) -> bool:
+    """Whether the file holds UTF-8 as it is read, so that its bytes can be read from anywhere."""
+    if path.suffix.lower() in COMPRESSED:
+        return False
+    with path.open("rb") as raw:
+        return _encoding(raw.read(_SAMPLE))[0] == "utf-8"
+
+
 @contextmanager
-def open_text(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain or compressed (.gz, .bz2, .xz, .zst) text file; what is read is UTF-8 without a mark."""
+def open_text(path: Path, start: int = 0, end: int | None = None) -> Iterator[BinaryIO]:
+    """Open a plain or compressed (.gz, .bz2, .xz, .zst) text file; what is read is UTF-8 without a mark.
+
+    start, end: bytes of a plain file between which to read.
+    """
     with path.open("rb", buffering=_PIECE) as raw:
+        if end is not None:
+            stream = io.BufferedReader(_Pieces(_range(raw, start, end)), _PIECE)
+            if start == 0 and stream.peek(3).startswith(codecs.BOM_UTF8):
+                stream.read(3)
+            yield stream
+            return
         stream = _decompressed(path, raw)
         encoding, mark = _encoding(stream.peek(_SAMPLE)[:_SAMPLE])
         stream.read(mark)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.config import TokenizerSettings
-from data_prep.progress import progress_bar, say
+from data_prep.progress import say
 from data_prep.settings import UserError
 
 # The trainer's time is quadratic in the length of what its pre-tokenizer leaves whole: letters, digits, other signs or
@@ -39,16 +39,13 @@ def shortened(text: str) -> list[str]:
     return parts
 
 
-def train_tokenizer(texts: np.ndarray, spans: np.ndarray, settings: TokenizerSettings) -> Tokenizer:
-    """Train on documents spread evenly over the train split, up to `train_bytes` in all.
+def train_tokenizer(texts: Iterable[str], settings: TokenizerSettings) -> Tokenizer:
+    """Train on the given texts; the same for the same texts in the same order.
 
-    texts: [bytes] uint8, may be a map of a file; spans: [documents] of SPAN. Deterministic for given documents.
     Runs of more than LONGEST_RUN characters are given in pieces. Raises UserError when the text is too short
     for `vocab_size`.
     """
     assert settings.vocab_size is not None
-    total = int(spans["length"].sum())
-    stride = max(1, -(-total // settings.train_bytes))
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,17 +56,15 @@ def train_tokenizer(texts: np.ndarray, spans: np.ndarray, settings: TokenizerSet
         show_progress=False,
     )
     cut = 0
-    with progress_bar("train tokenizer", total // stride, "bytes") as advance:
 
-        def read() -> Iterator[str]:
-            nonlocal cut
-            for offset, length in spans[::stride].tolist():
-                advance(length)
-                parts = shortened(texts[offset : offset + length].tobytes().decode())
-                cut += len(parts) > 1
-                yield from parts
+    def read() -> Iterator[str]:
+        nonlocal cut
+        for text in texts:
+            parts = shortened(text)
+            cut += len(parts) > 1
+            yield from parts
 
-        tokenizer.train_from_iterator(read(), trainer)
+    tokenizer.train_from_iterator(read(), trainer)
     if cut:
         say(
             f"train tokenizer: words of more than {LONGEST_RUN} characters, in {cut} documents, were learned from in "

@@ -36,6 +36,7 @@ from data_prep.settings import UserError, run_command
 from launchers.estimate import Pace, time_left
 from launchers.grid import CompareSettings, PlannedRun, plan_runs, plan_table, read_compare, shown_apart
 from model.hardware import describe, device_here
+from pretrain.lock import RunLock
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.precision import refused_or_slow
@@ -321,7 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     prepare_data(runs[0].settings.data)
-    return run_locally(compare, runs, console)
+    with RunLock(compare.output):  # two at once would take each other's runs for failed ones
+        return run_locally(compare, runs, console)
 
 
 if __name__ == "__main__":

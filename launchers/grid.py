@@ -19,7 +19,8 @@ from model.config import MoRConfig
 from model.flops import unique_parameters
 from model.hardware import Precision
 from pretrain.budget import Plan, plan
-from pretrain.config import ExperimentSettings, Flops, differing_keys, make_model_config, read_settings
+from pretrain.config import ExperimentSettings, Flops, make_model_config, read_settings
+from pretrain.extend import refuse_unless_grown
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison
 from pretrain.stop import REQUEUE_FILE
@@ -91,14 +92,22 @@ class PlannedRun:
         """The run directories that hold results: the run's own, or those of its branches."""
         if len(self.budgets) == 1:
             return [self.folder]
-        return sorted(self.folder.glob("branches/*"), key=lambda path: float(path.name))
+        begun = [path for path in self.folder.glob("branches/*") if path.suffix != ".partial"]
+        return sorted(begun, key=lambda path: float(path.name))
 
     def finished(self) -> bool:
-        """Whether every directory's metrics end with the finished event."""
+        """Whether every directory's metrics end with the finished event, and that of this budget."""
+        if self.grows():
+            return False
         if len(self.budgets) == 1:
             return _event(self.folder) == "finished"
         done = [folder for folder in self.folders() if _event(folder) == "finished"]
         return _event(self.folder) == "branched" and len(done) == len(self.budgets)
+
+    def grows(self) -> bool:
+        """Whether its directory was trained to other budgets, from which it is to go on (pretrain/extend.py)."""
+        path = self.folder / "config.yaml"
+        return path.exists() and read_yaml(path).get("budget") != self.settings.budget.model_dump(mode="json")
 
     def asks_for_more(self) -> bool:
         """Whether the run, or a branch, was stopped with a checkpoint, to be started again."""
@@ -214,16 +223,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def require_same_configuration(run: PlannedRun) -> None:
-    """Refuse, before anything runs, a run directory that another configuration has used."""
+    """Refuse, before anything runs, a run directory that another configuration has used, but for a larger budget."""
     path = run.folder / "config.yaml"
     if not path.exists():
         return
-    keys = differing_keys(read_yaml(path), run.settings.model_dump(mode="json"))
-    if keys:
-        raise UserError(
-            f"{run.folder}: belongs to a run of another configuration; these keys differ: {', '.join(keys)}. "
-            "Remove it, or give another folder with output=FOLDER"
-        )
+    try:
+        refuse_unless_grown(run.settings, read_yaml(path))
+    except UserError as error:
+        raise UserError(f"{error}. Of a comparison: remove it, or give another folder with output=FOLDER") from None
 
 
 def data_shape(settings: ExperimentSettings) -> tuple[int | None, int]:

@@ -70,3 +70,19 @@ requeue() {
     done
     say "$1, but Slurm does not take it back into the queue: submit it again, it goes on from there"
 }
+
+# interruptible ARGUMENTS: run Python here; a stop of the job stops it, and puts the job back into the queue.
+interruptible() {
+    local child status
+    "${python_here[@]}" "$@" &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do
+        if [[ -n $stopping ]]; then kill -TERM "$child" || true; fi
+        wait "$child" || true # ended early by a signal
+    done
+    wait "$child" && status=0 || status=$?
+    if ((status != 0 && ${SLURM_RESTART_COUNT:-0} < 20)) && [[ -n $stopping ]]; then
+        requeue "stopped, and it goes on where it was"
+    fi
+    return "$status"
+}

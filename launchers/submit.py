@@ -3,6 +3,7 @@
 python launchers/submit.py --config configs/experiment/NAME.yaml --nodes 2 --gpus-per-node 8 [--dry-run] [key=value ...]
 python launchers/submit.py --compare configs/compare/NAME.yaml --gpus-per-node 1 [--dry-run] [key=value ...]
 python launchers/submit.py --prepare configs/data/ONE.yaml configs/data/TWO.yaml [--dry-run] [key=value ...]
+python launchers/submit.py --prepare configs/data/LARGE.yaml --tasks 256 --nodes 4 [--dry-run] [key=value ...]
 python launchers/submit.py --status configs/compare/NAME.yaml [key=value ...]
 
 Jobs that depend on each other: the data's preparation where the data is missing; the run, or an array with a task for
@@ -35,7 +36,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from data_prep.settings import UserError, run_command
-from launchers import status
+from launchers import corpus, status
 from launchers.grid import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare, shown_apart
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
@@ -47,6 +48,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LOGS = "runs/slurm"
 GIB = 2**30
 CPUS_PER_GPU = 8  # where sinfo says nothing
+CPUS = 8  # of a preparation
 CPU_MEMORY = 16 * GIB  # of a job that needs no GPU
 RANK_MEMORY = 6 * GIB  # host memory of a rank: Python, torch, the driver's part, mapped data
 
@@ -55,12 +57,12 @@ RANK_MEMORY = 6 * GIB  # host memory of a rank: Python, torch, the driver's part
 class Job:
     """One sbatch command, the word `sbatch` left out.
 
-    after: what must have happened before, as in ("afterok", "prepare"): kind of dependency and name of an earlier job.
+    after: what must have happened before, as in ("afterok", "prepare"): kind of dependency and names of earlier jobs.
     """
 
     name: str
     command: list[str]
-    after: tuple[str, str] | None = None
+    after: tuple[str, ...] = ()
 
 
 # --- what is submitted ------------------------------------------------------------------------------------------
@@ -71,10 +73,11 @@ def plan_run(options: argparse.Namespace) -> list[Job]:
     settings = read_settings(options.config, options.overrides)
     check(settings, options)
     prepare = prepare_jobs(settings, options)
-    arguments = ["--config", options.config, *options.overrides, world_size(options)]
+    restart = ["--restart"] if options.restart else []
+    arguments = ["--config", options.config, *restart, *options.overrides, world_size(options)]
     named = [f"--job-name={settings.name}", f"--output={LOGS}/%x-%j.log"]
     command = [*named, *resources(options, [settings]), "launchers/pretrain.sbatch", *arguments]
-    return [*prepare, Job("pretrain", command, ("afterok", "prepare") if prepare else None)]
+    return [*prepare, Job("pretrain", command, after(prepare))]
 
 
 def plan_comparison(options: argparse.Namespace) -> list[Job]:
@@ -96,11 +99,11 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
             arguments.append(f"overrides.precision={decided.pop()}")
         wanted = resources(options, [runs[number].settings for number in missing])
         array = [*named, f"--array={tasks}", *wanted, "launchers/compare_array.sbatch", *arguments]
-        jobs.append(Job("compare", array, ("afterok", "prepare") if jobs else None))
+        jobs.append(Job("compare", array, after(jobs)))
     # afterany: a run that failed is missing from the report, and no reason to have none
     named = [f"--job-name={compare.output.name}-report", f"--output={LOGS}/%x-%j.log"]
     command = [*named, *cpu_resources(options, 2), "launchers/report.sbatch", str(compare.output), *report]
-    return [*jobs, Job("report", command, ("afterany", "compare") if missing else None)]
+    return [*jobs, Job("report", command, ("afterany", "compare") if missing else ())]
 
 
 def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[PlannedRun]]:
@@ -110,22 +113,36 @@ def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[
 
 
 def prepare_jobs(settings: ExperimentSettings, options: argparse.Namespace) -> list[Job]:
-    """The job that makes the data's folder, if it is not there."""
-    data = settings.data
-    if data.prepared:
-        return []
-    if data.mixture:
-        raise UserError("data.mixture: prepare its sources first, each with --prepare")
-    assert data.prepare is not None  # `check` refuses data that nothing can make
-    return [prepare_job(options, [str(data.prepare)], [f"folder={data.folder}"])]
+    """A job for each of the data's folders that is not there. Raises UserError for one that nothing can make."""
+    jobs, data = [], settings.data
+    names = list(data.mixture) or [""]
+    for name, (folder, config) in zip(names, data.folders, strict=True):
+        if (folder / "manifest.json").exists():
+            continue
+        if config is None:
+            key = f"data.mixture.{name}" if name else "data"
+            raise UserError(
+                f"{folder / 'manifest.json'}: no such file, and {key}.prepare does not say how to make it; set it, or "
+                f"prepare the folder first: python launchers/submit.py --prepare CONFIG folder={folder}"
+            )
+        word = re.sub(r"\W", "_", f"prepare_{name}") if name else "prepare"
+        jobs.append(prepare_job(options, [str(config)], [f"folder={folder}"], word))
+    return jobs
 
 
-def prepare_job(options: argparse.Namespace, configs: Sequence[str], overrides: Sequence[str]) -> Job:
+def after(jobs: Sequence[Job]) -> tuple[str, ...]:
+    """The dependency on these jobs' success."""
+    return ("afterok", *(job.name for job in jobs)) if jobs else ()
+
+
+def prepare_job(
+    options: argparse.Namespace, configs: Sequence[str], overrides: Sequence[str], name: str = "prepare"
+) -> Job:
     """The array that prepares one data configuration a task, on one node each and without GPUs."""
     named = ["--job-name=prepare", f"--output={LOGS}/%x-%A_%a.log", f"--array=0-{len(configs) - 1}"]
     time = [f"--time={options.time}"]
-    wanted = [*named, *cpu_resources(options, options.cpu_cpus), *time]
-    return Job("prepare", [*wanted, "launchers/prepare_array.sbatch", *configs, *overrides])
+    wanted = [*named, *cpu_resources(options, options.cpu_cpus or CPUS), *time]
+    return Job(name, [*wanted, "launchers/prepare_array.sbatch", *configs, *overrides])
 
 
 # --- the request ------------------------------------------------------------------------------------------------
@@ -185,10 +202,12 @@ def estimate(settings: ExperimentSettings, options: argparse.Namespace) -> Memor
         reshard_after_forward=parallel.reshard_after_forward,
         min_unit_parameters=parallel.min_unit_parameters,
         offload_optimizer=parallel.offload_optimizer,
+        offload_parameters=parallel.offload_parameters,
         micro_batches=settings.batch.size // (micro_size * world_size),
         precision=expected(settings.precision, options.gpus_per_node > 0),
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
+        on_gpu=options.gpus_per_node > 0,
     )
 
 
@@ -278,12 +297,13 @@ def default_memory(
 
 
 def host_memory(settings: ExperimentSettings, options: argparse.Namespace) -> int:
-    """Bytes of a node's memory that a run needs: its ranks, the copy of a checkpoint that is being written, and the
-    whole model where it is built and exported."""
+    """Bytes of a node's memory that a run needs: its ranks, what they offload, the copy of a checkpoint that is being
+    written, and the whole model where it is built and exported."""
     memory = estimate(settings, options)
-    copied = memory.parameters + memory.optimizer
-    whole = memory.parameters * ranks(options)  # at most: where ranks do not share parameters each has them all
-    return max(1, options.gpus_per_node) * (RANK_MEMORY + copied) + 2 * min(whole, 64 * GIB)
+    copied = memory.parameters + memory.optimizer + memory.host
+    # at most: where ranks do not share parameters each has them all
+    whole = (memory.parameters or memory.host) * ranks(options)
+    return max(1, options.gpus_per_node) * (RANK_MEMORY + copied + memory.host) + 2 * min(whole, 64 * GIB)
 
 
 def cpu_resources(options: argparse.Namespace, cpus: int) -> list[str]:
@@ -296,6 +316,22 @@ def cpu_resources(options: argparse.Namespace, cpus: int) -> list[str]:
         memory = min([CPU_MEMORY, *(node.memory for node in nodes)])
         given.append(f"--mem={options.cpu_mem or f'{memory // 2**20}M'}")
     return [*given, *placement(options, partition), *options.cpu_sbatch]
+
+
+def task_resources(options: argparse.Namespace) -> tuple[dict[str, str], int]:
+    """sbatch's options for one of --tasks on --nodes nodes, its share of a node, and its CPUs."""
+    partition = options.cpu_partition or options.partition
+    nodes, on_node = nodes_of(partition), -(-options.tasks // options.nodes)
+    cpus = options.cpu_cpus or max(1, min([node.cpus for node in nodes] or [on_node]) // on_node)
+    memory = options.cpu_mem
+    if memory is None and nodes and all(node.memory for node in nodes):
+        memory = f"{min(node.memory for node in nodes) // on_node // 2**20}M"
+    given = [f"--mem={memory}"] if memory and not asks(options.cpu_sbatch, "--mem", "--mem-per-cpu") else []
+    given += [*placement(options, None), *options.cpu_sbatch]
+    wrong = [option for option in given if not option.startswith("--")]
+    if wrong:
+        raise UserError(f"--cpu-sbatch={wrong[0]}: write it as --name=value")
+    return {name: value for name, _, value in (option[2:].partition("=") for option in given)}, cpus
 
 
 def placement(options: argparse.Namespace, partition: str | None) -> list[str]:
@@ -316,7 +352,8 @@ def submit(jobs: Sequence[Job], dry_run: bool) -> dict[str, str]:
     if dry_run:
         print(f"cd {shlex.quote(str(REPOSITORY))} && mkdir -p {LOGS} && export PYTHON={shlex.quote(sys.executable)}")
     for job in jobs:
-        waits = [f"--dependency={job.after[0]}:{numbers[job.after[1]]}"] if job.after else []
+        kind, *names = job.after or ("",)
+        waits = [f"--dependency={':'.join([kind, *(numbers[name] for name in names)])}"] if names else []
         if dry_run:
             numbers[job.name] = f"${job.name}"
             print(f"{job.name}=$({' '.join(['sbatch --parsable', *waits, shlex.join(job.command)])})")
@@ -352,6 +389,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     what.add_argument("--status", metavar="FILE", help="show how the runs of a comparison stand, and stop")
     what.add_argument("--prepare", metavar="FILE", nargs="+", help="data, configs/data/*.yaml; a task for each")
+    parser.add_argument("--tasks", type=positive, help="share one --prepare among so many tasks, on --nodes nodes")
     parser.add_argument("--nodes", type=positive, default=1, help="nodes of a run")
     parser.add_argument(
         "--gpus-per-node", type=int, default=8, help="GPUs and ranks of a node; 0: one rank on its CPUs"
@@ -376,9 +414,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     cpu = parser.add_argument_group("the preparation and the report, which need no GPU")
     cpu.add_argument("--cpu-partition", metavar="NAME", help="default: that of the runs")
-    cpu.add_argument("--cpu-cpus", type=positive, default=8, metavar="N", help="cores of a preparation; default: 8")
+    cpu.add_argument("--cpu-cpus", type=positive, metavar="N", help="cores of a preparation; default: 8")
     cpu.add_argument("--cpu-mem", metavar="SIZE", help="memory of each; default: 16G, or all of a smaller node")
     cpu.add_argument("--cpu-sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch, for these jobs")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="of --config: begin the run anew; its old one is kept in RUN_DIR/before/",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
     parser.add_argument("--print-run", type=int, metavar="N", help="print the arguments of --compare's run N, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
@@ -386,6 +429,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.prepare:  # --prepare takes whatever follows it
         options.overrides += [item for item in options.prepare if "=" in item]
         options.prepare = [item for item in options.prepare if "=" not in item]
+    if options.restart and not options.config:
+        parser.error("--restart belongs to --config: of a comparison, remove the run directories that begin anew")
     return options
 
 
@@ -412,6 +457,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "compare" in numbers and not options.dry_run:
             settings, runs = read_comparison(options)
             status.remember(settings, runs, numbers["compare"])
+    elif options.tasks:
+        if len(options.prepare) != 1:
+            raise UserError("--tasks: for one corpus; give --prepare one configuration")
+        corpus.submit(options, options.prepare[0], lambda: task_resources(options))
     else:
         submit([prepare_job(options, options.prepare, options.overrides)], options.dry_run)
     return 0

@@ -211,7 +211,7 @@ class MoRCache(Cache):
             assert first is not None
             key, value = self.layers[first].keys, self.layers[first].values
         query = tokens.to_slots(query).transpose(1, 2)
-        return tokens.from_slots(attend(query, key, value, tokens.mask, self.config, False).transpose(1, 2))
+        return tokens.from_slots(attend(query, key, value, tokens.seen, self.config, False).transpose(1, 2))
 
     def _replaced(self, own: int, first: int) -> tuple[Tensor, Tensor]:
         """The source's keys and values, replaced where a token entered this stage. [B, Hkv, S, Dh]."""
@@ -271,6 +271,12 @@ class MoRCache(Cache):
             chosen = (index.places < self.seen).nonzero().squeeze(1)
             index.keep(chosen, index.rows[chosen], self.batch)
             self._keep(r, chosen)
+
+    def crop_layer(self, depth: int, count: int) -> None:
+        """Forget the last `count` positions at one depth alone, whose keys are of every token."""
+        own = self._plan[depth][0]
+        assert own is not None
+        self.layers[own].crop(-count)
 
     def _keep(self, gate: int, chosen: Tensor) -> None:
         for layer in self.layers:

@@ -16,7 +16,7 @@ from .depth import METHODS, all_settings, method_of
 
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 KVStrategy = Literal["recursion_wise", "shared", "shared_update", "propagated"]
-RoutingMode = Literal["causal", "topk"]
+RoutingMode = Literal["causal", "topk", "full"]
 # What configurations hold, though nothing reads it, that were resolved without routing.
 UNUSED = {"router_activation": "sigmoid", "router_alpha": 0.1}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -38,10 +38,11 @@ class MoRConfig(LlamaConfig):
     routing: the way of spending depth, by its name in `model/depth/`: `none`, `expert_choice` (each recursion picks its
         top-k tokens, section 2.2.1), `token_choice` (each token picks its depth once, section 2.2.1),
         `mixture_of_depths` (untied layers, some of which pick their top-k tokens, arXiv 2404.02258), `universal` (a
-        token halts when its halting probabilities add up, arXiv 1807.03819). Its own settings stand in its file
-        (`DepthMethod.settings`), and are fields here as well; those of other methods are refused, unless they have
-        their default value.
-    routing_mode: at evaluation and generation, `causal` (no look-ahead) or `topk` (the paper's; sees all of the text).
+        token halts when its halting probabilities add up, arXiv 1807.03819), `early_exit` (a token leaves when the
+        model is sure of it, arXiv 2207.07061, 2404.16710). Its own settings stand in its file (`DepthMethod.settings`),
+        and are fields here as well; those of other methods are refused, unless they have their default value.
+    routing_mode: at evaluation and generation, `causal` (no look-ahead), `topk` (the paper's; sees all of the text) or
+        `full` (early_exit: nobody leaves).
     relaxation: `lora`, `dora` (per-depth low-rank deltas on shared weights), `recursion_encoding` (a vector per
         recursion that scales the block's output) or `none`.
     lora_rank, lora_alpha, lora_dropout, lora_targets: of `lora` and `dora`; the delta is scaled by alpha / rank.

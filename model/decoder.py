@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from . import routing
-from .attention import NAMESPACE
+from .attention import see, through
+from .attention.cpu import NAMESPACE
+from .attention.visible import Rows, Visible, rung
 from .cache import MoRCache
 from .depth.base import DepthMethod
 from .depth.layout import Stage, Use, last_gate, within
@@ -36,7 +38,13 @@ _KEPT = {
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     f"{NAMESPACE}::attention",
+    "torch_attn::_varlen_attn",
+    "flex_attention",
 }
+
+
+# Devices whose work is queued: reading a count, or a new shape for each, would hold it up.
+LADDERED = {"cuda"}
 
 
 def _keep(context, operator, *args, **kwargs) -> CheckpointPolicy:
@@ -57,38 +65,25 @@ def _cast_every_time(function: Callable, x: Tensor):
 class Batch:
     """What a forward pass knows about its rows before any layer runs.
 
-    everyone: the `Tokens` of the layers that compute every position.
-    real: [B, T] bool, False for padding; None: no padding. documents: [B, T] non-decreasing ids or None.
-    positions: [B or 1, T]. allowed: [B, T, S] bool, who may look at whom; None: plain causal.
-    cache: of generation; past: how many positions of each row it holds.
+    everyone: the `Tokens` of the layers that compute every position. rows: padding, documents, who may look at whom.
+    positions: [B or 1, T]. cache: of generation.
     """
 
     everyone: Tokens
+    rows: Rows
     positions: Tensor
-    real: Tensor | None = None
-    documents: Tensor | None = None
-    allowed: Tensor | None = None
     input_ids: Tensor | None = None
     cache: MoRCache | None = None
-    past: int = 0
 
-    def mask(self, sees_all: bool, index: Tensor, used: Tensor | None) -> Tensor | None:
-        """Attention mask [B, 1, K, S] of queries at positions `index` [B, K], or None for causal among themselves.
+    @property
+    def real(self) -> Tensor | None:
+        """[B, T] bool, False for padding; None: no padding."""
+        return None if self.rows.real is None else self.rows.real[:, self.rows.past :]
 
-        sees_all: the keys are those of every position, not of the queries alone.
-        """
-        if self.allowed is None:
-            if not sees_all:
-                return None
-            positions = torch.arange(self.past + self.everyone.cos.shape[1], device=index.device)
-            return (index[..., None] + self.past >= positions)[:, None]
-        allowed = gather_rows(self.allowed, index)
-        if not sees_all:
-            allowed = allowed.gather(2, index[:, None].expand(-1, index.shape[1], -1))
-            if used is not None:
-                itself = torch.eye(index.shape[1], dtype=torch.bool, device=index.device)
-                allowed = (allowed & used[:, None]) | itself
-        return allowed[:, None]
+    @property
+    def documents(self) -> Tensor | None:
+        """[B, T] non-decreasing ids or None."""
+        return self.rows.documents
 
 
 # Selections of tokens -------------------------------------------------------------------------------------------------
@@ -163,14 +158,15 @@ class Slots(Everyone):
         batch = self.run.batch
         rows = self.index.shape[0]
         cos, sin = (gather_rows(t.expand(rows, -1, -1), self.index) for t in (batch.everyone.cos, batch.everyone.sin))
-        return Tokens(cos, sin, self.index, self.used).look_through(batch.mask(stage.sees_all, self.index, self.used))
+        tokens = Tokens(cos, sin, self.index, self.used)
+        return self.run.seen_by(tokens, Visible(batch.rows, stage.sees_all, self.index, self.used))
 
 
 class Packed(Everyone):
     """Ragged tokens `flat` [N], ascending b * T + t; states are [N, D].
 
-    Where no token is left one that is not `alive` [N] stands in, so that every rank runs every module; it changes
-    nothing.
+    Those that are not `alive` [N] stand for none and change nothing: one where no token is left, so that every rank
+    runs every module; on a GPU as many more, at the end, as make N a size of the ladder (`attention.visible.rung`).
     """
 
     def __init__(self, run: Run, flat: Tensor, alive: Tensor):
@@ -183,14 +179,13 @@ class Packed(Everyone):
 
     @property
     def full(self) -> bool:
-        return len(self.flat) > 1
+        return len(self.flat) > 1 and not self.run.laddered
 
     @classmethod
-    def of(cls, run: Run, chosen: Tensor) -> Packed:
+    def of(cls, run: Run, chosen: Tensor, gate: int | None = None) -> Packed:
         """The True entries of [B, T]."""
-        chosen = chosen.flatten()
-        flat = _indices(chosen)
-        return cls(run, flat, chosen.index_select(0, flat))
+        flat, alive = run.compacted(chosen.flatten(), gate)
+        return cls(run, flat, alive)
 
     def take(self, x: Tensor) -> Tensor:
         return x.flatten(0, 1).index_select(0, self.flat)
@@ -208,6 +203,11 @@ class Packed(Everyone):
 
     def tokens(self, stage: Stage) -> Tokens:
         batch, (rows_of_batch, length), flat = self.run.batch, self.run.shape, self.flat
+        if self.run.laddered:
+            tables = (batch.everyone.cos, batch.everyone.sin)
+            cos, sin = (t.expand(rows_of_batch, -1, -1).flatten(0, 1).index_select(0, flat) for t in tables)
+            visible = Visible(batch.rows, stage.sees_all, flat=flat, alive=self.alive)
+            return self.run.seen_by(Tokens(cos, sin, flat=flat, alive=self.alive), visible)
         rows, positions = flat // length, flat % length
         counts = flat.new_zeros(rows_of_batch).index_add(0, rows, torch.ones_like(rows))
         slots = int(counts.max())
@@ -218,11 +218,10 @@ class Packed(Everyone):
             table.expand(rows_of_batch, -1, -1).flatten(0, 1).index_select(0, flat)
             for table in (batch.everyone.cos, batch.everyone.sin)
         )
-        tokens = Tokens(cos, sin, index, used, packed)
-        mask = None
+        tokens, mask = Tokens(cos, sin, index, used, packed), None
         if batch.cache is not None and stage.gate is not None:
             mask = batch.cache.enter(stage.gate, flat, tokens, length)
-        return tokens.look_through(batch.mask(stage.sees_all, index, used) if mask is None else mask)
+        return self.run.seen_by(tokens, Visible(batch.rows, stage.sees_all, index, used), mask)
 
 
 def _wide(flags: Tensor, x: Tensor) -> Tensor:
@@ -233,6 +232,32 @@ def _indices(flags: Tensor) -> Tensor:
     """Ascending indices of the True entries of [N]; [0] where there is none."""
     indices = flags.nonzero().squeeze(1)
     return indices if len(indices) else indices.new_zeros(1)
+
+
+def _true_first(flags: Tensor, size: int) -> Tensor:
+    """`size` indices into [N]: those of the True entries, ascending, then of other ones. Nothing waits for a count."""
+    place = torch.where(flags, flags.cumsum(0) - 1, flags.sum() + (~flags).cumsum(0) - 1)
+    here = torch.arange(len(flags), device=flags.device)
+    return torch.empty_like(here).scatter_(0, place, here)[:size]
+
+
+class Counts:
+    """Numbers on their way from a device to the host, which goes on meanwhile."""
+
+    def __init__(self, values: Tensor):
+        """values: [G] integers."""
+        self.event: torch.cuda.Event | None = None
+        self.values = values
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self.values.copy_(values, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def __getitem__(self, gate: int) -> int:
+        if self.event is not None:
+            self.event.synchronize()
+        return int(self.values[gate])
 
 
 class Own:
@@ -254,7 +279,9 @@ class Run:
 
     mode: how gates decide, one of the method's `modes`. step: optimizer steps done. load: [G] of the global batch.
     routing_only: no layer behind a gate runs. max_recursions: no token executes more; None: as many as there are.
-    losses: unweighted scalars by name. exits: (states, weight) that are to be read out for the loss.
+    prompt: [B, 1] positions of each text that were given, of which some methods decide nothing. keep_exits: have states
+    at every exit in `exits`. losses: unweighted scalars by name. exits: states [B, T, D] that are to be read out for
+    the loss, and the weights of their losses.
     """
 
     model: MoRModel
@@ -264,7 +291,9 @@ class Run:
     load: Tensor | None = None
     routing_only: bool = False
     max_recursions: int | None = None
-    readout_with: Callable[[Tensor], Tensor] | None = None
+    head: Callable[[Tensor], Tensor] | None = None
+    prompt: Tensor | None = None
+    keep_exits: bool = False
     hidden_states: list[Tensor] | None = None
     losses: dict[str, list[Tensor]] = field(default_factory=dict)
     exits: list[tuple[Tensor, float]] = field(default_factory=list)
@@ -277,6 +306,8 @@ class Run:
     heads: int = 0
     depth: Tensor | None = None
     kv: dict[int, KeyValue] = field(default_factory=dict)
+    ahead: Counts | None = None
+    laddered: bool = False
 
     def __post_init__(self) -> None:
         self.method: DepthMethod = self.model.depth
@@ -313,9 +344,9 @@ class Run:
         """Add to an auxiliary loss."""
         self.losses.setdefault(name, []).append(value)
 
-    def exit(self, x: Tensor, weight: float) -> None:
-        """Have states x [B, T, D] read out for the loss."""
-        self.exits.append((x, weight))
+    def exit(self, weight: float) -> None:
+        """Have everyone's states before this gate read out for the loss, which counts so much of the whole."""
+        self.exits.append((self.hidden, weight))
 
     def executed(self, depth: Tensor) -> None:
         """[B, T] steps that tokens made use of, where these are not the gates that they passed."""
@@ -333,16 +364,22 @@ class Run:
 
     def readout(self, x: Tensor) -> Tensor:
         """Norm and head: [..., D] -> logits [..., V]."""
-        assert self.readout_with is not None
+        if self.head is None:
+            raise ValueError("routing_mode: 'causal' asks the head how sure it is; call MoRForCausalLM, or use 'full'")
         self.heads += x[..., 0].numel()
-        return self.readout_with(x)
+        return self.head(self.norm(x))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm."""
+        return self.model.norm(x)
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
     def decode(self, hidden: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]: every stage in turn, on the tokens that its gate lets in."""
         method = self.method
-        self.shape, self.device = hidden.shape[:2], hidden.device
+        self.shape, self.device, self.dtype = hidden.shape[:2], hidden.device, hidden.dtype
+        self.laddered = hidden.device.type in LADDERED and not self.cached
         start: Everyone = Slots.real(self) if self.fixed else Packed.real(self)
         offered: Everyone = start
         x: Tensor | None = None
@@ -353,6 +390,8 @@ class Run:
                 continue
             if stage.gate == 0:
                 carry = method.begin(hidden, self)
+                ahead = method.counts(carry, self) if self.laddered and not self.fixed else None
+                self.ahead = None if ahead is None else Counts(ahead)
             before = offered.take(hidden) if x is None else x
             hidden, x, offered, changed = self._pass(stage, hidden, before, offered, carry)
             carry = carry | changed
@@ -375,7 +414,7 @@ class Run:
         """
         method, gate = self.method, stage.gate
         assert gate is not None
-        x = method.prepare(gate, x, self)
+        x, self.hidden = method.prepare(gate, x, self), hidden
         logits = method.score(gate, x, Own(carry, offered), self)
         entered, x, logits = self._let_in(gate, x, logits, offered, carry)
         self.offered[gate], self.entered[gate] = offered.mask(), entered.mask()
@@ -389,7 +428,7 @@ class Run:
             after = self.apply(stage, x, entered, around)
         own = Own(carry, entered)
         new, changes = method.merge(gate, x, after, logits, own, self)
-        new = entered.settle(new, x)
+        new = entered.settle(new, entered.take(hidden) if self.laddered else x)
         changed = {name: entered.put(carry[name], entered.settle(v, own[name])) for name, v in changes.items()}
         return entered.put(hidden, new), new, entered, changed
 
@@ -407,17 +446,30 @@ class Run:
             assert logits is not None
             return self._top_k(gate, x, logits, offered)
         if logits is not None:
-            self.scored(logits.flatten())
+            self.scored(logits.flatten(), offered.alive if self.laddered and isinstance(offered, Packed) else None)
         chosen = self.method.admit(gate, logits, x, Own(carry, offered), self)
         if chosen is None:
             return offered, x, logits
         if isinstance(offered, Packed):
-            keep = offered.alive & chosen
-            local = _indices(keep)
-            entered = Packed(self, offered.flat.index_select(0, local), keep.index_select(0, local))
+            local, alive = self.compacted(offered.alive & chosen, gate)
+            entered = Packed(self, offered.flat.index_select(0, local), alive)
             return entered, x.index_select(0, local), None if logits is None else logits.index_select(0, local)
-        entered = Packed.of(self, chosen)
+        entered = Packed.of(self, chosen, gate)
         return entered, entered.take(x), None if logits is None else entered.take(logits)
+
+    def compacted(self, chosen: Tensor, gate: int | None = None) -> tuple[Tensor, Tensor]:
+        """Indices of the True entries of [N], ascending, and whether each is one: see `Packed`.
+
+        gate: whose choice it is, where the host may know its count ahead.
+        """
+        if not self.laddered:
+            local = _indices(chosen)
+        elif self.routing_only:
+            return torch.arange(len(chosen), device=chosen.device), chosen
+        else:
+            count = int(chosen.sum()) if self.ahead is None or gate is None else self.ahead[gate]
+            local = _true_first(chosen, rung(count, self.shape.numel()))
+        return local, chosen.index_select(0, local)
 
     def _top_k(self, gate: int, x: Tensor, logits: Tensor, offered: Everyone) -> tuple[Everyone, Tensor, Tensor]:
         """The best of a row by their scores, as many as the gate's share of the whole row says, at fixed shapes."""
@@ -452,6 +504,15 @@ class Run:
 
     # Layers -----------------------------------------------------------------------------------------------------------
 
+    def seen_by(self, tokens: Tokens, visible: Visible, mask: Tensor | None = None) -> Tokens:
+        """`tokens` that know who sees whom. mask: of a cache that holds the keys of a gate's tokens alone."""
+        config = self.model.config
+        if self.cached:
+            tokens.seen = through(visible.mask() if mask is None else mask, config, self.device)
+        else:
+            tokens.seen = see(visible, config, self.dtype, self.model.training)
+        return tokens
+
     def apply(self, stage: Stage, x: Tensor, who: Everyone, around: Tensor | None = None) -> Tensor:
         """The layers of a stage on the tokens of `who`, with recomputation as set. x: [B, K, D] or [N, D].
 
@@ -460,7 +521,8 @@ class Run:
         model, tokens = self.model, who.tokens(stage)
         # The policy `block` is the layers' own: each checkpoints itself.
         policy = model.recompute if model.training and torch.is_grad_enabled() else "none"
-        groups = [stage.uses] if policy == "recursion" else [(use,) for use in stage.uses]
+        together = policy == "recursion" and stage.shared
+        groups = [stage.uses] if together else [(use,) for use in stage.uses]
         for group in groups:
             function = functools.partial(self._layers, group, tokens=tokens, kv=dict(self.kv), who=who, around=around)
             if policy == "recursion":
@@ -487,6 +549,7 @@ class Run:
             states = None
             if around is not None:  # a slot that stands for no token must not change its position's state
                 states = who.put(around, x if who.full else who.settle(x, who.take(around)))
+            before, kept = x, self.method.kept(use.depth, self)
             x, key, value = model.layers[use.layer](
                 x,
                 *(shared or (None, None)),
@@ -500,6 +563,8 @@ class Run:
             )
             if use.depth in self.sources and cache is None:
                 fresh[use.depth] = (key, value)
+            if kept is not None:
+                x = torch.where(who.take(kept.expand(self.shape))[..., None], x, before)
             if model.recursion_encoding is not None and use.encoding is not None:
                 x = x * model.recursion_encoding[use.encoding].to(x.dtype)
         return x, fresh
@@ -522,7 +587,8 @@ class Run:
         record = routing.make_record(entered, offered, real, method.layout)
         if self.depth is not None:
             record.depth = self.depth if real is None else self.depth.masked_fill(~real, 0)
-        record.heads, record.scores, record.selected = self.heads, self.scores, self.selected
+        record.heads = self.heads + len(self.exits) * self.shape[0] * self.shape[1]
+        record.scores, record.selected = self.scores, self.selected
         means = [mean for means in self.score_means for mean in means.flatten()]
         record.statistics |= {f"score_mean_{i + 1}": mean for i, mean in enumerate(means)}
         record.statistics |= {name: torch.stack(values).mean() for name, values in self.figures.items()}

@@ -53,14 +53,21 @@ class Pass:
     def layers(self) -> int:
         return len(self.stage.uses)
 
+    @property
+    def shared_layers(self) -> int:
+        """Those of a shared block, on which deltas stand."""
+        return sum(use.recursion is not None for use in self.stage.uses)
+
 
 @dataclass(frozen=True)
 class Work:
-    """What a batch makes a model execute. tokens: B * T. offered: tokens that each gate scores, [G]."""
+    """What a batch makes a model execute. tokens: B * T. offered: tokens that each gate scores, [G]. heads: tokens read
+    out before the end."""
 
     tokens: Number
     passes: tuple[Pass, ...]
     offered: tuple[Number, ...]
+    heads: Number = 0
 
 
 @dataclass(frozen=True)
@@ -97,12 +104,13 @@ def work_of(
     counts: Sequence[Number],
     pairs: Sequence[Number],
     offered: Sequence[Number] | None = None,
+    heads: Number | None = None,
 ) -> Work:
     """The work of a batch that passes counts[g] tokens and pairs[g] causal pairs through the stage of gate g.
 
     All summed over B; a stage that is computed for every token counts B * T of them. offered: tokens that each gate
-    scores; None: those that follow from the counts. Linear in all of these and in num_sequences. `counts` and `pairs`
-    are ignored where nothing is routed.
+    scores; None: those that follow from the counts. heads: tokens read out early; None: as expected in training. Linear
+    in all of these and in num_sequences. `counts` and `pairs` are ignored where nothing is routed.
     """
     method, tokens = method_of(config), num_sequences * sequence_length
     all_pairs = num_sequences * (sequence_length * (sequence_length + 1) // 2)
@@ -116,12 +124,15 @@ def work_of(
         passes.append(Pass(stage, queries, keys, causal, dense))
     if offered is None:
         offered = _offered(config, sequence_length, num_sequences, counts)
-    return Work(tokens, tuple(passes), tuple(offered))
+    return Work(tokens, tuple(passes), tuple(offered), method.heads(config, tokens) if heads is None else heads)
 
 
 def _offered(config: MoRConfig, length: int, num_sequences: int, counts: Sequence[Number]) -> list[Number]:
     """Tokens that each gate scores, from those that the gate before let in."""
     method = method_of(config)
+    scored = method.scored(config, num_sequences * length)
+    if scored is not None:
+        return scored
     gated = sorted((s for s in method.stages(config) if s.gate is not None), key=lambda stage: stage.gate or 0)
     if not gated or not method.nested:
         return [num_sequences * length for _ in gated]
@@ -140,9 +151,8 @@ def expected_work(config: MoRConfig, sequence_length: int, num_sequences: int, *
     """
     method, shares = method_of(config), method_of(config).shares(config)
     entered: list[Number] = [method.selected(config, g, sequence_length) for g in range(len(shares))]
-    return routed_work(
-        config, sequence_length, num_sequences, entered if whole else [c * sequence_length for c in shares]
-    )
+    tokens = [c * sequence_length for c in shares]
+    return routed_work(config, sequence_length, num_sequences, entered if whole else tokens, training=True)
 
 
 def entered_of(config: MoRConfig, depth_shares: Sequence[float], sequence_length: int) -> list[float]:
@@ -153,8 +163,18 @@ def entered_of(config: MoRConfig, depth_shares: Sequence[float], sequence_length
     return [sequence_length * sum(depth_shares[gate + 1 :]) for gate in gates]
 
 
-def routed_work(config: MoRConfig, sequence_length: int, num_sequences: int, entered: Sequence[Number | float]) -> Work:
-    """The work of a batch in which each sequence lets `entered[g]` tokens in at gate g; keys and pairs follow."""
+def routed_work(
+    config: MoRConfig,
+    sequence_length: int,
+    num_sequences: int,
+    entered: Sequence[Number | float],
+    *,
+    training: bool = False,
+) -> Work:
+    """The work of a batch in which each sequence lets `entered[g]` tokens in at gate g; keys and pairs follow.
+
+    training: where that differs, as a training step reads out and scores tokens; else as an evaluation does.
+    """
     counts: list[Any] = [0] * len(entered)
     pairs: list[Any] = [0] * len(entered)
     for stage in stages_of(config):
@@ -166,7 +186,12 @@ def routed_work(config: MoRConfig, sequence_length: int, num_sequences: int, ent
     before: list[Any] = [sequence_length] * len(entered)
     if method_of(config).nested:
         before[1:] = entered[:-1]
-    return work_of(config, sequence_length, num_sequences, counts, pairs, [num_sequences * n for n in before])
+    offered: Any = [num_sequences * n for n in before]
+    if training:
+        scored = method_of(config).scored(config, num_sequences * sequence_length)
+        return work_of(config, sequence_length, num_sequences, counts, pairs, scored or offered)
+    heads = method_of(config).checks(config, offered)
+    return work_of(config, sequence_length, num_sequences, counts, pairs, offered, heads)
 
 
 # --- the equations, one per kind of module ------------------------------------------------------------------------
@@ -244,13 +269,13 @@ def forward_flops(config: MoRConfig, work: Work, attention: Literal["causal", "f
             flops[name] += passed.layers * linear_flops(projection_tokens(name, passed), *shape)
         pairs = passed.dense if attention == "full" else passed.pairs
         flops["attention"] += passed.layers * attention_flops(config, pairs)
-        if passed.stage.shared:  # deltas stand on shared layers only
-            flops["relaxation"] += passed.layers * relaxation_flops(config, passed)
+        flops["relaxation"] += passed.shared_layers * relaxation_flops(config, passed)
     flops |= {"router": 0, "aux_router": 0}
     for scorer in method_of(config).scorers(config):
         scored = sum(linear_flops(work.offered[scorer.gate], *shape) for shape in scorer.shapes)
         flops[scorer.name] = flops.get(scorer.name, 0) + scored
     flops["head"] = linear_flops(work.tokens, config.hidden_size, config.vocab_size)
+    flops["exit_heads"] = linear_flops(work.heads, config.hidden_size, config.vocab_size)
     return flops
 
 
@@ -277,11 +302,13 @@ def recompute_flops(config: MoRConfig, work: Work, forward: dict[str, Number], p
     if policy not in ("block", "recursion"):
         return flops
     scorers = {scorer.name for scorer in method_of(config).scorers(config)}
-    flops |= {name: value for name, value in forward.items() if name not in {*scorers, "head"}}
+    flops |= {name: value for name, value in forward.items() if name not in {*scorers, "head", "exit_heads"}}
     h, f = config.hidden_size, config.intermediate_size
     targeted = config.relaxation in ("lora", "dora") and "down_proj" in config.lora_targets
     stretches = (
-        (p, use) for p in work.passes for use in (p.stage.uses[-1:] if policy == "recursion" else p.stage.uses)
+        (p, use)
+        for p in work.passes
+        for use in (p.stage.uses[-1:] if policy == "recursion" and p.stage.shared else p.stage.uses)
     )
     for passed, last in stretches:
         if last.recursion is None or not targeted:
@@ -302,7 +329,8 @@ def breakdown(
     """FLOPs of a training step per component, from `expected_work` or `work_of`; by the `exact` convention.
 
     Components: the seven projections by their names, `attention` (scores and weighted values), `relaxation`, `router`,
-    `aux_router`, `head`. Forward and backward add up to `training_flops`; recomputation comes on top.
+    `aux_router`, `head`, `exit_heads` (tokens read out early). Forward and backward add up to `training_flops`;
+    recomputation comes on top.
     attention: `full` counts all the keys that a dense kernel multiplies before its mask, as FlopCounterMode does.
     """
     forward = forward_flops(config, work, attention)
@@ -338,12 +366,16 @@ def _paper(config: MoRConfig, work: Work) -> Number:
 
 def _six_n(config: MoRConfig, work: Work) -> Number:
     forward = forward_flops(config, work)
-    return 3 * (sum(forward.values()) - forward["attention"] - forward["head"])
+    return 3 * (sum(forward.values()) - forward["attention"] - _heads(forward))
 
 
 def _palm(config: MoRConfig, work: Work) -> Number:
     forward = forward_flops(config, work, attention="full")
-    return _six_n(config, work) + 3 * (forward["head"] + forward["attention"])
+    return _six_n(config, work) + 3 * (_heads(forward) + forward["attention"])
+
+
+def _heads(forward: dict[str, Number]) -> Number:
+    return forward["head"] + forward["exit_heads"]
 
 
 _TOTALS: dict[str, Callable[[MoRConfig, Work], Number]] = {
@@ -371,11 +403,12 @@ def training_flops(
     pairs: Sequence[int] | None = None,
     convention: str = "exact",
     offered: Sequence[int] | None = None,
+    heads: int | None = None,
 ) -> int:
     """FLOPs of one training step on a batch of `num_sequences` sequences.
 
-    counts, pairs, offered: of each gate, summed over the batch (`RoutingRecord`); without them, those expected from the
-    capacities. Raises ValueError for an unknown convention or counts of the wrong length.
+    counts, pairs, offered: of each gate, summed over the batch (`RoutingRecord`), and heads; without them, those
+    expected from the capacities. Raises ValueError for an unknown convention or counts of the wrong length.
     """
     total = _total(convention)
     if counts is None or pairs is None:
@@ -383,7 +416,7 @@ def training_flops(
             raise ValueError("counts and pairs: give both or neither")
         return round(total(config, expected_work(config, sequence_length, num_sequences, whole=convention != "paper")))
     _check_counts(gates_of(config), counts, pairs)
-    return round(total(config, work_of(config, sequence_length, num_sequences, counts, pairs, offered)))
+    return round(total(config, work_of(config, sequence_length, num_sequences, counts, pairs, offered, heads)))
 
 
 def gates_of(config: MoRConfig) -> int:
@@ -405,10 +438,10 @@ class StepFlops:
     def __init__(self, config: MoRConfig, sequence_length: int, convention: str = "exact") -> None:
         total, gates = _total(convention), gates_of(config)
         self._config, self._length, self._gates = config, sequence_length, gates
-        size = 1 + 3 * gates
+        size = 2 + 3 * gates
         units = [[int(i == j) for j in range(size)] for i in range(size)]
         cuts = [slice(1 + i * gates, 1 + (i + 1) * gates) for i in range(3)]
-        works = [work_of(config, sequence_length, unit[0], *(unit[cut] for cut in cuts)) for unit in units]
+        works = [work_of(config, sequence_length, unit[0], *(unit[cut] for cut in cuts), unit[-1]) for unit in units]
         self._coefficients = [int(total(config, work)) for work in works]
 
     def __call__(
@@ -417,14 +450,18 @@ class StepFlops:
         counts: Sequence[int] = (),
         pairs: Sequence[int] = (),
         offered: Sequence[int] | None = None,
+        heads: int | None = None,
     ) -> int:
-        """FLOPs of a step; `counts`, `pairs`, `offered` [G] summed over its batch, left out where nothing is routed."""
+        """FLOPs of a step; `counts`, `pairs`, `offered` [G] and `heads`, summed over its batch; left out where nothing
+        is routed."""
         _check_counts(self._gates, counts, pairs)
         if offered is None:
             offered = [int(n) for n in _offered(self._config, self._length, num_sequences, counts)]
         values = [num_sequences]
         if self._gates:
             values += [*counts, *pairs, *offered]
+        tokens = num_sequences * self._length
+        values.append(int(method_of(self._config).heads(self._config, tokens)) if heads is None else heads)
         return sum(coefficient * value for coefficient, value in zip(self._coefficients, values, strict=True))
 
 
@@ -456,7 +493,8 @@ def decode_flops(config: MoRConfig, context_length: int) -> float:
         computed = sum((of_use[use.keys] for use in stage.uses), Fraction(0)) / len(stage.uses)
         passes.append(Pass(stage, share, computed, attended, attended))
     offered = [Fraction(1), *shares[:-1]] if method.nested else [Fraction(1)] * len(shares)
-    return float(sum(forward_flops(config, Work(1, tuple(passes), tuple(offered))).values()))
+    heads = method.checks(config, offered)
+    return float(sum(forward_flops(config, Work(1, tuple(passes), tuple(offered), heads)).values()))
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------

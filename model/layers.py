@@ -6,7 +6,9 @@ D hidden size, H query heads, Hkv key/value heads, Dh head dimension, V vocabula
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,10 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 
-from .attention import SPAN, attend, spans_of
+from .attention import Seen, attend
+from .attention.base import as_list, as_rows
 from .config import MoRConfig
-from .relaxation import make_projection, project
+from .relaxation import make_projection, project, project_all
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -30,9 +33,10 @@ class Tokens:
     used: [B, K] bool; None: every slot is used.
     packed: [N] flat slot b * K + k of each token, where hidden states are held as [N, D] without unused slots;
         None: hidden states are [B, K, D].
-    cos, sin: [B or 1, K, Dh], or [N, Dh] when packed; rotary tables at the tokens' original positions.
-    mask: [B, 1, K, S] bool, True where a query may look; None: causal among the slots.
-    spans: of the mask (`attention.spans_of`), on a CPU; None: not known.
+    flat: [N] b * T + t of each token, where hidden states are held as [N, D] and attention takes them as one list; the
+        last of them may be not `alive` [N] and stand for no token. index, used and packed are None then.
+    cos, sin: [B or 1, K, Dh], or [N, Dh] when packed or flat; rotary tables at the tokens' original positions.
+    seen: who sees whom, in the form of the backend that computes attention; of a row by itself, plain causal.
     """
 
     cos: Tensor
@@ -40,19 +44,14 @@ class Tokens:
     index: Tensor | None = None
     used: Tensor | None = None
     packed: Tensor | None = None
-    mask: Tensor | None = None
-    spans: Tensor | None = None
-
-    def look_through(self, mask: Tensor | None) -> Tokens:
-        """Set the mask, and on a CPU its spans, once for all layers, where it has several."""
-        self.mask, self.spans = mask, None
-        if mask is None or mask.device.type != "cpu" or mask.shape[2] <= SPAN or torch.compiler.is_compiling():
-            return self
-        self.spans = spans_of(mask)
-        return self
+    flat: Tensor | None = None
+    alive: Tensor | None = None
+    seen: Seen = field(default_factory=lambda: Seen("sdpa"))
 
     def to_slots(self, x: Tensor) -> Tensor:
-        """[N, ...] or [B, K, ...] -> [B, K, ...]; unused slots of a packed batch are zero."""
+        """[N, ...] or [B, K, ...] -> [B, K, ...]; unused slots of a packed batch are zero. A list is one row."""
+        if self.flat is not None:
+            return x[None]
         if self.packed is None:
             return x
         assert self.index is not None
@@ -63,6 +62,8 @@ class Tokens:
 
     def from_slots(self, x: Tensor) -> Tensor:
         """[B, K, ...] -> [N, ...] or [B, K, ...]; the inverse of `to_slots`."""
+        if self.flat is not None:
+            return x[0]
         return x if self.packed is None else x.flatten(0, 1).index_select(0, self.packed)
 
 
@@ -108,17 +109,20 @@ class Attention(nn.Module):
         """
         if cache is not None:
             return self._cached(x, tokens, recursion, around, everyone, cache, depth)
-        query = self._heads(self.q_proj, x, recursion)
-        query = tokens.to_slots(_rotate(query, tokens.cos, tokens.sin)).transpose(1, 2)
         if shared_kv is not None and keys == "none":
-            key, value = shared_kv
+            (query,), (key, value) = self._heads(x, recursion, self.q_proj), shared_kv
         elif around is not None and everyone is not None:
+            (query,) = self._heads(x, recursion, self.q_proj)
             key, value = (y.transpose(1, 2) for y in self._key_value(around, everyone, recursion))
         else:
-            key, value = (tokens.to_slots(y).transpose(1, 2) for y in self._key_value(x, tokens, recursion))
+            query, key, value = self._heads(x, recursion, self.q_proj, self.k_proj, self.v_proj)
+            # Of a product of all three the values are a part, and would keep the whole for the backward pass.
+            key, value = _rotate(key, tokens.cos, tokens.sin), value.contiguous()
+            key, value = (tokens.to_slots(y).transpose(1, 2) for y in (key, value))
             if shared_kv is not None:
                 key, value = _replace(shared_kv[0], key, tokens), _replace(shared_kv[1], value, tokens)
-        mixed = attend(query, key, value, tokens.mask, self.config, self.training, tokens.spans)
+        query = tokens.to_slots(_rotate(query, tokens.cos, tokens.sin)).transpose(1, 2)
+        mixed = attend(query, key, value, tokens.seen, self.config, self.training)
         mixed = tokens.from_slots(mixed.transpose(1, 2).flatten(2))
         return project(self.o_proj, mixed, recursion), (key, value)
 
@@ -126,7 +130,8 @@ class Attention(nn.Module):
         self, x: Tensor, tokens: Tokens, recursion: int, around: Tensor | None, everyone: Tokens | None, cache, depth
     ) -> tuple[Tensor, None]:
         """As `forward`, with keys and values that `cache` stores, finds and shares among recursions."""
-        query = _rotate(self._heads(self.q_proj, x, recursion), tokens.cos, tokens.sin)
+        (query,) = self._heads(x, recursion, self.q_proj)
+        query = _rotate(query, tokens.cos, tokens.sin)
         key = value = None
         if cache.writes(depth):
             made_of, of = (x, tokens) if around is None or everyone is None else (around, everyone)
@@ -136,12 +141,11 @@ class Attention(nn.Module):
 
     def _key_value(self, x: Tensor, tokens: Tokens, recursion: int) -> KeyValue:
         """Keys and values of the tokens x: [B, K, D] or [N, D] -> [..., Hkv, Dh]."""
-        return _rotate(self._heads(self.k_proj, x, recursion), tokens.cos, tokens.sin), self._heads(
-            self.v_proj, x, recursion
-        )
+        key, value = self._heads(x, recursion, self.k_proj, self.v_proj)
+        return _rotate(key, tokens.cos, tokens.sin), value.contiguous()
 
-    def _heads(self, projection: nn.Linear, x: Tensor, recursion: int) -> Tensor:
-        return project(projection, x, recursion).unflatten(-1, (-1, self.head_dim))
+    def _heads(self, x: Tensor, recursion: int, *projections: nn.Linear) -> list[Tensor]:
+        return [y.unflatten(-1, (-1, self.head_dim)) for y in project_all(projections, x, recursion)]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -151,6 +155,10 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _replace(shared: Tensor, own: Tensor, tokens: Tokens) -> Tensor:
     """Put the tokens' own keys or values [B, Hkv, K, Dh] at their positions into the shared ones [B, Hkv, T, Dh]."""
+    if tokens.flat is not None and tokens.alive is not None:
+        everyone, mine = as_list(shared), as_list(own)
+        mine = torch.where(tokens.alive[:, None, None], mine, everyone.index_select(0, tokens.flat))
+        return as_rows(everyone.index_put((tokens.flat,), mine), shared.shape[0])
     if tokens.index is None:
         return own
     index = tokens.index[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[3])
@@ -174,8 +182,8 @@ class SwiGLU(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, recursion: int) -> Tensor:
-        gate = self.activation(project(self.gate_proj, x, recursion))
-        return project(self.down_proj, gate * project(self.up_proj, x, recursion), recursion)
+        gate, up = project_all((self.gate_proj, self.up_proj), x, recursion)
+        return project(self.down_proj, self.activation(gate) * up, recursion)
 
 
 class DecoderLayer(GradientCheckpointingLayer):
@@ -243,10 +251,20 @@ def _norm(norm: nn.Module, x: Tensor, recursion: int) -> Tensor:
 
 
 class LMHead(nn.Linear):
-    """Output head; with targets it returns the summed cross-entropy without ever holding all logits in fp32."""
+    """Output head; with targets it returns the summed cross-entropy without ever holding all logits in fp32.
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """x: [..., D] -> logits [..., V]; with targets [...] (-100 ignored): fp32 scalar, the summed cross-entropy."""
+    compiled: whether what stands between its products is compiled, on a GPU.
+    """
+
+    compiled = False
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, targets: Tensor | None = None, weights: Tensor | None = None
+    ) -> Tensor:
+        """x: [..., D] -> logits [..., V]; with targets [...] (-100 ignored): fp32 scalar, the summed cross-entropy.
+
+        weights: [N] of each token's term in that sum; only in training.
+        """
         if targets is None:
             return super().forward(x)
         x, targets = x.flatten(0, -2), targets.flatten()
@@ -255,18 +273,22 @@ class LMHead(nn.Linear):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return _SummedCrossEntropy.apply(x, weight, targets)
+            return _SummedCrossEntropy.apply(x, weight, targets, weights, self.compiled)
+        assert weights is None
         rows = chunk_rows(weight.shape[0], x.device)
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.stack([cross_entropy_sum(F.linear(part, weight), target) for part, target in chunks]).sum()
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose fp32 logits take about 64 MiB, or 16 on the CPU.
+    """Tokens whose logits are at hand at once: on a CPU those that take about 16 MiB in fp32, elsewhere a power of two
+    of them that take at most 256 MiB in bf16, so that chunks are few and of one size.
 
     glibc hands blocks beyond 32 MiB back to the system each time, and fresh pages cost more than the arithmetic.
     """
-    return max(64, (2**22 if device.type == "cpu" else 2**24) // vocabulary)
+    if device.type == "cpu":
+        return max(64, 2**22 // vocabulary)
+    return max(64, 2 ** ((2**27 // vocabulary).bit_length() - 1))
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -278,24 +300,21 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy chunk by chunk; gradients are made in the forward pass, so nothing is recomputed."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, compiled: bool = False
+    ) -> Tensor:
         rows = chunk_rows(weight.shape[0], x.device)
         total = x.new_zeros((), dtype=torch.float32)
-        grads_x, grad_weight = [], torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for part, target in zip(x.split(rows), targets.split(rows), strict=True):
-            logits = F.linear(part, weight).float()
-            counted = (target != -100).unsqueeze(-1)
-            label = target.clamp(min=0).unsqueeze(-1)
-            # In place from here: the logits become exp(logits - max), then the gradient, softmax minus one-hot.
-            logits -= logits.amax(-1, keepdim=True)
-            label_logit = logits.gather(-1, label)
-            norm = logits.exp_().sum(-1, keepdim=True)
-            total = total + ((norm.log() - label_logit) * counted).sum()
-            logits.mul_(counted / norm)
-            logits.scatter_add_(-1, label, -counted.to(logits.dtype))
-            grad = logits.to(weight.dtype)
+        change = _compiled_change() if compiled and x.is_cuda else _loss_and_change
+        grads_x: list[Tensor] = []
+        grad_weight: Tensor | None = None
+        scales = targets if weights is None else weights
+        for part, target, scale in zip(x.split(rows), targets.split(rows), scales.split(rows), strict=True):
+            loss, grad = change(F.linear(part, weight), target, None if weights is None else scale)
+            total = total + loss
             grads_x.append(grad @ weight)
-            grad_weight += grad.T @ part
+            grad_weight = _add_product(grad_weight, grad, part)
+        assert grad_weight is not None
         ctx.save_for_backward(torch.cat(grads_x), grad_weight.to(weight.dtype))
         return total
 
@@ -303,4 +322,50 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx, *grads: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]
-        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
+
+
+def _loss_and_change(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """logits [N, V], target [N] (-100 ignored), weights [N] -> summed cross-entropy, and its gradient [N, V], softmax
+    minus one-hot; in few passes over memory."""
+    dtype, logits = logits.dtype, logits.float()
+    counted = (target != -100).unsqueeze(-1)
+    if weights is not None:
+        counted = counted * weights.unsqueeze(-1)
+    label = target.clamp(min=0).unsqueeze(-1)
+    # In place from here: the logits become exp(logits - max), then the gradient.
+    logits -= logits.amax(-1, keepdim=True)
+    label_logit = logits.gather(-1, label)
+    norm = logits.exp_().sum(-1, keepdim=True)
+    loss = ((norm.log() - label_logit) * counted).sum()
+    logits.mul_(counted / norm)
+    logits.scatter_add_(-1, label, -counted.to(logits.dtype))
+    return loss, logits.to(dtype)
+
+
+def _loss_and_change_to_compile(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`_loss_and_change` as a compiler makes two passes of it: nothing in place, no scatter."""
+    wide, counted, label = logits.float(), (target != -100).unsqueeze(-1), target.clamp(min=0).unsqueeze(-1)
+    if weights is not None:
+        counted = counted * weights.unsqueeze(-1)
+    log_norm = wide.logsumexp(-1, keepdim=True)
+    loss = ((log_norm - wide.gather(-1, label)) * counted).sum()
+    hit = torch.arange(wide.shape[-1], device=wide.device) == label
+    return loss, (((wide - log_norm).exp() - hit.to(wide.dtype)) * counted).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_change() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_loss_and_change_to_compile)
+
+
+def _add_product(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor:
+    """total + grad' x in fp32; on a GPU the product itself adds up in fp32. grad: [N, V], x: [N, D] -> [V, D]."""
+    if grad.is_cuda and grad.dtype != torch.float32:
+        if total is None:
+            return torch.mm(grad.T, x, out_dtype=torch.float32)
+        return torch.addmm(total, grad.T, x, out_dtype=torch.float32)
+    if total is None:
+        total = torch.zeros(grad.shape[1], x.shape[1], dtype=torch.float32, device=grad.device)
+    total += grad.T @ x
+    return total

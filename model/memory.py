@@ -52,6 +52,7 @@ class Memory:
     """Bytes of one rank in training.
 
     gathered: whole weights or gradients that a sharded strategy holds for a time. working, activations: `Activations`.
+    host: what is offloaded, of the machine's own memory; not part of the total, which is the device's.
     """
 
     parameters: int
@@ -60,10 +61,11 @@ class Memory:
     gathered: int
     activations: int
     working: int
+    host: int = 0
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(getattr(self, field.name) for field in fields(self)) - self.host
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,14 @@ def activation_bytes(
     document_masking: bool = False,
     weight_copies: bool = True,
     work: Work | None = None,
+    on_gpu: bool = False,
 ) -> Activations:
     """Activations of one micro-batch, under expected routing unless `work` says what was routed.
 
     document_masking: attention takes a dense mask, which every layer keeps. weight_copies: of autocast, which keeps
-    each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs none.
+    each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs none. on_gpu: attention makes no masks and
+    packs no slots, weights that stand side by side for one product are copied at each use, and the head's chunks are
+    compiled.
     """
     work = expected_work(config, sequence_length, num_sequences) if work is None else work
     tokens, h = num_sequences * sequence_length, config.hidden_size
@@ -133,9 +138,9 @@ def activation_bytes(
     method = method_of(config)
     saved, stretches = 0, [0]
     for passed in work.passes:
-        packed = passed.stage.selects and not method.fixed
+        packed = passed.stage.selects and not method.fixed and not on_gpu
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
-        layer += mask_bytes(passed, precision, document_masking)
+        layer += 0 if on_gpu else mask_bytes(passed, precision, document_masking)
         if passed.stage.selects and passed.stage.uses[0].keys == "everyone":
             layer += tokens * (h * (FP32 + 2 * size) + FP32)  # the norm of the states that keys are made of
         inputs = round(passed.queries * h * size)
@@ -152,7 +157,7 @@ def activation_bytes(
             "recursion": inputs if whole else passed.layers * inputs,
         }[recompute]
         if passed.stage.gate is not None:
-            saved += method.kept(config) * round(passed.queries) * h * size
+            saved += method.merged(config) * round(passed.queries) * h * size
         if passed.stage.selects and passed.stage.uses[0].keys == "everyone":
             # The states of everyone, that keys are made of, before the stage, and of each stretch's recomputation.
             saved += tokens * h * size * (1 if recompute == "none" else 2 if whole else 1 + passed.layers)
@@ -171,8 +176,12 @@ def activation_bytes(
     saved += tokens * h * (FP32 + size) + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
     if precision == "bf16" and recompute == "none" and weight_copies:
         saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
-    rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
-    head = (3 * rows + h) * config.vocab_size * FP32
+    if on_gpu:
+        rows = min(tokens, max(64, 2 ** ((2**27 // config.vocab_size).bit_length() - 1)))
+        head = 2 * (rows * size + h * FP32) * config.vocab_size  # logits and their gradient; the weight's, twice
+    else:
+        rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
+        head = (3 * rows + h) * config.vocab_size * FP32
     return Activations(saved, max(head, 0 if recompute == "none" else max(stretches) + shared_keys))
 
 
@@ -202,16 +211,19 @@ def training_memory(
     reshard_after_forward: bool = True,
     min_unit_parameters: int = 0,
     offload_optimizer: bool = False,
+    offload_parameters: bool = False,
     micro_batches: int = 1,
     precision: Precision = "bf16",
     recompute: Recompute = "none",
     document_masking: bool = False,
+    on_gpu: bool = False,
 ) -> Memory:
     """Bytes of one rank at the peak of a training step.
 
     shard_size: fsdp2, ranks that share one copy (hybrid). min_unit_parameters: fsdp2, smaller layers are gathered with
-    the root. micro_batches: forward passes of a step; fsdp2 keeps whole
-    gradients between them. Raises ValueError for a shard size that does not divide.
+    the root. micro_batches: forward passes of a step; fsdp2 keeps whole gradients between them, on the device also
+    where it offloads. offload_parameters: under fsdp2 gradients and optimizer states are in host memory too. Raises
+    ValueError for a shard size that does not divide.
     """
     _check(strategy, world_size, shard_size)
     states = unique_parameters(config) * FP32
@@ -239,9 +251,16 @@ def training_memory(
         recompute=recompute,
         document_masking=document_masking,
         weight_copies=strategy != "fsdp2",
+        on_gpu=on_gpu,
     )
-    on_device = 0 if offload_optimizer else optimizer
-    return Memory(parameters, gradients, on_device, gathered, activations.saved, activations.working)
+    host = 0
+    if offload_optimizer or (offload_parameters and strategy == "fsdp2"):
+        host, optimizer = optimizer, 0
+    if offload_parameters:
+        host, parameters = host + parameters, 0
+        if strategy == "fsdp2":
+            host, gradients = host + gradients, 0
+    return Memory(parameters, gradients, optimizer, gathered, activations.saved, activations.working, host)
 
 
 def communication(

@@ -21,6 +21,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
+from .attention import see, through
+from .attention.visible import Rows, Visible
 from .cache import MoRCache
 from .config import MoRConfig
 from .decoder import Batch, Run
@@ -41,6 +43,7 @@ class MoRModelOutput(ModelOutput):
     hidden_states: [B, T, D] each: the embedding, the states after every layer, the last one normed, as in Llama. With
         routing: the embedding, the state after each layer that is not shared and after each recursion (token-choice:
         after all of them), the normed state.
+    exits: states [B, T, D] that are to be read out for the loss, and the weights of their losses.
     attentions: None; transformers' generation looks for the field.
     """
 
@@ -50,6 +53,7 @@ class MoRModelOutput(ModelOutput):
     attentions: None = None
     losses: dict[str, Tensor] | None = None
     routing: RoutingRecord | None = None
+    exits: Any = None
 
 
 @dataclass
@@ -57,7 +61,8 @@ class MoRCausalLMOutput(ModelOutput):
     """Output of `MoRForCausalLM`.
 
     loss: fp32 scalar, "lm" plus every other loss times its coefficient. logits: [B, T, V] or None.
-    losses: fp32 scalars, without coefficients: "lm", and where they exist "selection", "balancing", "z".
+    losses: fp32 scalars, without coefficients: "lm", and where they exist "selection", "balancing", "z"; "exits" is the
+        mean over the exits' losses by their weights, which take theirs from that of "lm".
     routing: what was routed; None for vanilla and recursive models.
     """
 
@@ -151,21 +156,23 @@ class MoRModel(MoRPreTrainedModel):
         use_cache: bool | None = None,
         *,
         document_ids: Tensor | None = None,
+        num_documents: int | None = None,
         step: int | None = None,
         routing_mode: str | None = None,
         global_load: Tensor | None = None,
         routing_only: bool = False,
         max_recursions: int | None = None,
         output_hidden_states: bool | None = None,
-        readout: Callable[[Tensor], Tensor] | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+        prompt_length: Tensor | int | None = None,
+        keep_exits: bool = False,
         **kwargs: Any,
     ) -> MoRModelOutput:
-        """Shapes and meanings as in `MoRForCausalLM.forward`; further keywords, which wrappers pass to every base model
-        of transformers, mean nothing here."""
-        if max_recursions is not None and not 1 <= max_recursions <= self.config.num_recursions:
-            raise ValueError(
-                f"max_recursions: {max_recursions} does not fit 1 to {self.config.num_recursions} recursions"
-            )
+        """Shapes and meanings as in `MoRForCausalLM.forward`; keep_exits: output `exits`; further keywords,
+        which wrappers pass to every base model of transformers, mean nothing here."""
+        levels = self.depth.levels(self.config)
+        if max_recursions is not None and not 1 <= max_recursions <= levels:
+            raise ValueError(f"max_recursions: {max_recursions} does not fit 1 to {levels} recursions")
         if routing_only and not self.depth.previews:
             able = ", ".join(repr(name) for name, method in METHODS.items() if method.previews)
             raise ValueError(f"routing_only: needs routing {able}, which decides before the first recursion")
@@ -180,13 +187,15 @@ class MoRModel(MoRPreTrainedModel):
         cache = self._cache(past_key_values, use_cache, mode, document_ids)
         run = Run(
             self,
-            self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, cache),
+            self._describe(hidden, input_ids, attention_mask, position_ids, document_ids, num_documents, cache),
             mode,
             step,
             global_load,
             routing_only,
             max_recursions,
-            readout,
+            head,
+            None if prompt_length is None else torch.as_tensor(prompt_length, device=hidden.device).view(-1, 1),
+            keep_exits,
         )
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
             run.hidden_states = [hidden]
@@ -204,13 +213,16 @@ class MoRModel(MoRPreTrainedModel):
             hidden_states=tuple(run.hidden_states) if run.hidden_states is not None else None,
             losses={name: torch.stack(values).sum() for name, values in run.losses.items()},
             routing=run.record(),
+            exits=run.exits,
         )
 
     def _mode(self, routing_mode: str | None) -> str:
-        """How expert-choice selects: always top-k in training, otherwise as asked or configured."""
+        """How gates decide: in training always as it is trained, otherwise as asked or configured."""
         mode = "topk" if self.training else routing_mode or self.config.routing_mode
-        if mode not in ("causal", "topk"):
-            raise ValueError(f"routing_mode: expected 'causal' or 'topk', got {mode!r}")
+        if mode not in ("causal", "topk", "full"):
+            raise ValueError(f"routing_mode: expected 'causal', 'topk' or 'full', got {mode!r}")
+        if mode == "full" and mode not in self.depth.modes(self.config):
+            raise ValueError("routing_mode: 'full' needs exits, which it closes; use 'causal'")
         refused = self.depth.refuses(self.config, mode)
         if refused is not None:
             raise ValueError(f"routing_mode: {refused}")
@@ -238,8 +250,8 @@ class MoRModel(MoRPreTrainedModel):
             raise ValueError("document_ids: a cached row is one document; leave them out, or use_cache=False")
         return MoRCache(self.config) if cache is None else cache
 
-    def _describe(self, hidden, input_ids, attention_mask, position_ids, document_ids, cache) -> Batch:
-        """Positions, rotary tables and masks, built once and gathered by every recursion."""
+    def _describe(self, hidden, input_ids, attention_mask, position_ids, document_ids, num_documents, cache) -> Batch:
+        """Positions, rotary tables and who sees whom, built once and gathered by every recursion."""
         length, device = hidden.shape[1], hidden.device
         past = cache.begin(hidden.shape[0]) if cache is not None else 0
         real = None if attention_mask is None else attention_mask.bool()
@@ -252,20 +264,12 @@ class MoRModel(MoRPreTrainedModel):
         elif position_ids is None:
             position_ids = torch.arange(past, past + length, device=device)[None]
         cos, sin = self.rotary_emb(hidden, position_ids)
-        places = torch.arange(length + past, device=device)
-        allowed = None
-        if real is not None or document_ids is not None or (past and length > 1):
-            allowed = places[past:, None] >= places
-            if real is not None:
-                # A padded query looks at itself, so that no row of the softmax is empty.
-                allowed = (allowed & real[:, None]) | (places[past:, None] == places)
-            if document_ids is not None:
-                allowed = allowed & (document_ids[:, :, None] == document_ids[:, None, :])
-            allowed = allowed.expand(hidden.shape[0], -1, -1)
-        mask = None if allowed is None else allowed[:, None]
-        everyone = Tokens(cos, sin).look_through(mask)
-        real = None if real is None else real[:, past:]
-        return Batch(everyone, position_ids, real, document_ids, allowed, input_ids, cache=cache, past=past)
+        rows = Rows(hidden.shape[0], length, device, past, real, document_ids, num_documents)
+        if cache is None:
+            seen = see(Visible(rows), self.config, hidden.dtype, self.training)
+        else:
+            seen = through(Visible(rows).mask(), self.config, device)
+        return Batch(Tokens(cos, sin, seen=seen), rows, position_ids, input_ids, cache)
 
     @property
     def router_bias(self) -> Tensor | None:
@@ -336,12 +340,14 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         *,
         targets: Tensor | None = None,
         document_ids: Tensor | None = None,
+        num_documents: int | None = None,
         step: int | None = None,
         routing_mode: str | None = None,
         num_items_in_batch: Tensor | int | None = None,
         global_load: Tensor | None = None,
         routing_only: bool = False,
         max_recursions: int | None = None,
+        prompt_length: Tensor | int | None = None,
         return_logits: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
@@ -355,32 +361,27 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             outside the signature, by whose names the Trainer tells what it takes for labels.
         document_ids: [B, T] non-decreasing; tokens attend, and compete for slots, within their document only. Without
             them, attention_mask and cache, position_ids that start anew start a document, as in transformers.
+        num_documents: of all rows together, or more; it spares a GPU's host the wait for the count.
         step: optimizer steps done before this one, needed while a warm-up runs; None: warm-ups are over.
         routing_mode: overrides `config.routing_mode` at evaluation; training always selects by top-k.
+        prompt_length: how many positions of a row, or of each [B], were given; these never leave at an exit. None: the
+            whole row is judged as if it had been generated.
         num_items_in_batch: number of labels of the global batch. The LM sum is divided by it, and every other loss, a
             mean over this batch, is multiplied by this batch's share of it, so that the losses of all micro-batches
             and ranks add up to the mean over the global batch.
         global_load: [Nr] share of tokens per depth in the global batch, for the balancing loss; None: this batch's own.
         routing_only: token-choice: run the layers before the recursions and the router alone, for `routing`; no loss.
-        max_recursions: no token executes more recursions than this, 1 to Nr (test-time depth, Fig. 5c); None: Nr.
+        max_recursions: no token executes more recursions than this, 1 to Nr (test-time depth, Fig. 5c), or passes the
+            exit of this number; None: all.
         return_logits: None returns logits unless training with labels; False never makes them.
         """
         given, shifted = _shift(labels, targets, kwargs.get("shift_labels"))
         output = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            document_ids=document_ids,
-            step=step,
-            routing_mode=routing_mode,
-            global_load=global_load,
-            routing_only=routing_only,
-            max_recursions=max_recursions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
+            *(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache),
+            **{"document_ids": document_ids, "num_documents": num_documents, "step": step},
+            **{"routing_mode": routing_mode, "global_load": global_load},
+            **{"routing_only": routing_only, "max_recursions": max_recursions, "prompt_length": prompt_length},
+            **{"output_hidden_states": output_hidden_states, "head": self.lm_head, "return_dict": True},
         )
         if routing_only:
             return MoRCausalLMOutput(routing=output.routing)
@@ -394,7 +395,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         loss, losses = None, output.losses
         if given is not None:
             whole = logits if logits is not None and logits.shape[1] == hidden.shape[1] else None
-            loss, losses = self._loss(hidden, whole, given, shifted, output.losses, num_items_in_batch)
+            loss, losses = self._loss(hidden, whole, given, shifted, output, num_items_in_batch)
         return MoRCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -404,15 +405,24 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             routing=output.routing,
         )
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; the tokens given are a prompt, none of which leaves at an exit."""
+        given = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
+        if given is not None:
+            kwargs["prompt_length"] = given.shape[1]
+        return super().generate(inputs, *args, **kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> Any:
         """`generate` of transformers builds a `MoRCache` in place of its own."""
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(f"cache_implementation: {implementation!r} cannot hold recursions; leave it out")
+        if (mask := model_kwargs.get("attention_mask")) is not None:
+            model_kwargs["prompt_length"] = mask.sum(1)
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = MoRCache(self.config)
 
-    def _loss(self, hidden, logits, given, shifted, router_losses, num_items) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, hidden, logits, given, shifted, output, num_items) -> tuple[Tensor, dict[str, Tensor]]:
         """Total loss and its terms. given: labels as passed; shifted: [B, T] the token that each position predicts."""
         if logits is None:
             total = self.lm_head(hidden, shifted)
@@ -424,13 +434,27 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             count, share = (shifted != -100).sum().clamp(min=1), 1.0
         else:
             count, share = num_items, (given != -100).sum() / num_items
-        losses = {"lm": total / count} | {name: value * share for name, value in router_losses.items()}
+        losses = {"lm": total / count} | {name: value * share for name, value in output.losses.items()}
         coefficients = self.model.depth.coefficients()
         loss = losses["lm"]
+        if output.exits:  # the last layer's loss has what the exits leave of 1
+            early, of_early = self._exits(output.exits, shifted)
+            loss = loss * (1.0 - of_early) + early / count
+            losses["exits"] = early.detach() / (count * of_early)
         for name, value in losses.items():
-            if name != "lm":
+            if name not in ("lm", "exits"):
                 loss = loss + coefficients[name] * value
         return loss, losses
+
+    def _exits(self, exits: list[tuple[Tensor, float]], shifted: Tensor) -> tuple[Tensor, float]:
+        """The weighted sum of the cross-entropies at exits, and of their weights.
+
+        In one call of the head, so that the gradient of its weight is kept once and not for every exit.
+        """
+        states = torch.cat([self.model.norm(x).flatten(0, 1) for x, _ in exits])
+        weights = torch.tensor([weight for _, weight in exits], device=states.device)
+        total = self.lm_head(states, shifted.flatten().repeat(len(exits)), weights.repeat_interleave(shifted.numel()))
+        return total, sum(weight for _, weight in exits)
 
     @torch.no_grad()
     def update_router_bias(self, load: Tensor) -> None:
@@ -447,8 +471,13 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         The layers share their code, so one compilation serves all of them at each kind of selection, however deep the
         recursion is unrolled, where compiling the model as a whole takes time in proportion to the effective depth.
         """
+        # A kind of selection is a graph: stages, training or not, with or without gradients. Beyond the limit torch
+        # would go on uncompiled, and say so once.
+        dynamo_settings: Any = torch._dynamo.config
+        dynamo_settings.recompile_limit = max(dynamo_settings.recompile_limit, 64)
         for layer in self.units():
             layer.compile(backend=backend)
+        self.lm_head.compiled = True
 
     def set_recompute(self, policy: RecomputePolicy) -> None:
         """Recompute activations in the backward pass: `none`, each `block`, each `recursion` as a whole, or `selective`

@@ -92,6 +92,32 @@ def make_projection(
     return nn.Linear(in_features, out_features, bias=bias)
 
 
+def project_all(projections: tuple[nn.Linear, ...], x: Tensor, recursion: int) -> list[Tensor]:
+    """Apply projections of one input, [..., I] -> [..., O] each.
+
+    On a GPU as one product of their weights side by side, unless one of them is more than a weight (a delta, an
+    adapter, ZeRO-3's gathering); parameters stay as they are.
+    """
+    if x.is_cuda and go_together(projections):
+        return project_together(projections, x)
+    return [project(projection, x, recursion) for projection in projections]
+
+
+def go_together(projections: tuple[nn.Linear, ...]) -> bool:
+    """Whether there are several, each a weight and nothing else, all with a bias or none."""
+    if len(projections) == 1:
+        return False
+    plain = all(type(p) is nn.Linear and not p._forward_pre_hooks and not p._forward_hooks for p in projections)
+    return plain and len({projection.bias is None for projection in projections}) == 1
+
+
+def project_together(projections: tuple[nn.Linear, ...], x: Tensor) -> list[Tensor]:
+    """One product in place of several."""
+    biases = [projection.bias for projection in projections if projection.bias is not None]
+    y = F.linear(x, torch.cat([projection.weight for projection in projections]), torch.cat(biases) if biases else None)
+    return list(y.split([projection.out_features for projection in projections], -1))
+
+
 def project(projection: nn.Linear, x: Tensor, recursion: int) -> Tensor:
     """Apply a projection at a recursion. x: [..., I] -> [..., O]."""
     return projection(x, recursion) if isinstance(projection, RelaxedLinear) else projection(x)

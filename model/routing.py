@@ -218,6 +218,11 @@ def bias_step(bias: Tensor, load: Tensor, rate: float) -> Tensor:
     return bias + rate * torch.sign(load.mean() - load)
 
 
+def depth_counts(depth: Tensor, gates: int) -> Tensor:
+    """[gates + 1] positions that passed 0, 1, ... gates; without waiting for the device, as `bincount` would."""
+    return (depth.flatten()[:, None] == torch.arange(gates + 1, device=depth.device)).sum(0)
+
+
 # Both -----------------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +260,8 @@ class RoutingRecord:
         gate `score_mean_r`, and `entered_r`; token-choice: `max_violation`, `entropy`. All: `dead_token_share`, the
         share of positions that no sequence of the batch sends through the last gate.
     scores: raw fp32 logits per gate, over its candidates; one entry for token-choice.
-    selected: positions [B, K] of the tokens selected per gate (by top-k). heads: tokens read out before the end.
+    selected: positions [B, K] of the tokens selected per gate (by top-k). heads: tokens read out before the end
+        (where padding is left out of the layers, losses at exits count it).
     passed: [B, T, G] bool, which gates each token passed; padding passes none.
     """
 

@@ -349,7 +349,11 @@ class ExperimentSettings(Settings):
     recompute: Literal["none", "block", "recursion", "selective"] = Field(
         default="none", description="which activations are computed again in the backward pass, to save memory"
     )
-    compile: bool = Field(default=False, description="torch.compile the model: slower to start, faster to run")
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="torch.compile each layer: slower to start, faster to run; auto: on a GPU, where a C compiler is "
+        "there and the strategy is not DeepSpeed's",
+    )
     evaluation: EvaluationSettings = Field(
         default=EvaluationSettings(), description="validation during and after training"
     )
@@ -383,6 +387,19 @@ class ExperimentSettings(Settings):
 def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentSettings:
     """Read an experiment and its `key=value` overrides. Raises UserError that names the file and the key."""
     return load(ExperimentSettings, path, overrides, sections=("model", "parallel"))
+
+
+def read_data(given: Sequence[str]) -> Manifest:
+    """What `--data` names: a prepared folder, several (a mixture in equal parts) or the data of an experiment's file.
+
+    Raises UserError for what is not prepared, and for folders of different tokenizers.
+    """
+    if len(given) == 1:
+        return read_settings(given[0]).data.read() if given[0].endswith(".yaml") else Manifest.read(Path(given[0]))
+    names = [Path(name).name for name in given]
+    if len(set(names)) < len(names):
+        raise UserError("--data: two folders have one name, by which their losses would be told; rename one")
+    return Mixture.of({name: (Manifest.read(Path(at)), [(0.0, 1.0)]) for name, at in zip(names, given, strict=True)})
 
 
 def check_model_fields(fields: Iterable[str]) -> None:

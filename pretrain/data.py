@@ -33,7 +33,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -421,8 +421,10 @@ class MicroBatch:
     targets [m,T] int64: tokens 1 .. T, what each position predicts; -100 where nothing is predicted.
     document_ids [m,T] int64: end-of-text tokens strictly before each position, so that end-of-text belongs to the
         document that it ends; None where attention crosses documents.
+    num_documents: of all rows together; None where attention crosses documents.
     samples: rows that count. Rows from `samples` on fill up a last validation batch, and all their targets are -100.
     fault: why these rows stand in for ones that could not be read.
+    ready: when the copy to a GPU, on a stream of its own, is done.
     """
 
     input_ids: torch.Tensor
@@ -430,12 +432,31 @@ class MicroBatch:
     document_ids: torch.Tensor | None
     samples: int
     fault: Exception | None = None
+    num_documents: int | None = None
+    ready: torch.cuda.Event | None = None
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same on `device`."""
-        documents = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
-        inputs, targets = (x.to(device, non_blocking=True) for x in (self.input_ids, self.targets))
-        return MicroBatch(inputs, targets, documents, self.samples, self.fault)
+        """The same on `device`; of one that was sent there ahead, the stream at hand waits for it, and no host."""
+        if self.ready is not None:
+            stream = torch.cuda.current_stream(self.input_ids.device)
+            stream.wait_event(self.ready)
+            for tensor in self._tensors():
+                tensor.record_stream(stream)
+            return self
+        return self._with([tensor.to(device, non_blocking=True) for tensor in self._tensors()])
+
+    def sent(self, device: torch.device, stream: torch.cuda.Stream) -> MicroBatch:
+        """The same, on its way to a GPU from pinned memory, beside whatever else that does."""
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            there = self._with([tensor.pin_memory().to(device, non_blocking=True) for tensor in self._tensors()])
+            return replace(there, ready=stream.record_event())
+
+    def _tensors(self) -> list[torch.Tensor]:
+        return [x for x in (self.input_ids, self.targets, self.document_ids) if x is not None]
+
+    def _with(self, tensors: list[torch.Tensor]) -> MicroBatch:
+        inputs, targets, *documents = tensors
+        return replace(self, input_ids=inputs, targets=targets, document_ids=documents[0] if documents else None)
 
 
 def number_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
@@ -447,8 +468,11 @@ def number_documents(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor
 def _micro_batch(rows: torch.Tensor, eos_token_id: int, document_masking: bool, samples: int) -> MicroBatch:
     input_ids, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
     targets[samples:] = -100
-    documents = number_documents(input_ids, eos_token_id) if document_masking else None
-    return MicroBatch(input_ids, targets, documents, samples)
+    if not document_masking:
+        return MicroBatch(input_ids, targets, None, samples)
+    documents = number_documents(input_ids, eos_token_id)
+    count = int(documents[:, -1].sum()) + len(documents)
+    return MicroBatch(input_ids, targets, documents, samples, num_documents=count)
 
 
 def read_ahead(load: Callable[[int], Result], arguments: Iterable[int], depth: int, workers: int) -> Generator[Result]:
@@ -494,6 +518,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
     batch_size: samples of a global batch; micro_batch_size: samples of one forward on one rank.
     seed: of the order of samples. document_masking: give `document_ids`.
     read_ahead_batches: global batches held ready; workers: threads that gather them. Neither changes what is yielded.
+    device: where they will be wanted; the threads send them to a GPU ahead.
     """
 
     def __init__(
@@ -510,6 +535,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         document_masking: bool = True,
         read_ahead_batches: int = 4,
         workers: int = 1,
+        device: torch.device | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not one of world_size {world_size}")
@@ -529,6 +555,8 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         self._set_starts([0] + [NEVER] * (len(self._starts) - 1))
         self._depth, self._workers = max(1, read_ahead_batches), workers
         self._batches: Generator[list[MicroBatch]] | None = None
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
 
     @property
     def epoch(self) -> int:
@@ -599,10 +627,13 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         starts = position + (np.arange(self.accumulation_steps) * self.world_size + self.rank) * size
         positions = (starts[:, None] + np.arange(size)).ravel()
         rows = self._rows(positions)
-        return [
+        batch = [
             _micro_batch(rows[first : first + size], self.manifest.eos_token_id, self.document_masking, size)
             for first in range(0, len(rows), size)
         ]
+        if self._device is None or self._stream is None:
+            return batch
+        return [micro.sent(self._device, self._stream) for micro in batch]
 
     def _rows(self, positions: Indices) -> torch.Tensor:
         """The samples at `positions` [N], as int64 [N, T+1]."""

@@ -154,10 +154,12 @@ def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
         reshard_after_forward=rule.reshard_after_forward,
         min_unit_parameters=rule.min_unit_parameters,
         offload_optimizer=rule.offload_optimizer,
+        offload_parameters=rule.offload_parameters,
         micro_batches=max(1, settings.batch.size // (micro * parallel.world_size)),
         precision=expected(settings.precision, parallel.device.type == "cuda"),
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
+        on_gpu=parallel.device.type == "cuda",
     ).total
     free = free_memory(parallel)
     text = f"estimate {needed / GIBIBYTE:.2f} GiB a rank, {free / GIBIBYTE:.2f} GiB free"

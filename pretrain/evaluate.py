@@ -34,8 +34,7 @@ from model.hardware import Precision, device_here
 from model.inference.text import load_checkpoint
 from model.modeling import MoRForCausalLM
 from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state, verify
-from pretrain.config import ExperimentSettings, read_settings
-from pretrain.data import Manifest
+from pretrain.config import ExperimentSettings, read_data, read_settings
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
@@ -131,14 +130,16 @@ def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Pat
 # --- loss ---------------------------------------------------------------------------------------------------------
 
 
-def make_validation(checkpoint: Checkpoint, data: Path | None, batch_size: int, limit: int | None) -> Validation | None:
-    """Validation on a prepared folder, or on the run's; None where neither is given.
+def make_validation(
+    checkpoint: Checkpoint, data: Sequence[str] | None, batch_size: int, limit: int | None
+) -> Validation | None:
+    """Validation on the data given, or on the run's; None where neither is there.
 
     Raises UserError where the data does not fit the model or its tokenizer.
     """
     settings, config = checkpoint.settings, checkpoint.model.config
     if data is not None:
-        manifest = Manifest.read(data)
+        manifest = read_data(data)
     elif settings is not None:
         manifest = settings.data.read()
     else:
@@ -158,7 +159,7 @@ def losses(validation: Validation, model: MoRForCausalLM, precision: Precision, 
     parallel.module = parallel.model = module.to(parallel.device)
     result: dict[str, Any] = {"validation": validation(parallel)}
     if depths:
-        caps = range(1, model.config.num_recursions + 1)
+        caps = range(1, method_of(model.config).levels(model.config) + 1)
         result["depths"] = [{"max_recursions": cap} | validation(parallel, cap) for cap in caps]
     model.eval()
     return result
@@ -273,7 +274,9 @@ def metrics_line(results: dict[str, Any]) -> dict[str, Any]:
     if results["average"] is not None:
         line["tasks/average"] = results["average"]
     if "depths" in results:
-        for key in ("validation_loss", "validation_loss_topk"):
+        for key in ("validation_loss", "validation_loss_topk", "validation_loss_full"):
+            if key not in results["depths"][0]:
+                continue
             line[f"{key}_by_depth"] = [depth[key] for depth in results["depths"]]
     return line
 
@@ -303,10 +306,15 @@ def show(results: dict[str, Any], console: Console) -> None:
     """The results as tables."""
     rows = [("as trained", results.get("validation"))]
     rows += [(f"at most {depth['max_recursions']}", depth) for depth in results.get("depths", [])]
-    table = rich.table.Table("recursions", "loss, causal", "top-k", title="Validation loss", title_justify="left")
+    key, how = (
+        ("full", "at full depth")
+        if any(line and "validation_loss_full" in line for _, line in rows)
+        else ("topk", "top-k")
+    )
+    table = rich.table.Table("recursions", "loss, causal", how, title="Validation loss", title_justify="left")
     for name, line in rows:
         if line is not None:
-            figures = (line["validation_loss"], line["validation_loss_topk"])
+            figures = (line["validation_loss"], line[f"validation_loss_{key}"])
             table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in figures))
     if table.row_count:
         console.print(table)
@@ -359,7 +367,9 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     results["average"] = average(tasks, results["tasks"])
     output = given.output or (checkpoint.run or checkpoint.folder) / "evaluation.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    partial = output.with_name(f"{output.name}.partial")
+    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, output)
     recorded = given.limit is None and record(checkpoint, results)
     console = Console()
     show(results, console)
@@ -389,8 +399,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add("--stride", type=_positive, metavar="N", help="with --perplexity: tokens scored by a window (half the context)")
     add("--task-folder", type=Path, metavar="DIR", help="task files of one's own, beside the harness's")
-    add("--data", type=Path, metavar="DIR", help="prepared folder to validate on (default: the run's)")
-    add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr too")
+    add(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="prepared folder to validate on, or several, or an experiment's YAML file (default: the run's)",
+    )
+    add("--depths", action="store_true", help="the loss with depth capped at 1 .. Nr, or at each exit, too")
     add(
         "--limit", type=_positive, metavar="N", help="only the first N questions of a task, validation sequences, texts"
     )

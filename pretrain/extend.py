@@ -3,7 +3,7 @@
 A run on a plateau does not depend on its budget, so what was trained up to the beginning of the cool-down stands for
 the larger budget too. The checkpoint made there is kept for good; the run goes back to it, and what came after it, the
 cool-down with its metrics and its final model, becomes a branch in `branches/`: no figure is lost. A trunk of several
-budgets grows by a branch for each new one.
+budgets grows by a branch for each new one; one whose place the trunk has passed begins at a checkpoint before it.
 
 The result is, bit for bit, that of a run which had the larger budget from its beginning and the same warm-up in steps
 (the old run's is kept), on the same ranks; the points of validation before the cool-down are the old budget's. A
@@ -12,11 +12,12 @@ mixture whose weights change at shares of the budget is the exception: what was 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ import yaml
 
 from data_prep.settings import UserError, read_yaml
 from pretrain import run_folder
-from pretrain.checkpoint import committed, remove
-from pretrain.config import ExperimentSettings, differing_keys, noted_changes
-from pretrain.metrics import METRICS, last_line
+from pretrain.checkpoint import MARKER, Marker, committed, folder_of, remove
+from pretrain.config import ExperimentSettings, differing_keys, noted_changes, refusal
+from pretrain.metrics import METRICS, good_lines, last_line
+from pretrain.plan import branch_settings
 
 ENDED = ("finished", "branched")
 KINDS = ("flops", "tokens", "steps")
@@ -63,20 +65,32 @@ def grow(settings: ExperimentSettings) -> str | None:
         return None
     if [key for key in differing_keys(before, now) if not key.startswith("budget.")]:
         return None  # another run altogether, which its directory will refuse
-    growth = _growth(settings.run_dir, before["budget"], now["budget"])
-    if settings.schedule.kind == "cosine":
-        raise UserError(
-            f"{settings.run_dir}: a cosine depends on its budget from the end of its warm-up on, so no part of this "
-            f"run serves a larger one. Train anew in another run_dir, or go on with a new schedule: "
-            f"start_from={settings.run_dir} start_from.take=optimizer run_dir=NEW"
-        )
-    told = _extend_trunk(settings) if len(growth.before) > 1 else _extend_run(settings, before, growth)
+    growth = _growth(settings, before["budget"], now["budget"])
+    told = _extend_trunk(settings, growth) if len(growth.before) > 1 else _extend_run(settings, before, growth)
     run_folder.note_changes(settings.run_dir, noted_changes(before, now))
     _write(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
-    return f"budget.{growth.kind} grew from {growth.before[-1]:.6g} to {growth.now[-1]:.6g}; {told}"
+    return f"budget.{growth.kind} grew from {_listed(growth.before)} to {_listed(growth.now)}; {told}"
 
 
-def _growth(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> Growth:
+def refuse_unless_grown(settings: ExperimentSettings, before: dict[str, Any]) -> None:
+    """Refuse a run directory of the configuration `before`, unless these settings are the same with a larger budget.
+
+    Changes nothing. Raises UserError as `grow` and the run would, but for checkpoints that are missing.
+    """
+    now = settings.model_dump(mode="json")
+    keys = differing_keys(before, now)
+    if [key for key in keys if not key.startswith("budget.")]:
+        raise UserError(refusal(settings.run_dir, keys))
+    if keys:
+        _growth(settings, before["budget"], now["budget"])
+
+
+def _listed(totals: Sequence[int]) -> str:
+    return ", ".join(f"{total:.6g}" for total in totals)
+
+
+def _growth(settings: ExperimentSettings, before: dict[str, Any], now: dict[str, Any]) -> Growth:
+    folder = settings.run_dir
     kinds = [next(kind for kind in KINDS if budget.get(kind) is not None) for budget in (before, now)]
     way_out = f"give the old budget, another run_dir, or start_from={folder} in a new run_dir"
     if kinds[0] != kinds[1] or before["convention"] != now["convention"]:
@@ -89,19 +103,92 @@ def _growth(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> Growth
         raise UserError(f"{folder}: budget.{kinds[0]} is {before[kinds[0]]}; one budget stays one; {way_out}")
     if len(old) == 1 and new[0] < old[0]:
         raise UserError(f"{folder}: budget.{kinds[0]} {new[0]:.6g} is smaller than {old[0]:.6g}, its own; {way_out}")
-    added = [total for total in new if total not in old]
-    if len(old) > 1 and (set(old) - set(new) or min(added) < old[-1]):
+    if len(old) > 1 and (gone := sorted(set(old) - set(new))):
+        raise UserError(f"{folder}: the budgets of its branches stay in the list; {_listed(gone)} are missing")
+    if settings.schedule.kind == "cosine":
         raise UserError(
-            f"{folder}: its trunk stands where the branch of {old[-1]:.6g} left, so new budgets must be larger, and "
-            f"the old ones ({old}) stay in the list. For a smaller one: start_from={folder}/branches/BUDGET "
-            "start_from.take=run start_from.step=STEP in a new run_dir"
+            f"{folder}: a cosine depends on its budget from the end of its warm-up on, so no part of this run serves a "
+            "larger one. Train anew in another run_dir, or go on with a new schedule: "
+            f"start_from={folder} start_from.take=optimizer run_dir=NEW"
         )
     return Growth(kinds[0], old, new)
 
 
-def _extend_trunk(settings: ExperimentSettings) -> str:
-    _cut_metrics(settings.run_dir / METRICS, None)
-    return "the trunk goes on to its new branches"
+def _extend_trunk(settings: ExperimentSettings, growth: Growth) -> str:
+    folder, told = settings.run_dir, []
+    trunk = committed(folder / "checkpoints")
+    stands = _spent(trunk[-1][1], growth) if trunk else 0
+    passed = [
+        budget for budget in growth.now if budget not in growth.before and not _before_cooling(settings, stands, budget)
+    ]
+    bases = [(budget, _base(settings, trunk, budget, growth)) for budget in passed]  # refused before anything is made
+    for budget, (step, path) in bases:
+        _begin_branch(settings, budget, step, path)
+        told.append(f"the branch of {budget:.6g} goes on from step {step}, {path}")
+    if growth.now[-1] > growth.before[-1]:
+        _cut_metrics(folder / METRICS, None)
+        told.append("the trunk goes on to its new branches")
+    return "; ".join(told) or "the trunk has not come to its new branches yet"
+
+
+def _before_cooling(settings: ExperimentSettings, spent: int, budget: int) -> bool:
+    """Whether a run that has spent so much is before the cool-down of this budget."""
+    return spent / budget < 1 - settings.schedule.decay_share
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def _spent(checkpoint: Path, growth: Growth) -> int:
+    """What of the budget a run had spent at a checkpoint."""
+    return int(_state(checkpoint)["run"][growth.kind if growth.kind != "steps" else "step"])
+
+
+def _base(
+    settings: ExperimentSettings, trunk: Sequence[tuple[int, Path]], budget: int, growth: Growth
+) -> tuple[int, Path]:
+    """(step, folder) of the last checkpoint before the cool-down of `budget`: the trunk's, or a branch's."""
+    folder, plateau = settings.run_dir, list(trunk)
+    for root in sorted((folder / "branches").glob("*/checkpoints")):
+        for step, path in committed(root):
+            if "cooldown_step" in _state(path) and _on_plateau(path, step, settings, growth):
+                plateau.append((step, path))
+    found = [(step, path) for step, path in plateau if _before_cooling(settings, _spent(path, growth), budget)]
+    if not found:
+        there = ", ".join(str(step) for step, _ in sorted(plateau)) or "none"
+        place = (1 - settings.schedule.decay_share) * budget
+        raise UserError(
+            f"{folder}: the branch of {budget:.6g} FLOPs leaves the trunk at {place:.6g}, and no checkpoint before "
+            f"that is left (steps of the plateau that are: {there}; checkpoint.milestone_every keeps more). Give "
+            f"another budget, or train it by itself in a new run_dir; or, from the run as it is, with a new schedule: "
+            f"start_from={folder} start_from.take=optimizer run_dir=NEW"
+        )
+    return max(found, key=lambda item: item[0])
+
+
+def _begin_branch(settings: ExperimentSettings, budget: int, step: int, base: Path) -> None:
+    """A branch's directory as if it had been trained by itself up to `step`, whose checkpoint is `base`."""
+    warmup = begun_warmup(settings.run_dir)
+    assert warmup is not None  # a run with checkpoints has its run.json
+    branch = branch_settings(settings, budget, warmup)
+    if branch.run_dir.exists():
+        return  # by an earlier attempt
+    partial = branch.run_dir.with_name(f"{branch.run_dir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    checkpoint = folder_of(partial / "checkpoints", step)
+    shutil.copytree(base, checkpoint, copy_function=_link)
+    content = json.dumps(_state(base) | {"tracker_id": None, "cooldown_step": None}, indent=1)
+    _write(checkpoint / "state.json", content)  # in place of the link
+    marker = Marker.read(base)
+    entry = (len(content.encode()), hashlib.sha256(content.encode()).hexdigest())
+    (checkpoint / MARKER).unlink()
+    replace(marker, files=marker.files | {"state.json": entry}).write(checkpoint)
+    kept = [text for text, line in good_lines(base.parent.parent / METRICS) if line["step"] <= step]
+    _write(partial / METRICS, "".join(kept))
+    config = branch.model_dump(mode="json")
+    _write(partial / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    partial.rename(branch.run_dir)
 
 
 def _extend_run(settings: ExperimentSettings, before: dict[str, Any], growth: Growth) -> str:
@@ -131,11 +218,10 @@ def _extend_run(settings: ExperimentSettings, before: dict[str, Any], growth: Gr
 
 def _on_plateau(path: Path, step: int, settings: ExperimentSettings, growth: Growth) -> bool:
     """Whether no step before this checkpoint was part of a cool-down."""
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state = _state(path)
     if "cooldown_step" in state:
         return state["cooldown_step"] is None or step <= state["cooldown_step"]
-    spent = state["run"][growth.kind if growth.kind != "steps" else "step"]
-    return bool(spent < (1 - settings.schedule.decay_share) * growth.before[-1])
+    return _before_cooling(settings, _spent(path, growth), growth.before[-1])
 
 
 def _label(growth: Growth) -> str:
@@ -174,11 +260,11 @@ def _link(source: str, target: str) -> None:
 
 def _cut_metrics(path: Path, last_step: int | None) -> None:
     """Leave the lines up to `last_step` (None: all) that do not say that the run has ended."""
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
-        line = json.loads(text)
-        if line.get("event") not in ENDED and (last_step is None or line["step"] <= last_step):
-            kept.append(text)
+    kept = [
+        text
+        for text, line in good_lines(path)
+        if line.get("event") not in ENDED and (last_step is None or line["step"] <= last_step)
+    ]
     _write(path, "".join(kept))
 
 

@@ -26,6 +26,7 @@ def run_facts(run: Path, line: dict[str, Any] | None = None) -> dict[str, str]:
     for name, key in (
         ("validation loss, causal (nats per token)", "validation_loss"),
         ("validation loss, top-k (looks ahead)", "validation_loss_topk"),
+        ("validation loss, full depth (nobody leaves at an exit)", "validation_loss_full"),
     ):
         if line.get(key) is not None:
             facts[name] = f"{line[key]:.4f}"

@@ -10,7 +10,7 @@ O_EXCL). A thread touches it every `BEAT_SECONDS`. Whoever finds it taken judges
     elsewhere                dead once it has not been touched for `STALE_SECONDS`, by the file system's own clock
 
 A dead owner's lock is moved away and the directory taken over. An owner whose lock was taken finds that out at its next
-beat (`failure`) and has to stop.
+beat (`failure`) and has to stop. A branch is covered by its trunk's lock (`owner_of`).
 """
 
 from __future__ import annotations
@@ -73,6 +73,12 @@ class Owner:
         """Whether it is a process of the other's host that still runs."""
         beside = (self.host, self.namespace) == (other.host, other.namespace)
         return beside and _started(self.pid) == self.started != ""
+
+
+def owner_of(folder: Path) -> Path:
+    """The run directory whose lock covers `folder`: itself, or the trunk (or longer run) whose branch it is."""
+    above = folder.parent.parent
+    return above if folder.parent.name == "branches" and (above / "config.yaml").is_file() else folder
 
 
 def _namespace() -> str:
@@ -160,8 +166,8 @@ class RunLock:
 
     def _refuse(self, holder: str, age: float | None) -> None:
         raise UserError(
-            f"{self.folder}: {holder} trains there (it was heard of {age or 0:.0f} s ago). Stop it, or give another "
-            f"run_dir; if it is gone, this works {STALE_SECONDS:.0f} s after it was last heard of"
+            f"{self.folder}: {holder} is at work there (it was heard of {age or 0:.0f} s ago). Stop it, or give "
+            f"another folder; if it is gone, this works {STALE_SECONDS:.0f} s after it was last heard of"
         )
 
     def _link(self, own: Path) -> bool:

@@ -69,6 +69,10 @@ def memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+# The loss told beside the causal one, and how it came about.
+_SECOND_LOSSES = (("validation_loss_full", "at full depth"), ("validation_loss_topk", "top-k"))
+
+
 class Sums:
     """Named sums over micro-batches and ranks, brought together by one collective.
 
@@ -85,13 +89,29 @@ class Sums:
 
     def reduce(self, parallel: Parallel) -> dict[str, Any]:
         """The sums over all ranks: a float for a scalar, a list for a vector."""
-        values = [value.to(parallel.device) for value in self._values.values()]
-        flat = parallel.all_reduce(torch.cat([value.reshape(-1) for value in values])).cpu()
-        parts = flat.split([value.numel() for value in values])
-        return {
+        return self.read(self.over_ranks(parallel))
+
+    def over_ranks(self, parallel: Parallel) -> torch.Tensor:
+        """The sums over all ranks, on the device, in one vector; nothing waits for them. Collective."""
+        device = parallel.device
+        flat = [
+            # Made there: what this host knows need not be copied, which would wait.
+            torch.full((1,), value.item(), dtype=value.dtype, device=device)
+            if value.numel() == 1 and value.device != device
+            else value.to(device).reshape(-1)
+            for value in self._values.values()
+        ]
+        return parallel.all_reduce(torch.cat(flat))
+
+    def read(self, flat: torch.Tensor, **scalars: torch.Tensor) -> dict[str, Any]:
+        """Figures of `over_ranks`, and of scalars of the device beside them, in one copy to the host."""
+        last = [value.detach().to(flat).reshape(1) for value in scalars.values()]
+        *parts, extra = torch.cat([flat, *last]).cpu().split([v.numel() for v in self._values.values()] + [len(last)])
+        figures = {
             name: part.tolist() if value.dim() else part.item()
-            for name, value, part in zip(self._values, values, parts, strict=True)
+            for (name, value), part in zip(self._values.items(), parts, strict=True)
         }
+        return figures | dict(zip(scalars, extra.tolist(), strict=True))
 
 
 @dataclass
@@ -165,6 +185,16 @@ def _belongs(line: bytes, last_step: int) -> bool:
         return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def good_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(text, content) of every line before the first that is torn by a kill, or being written; none without a file."""
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else []:
+        if not _belongs(text.encode(), sys.maxsize):
+            break
+        found.append((text, json.loads(text)))
+    return found
 
 
 def last_line(path: Path) -> dict[str, Any] | None:
@@ -280,9 +310,9 @@ def sync(run_dir: Path, mode: str, run_id: str | None = None) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tracker = Tracker(settings.model_copy(update=told), folder, run_id or tracker_id(run_dir / "tracker", None))
-    for text in lines.read_text(encoding="utf-8").splitlines():
+    for _, line in good_lines(lines):
         if tracker.reached:
-            tracker.log(json.loads(text))
+            tracker.log(line)
     if not tracker.reached:
         raise UserError(f"{run_dir}: W&B did not take the run; see the warning above")
     tracker.finish()
@@ -312,7 +342,8 @@ class TerminalLine:
         if "validation_loss_topk" in line:
             causal = line["validation_loss"]
             shown = f"{causal:.4f} causal, " if causal is not None else ""
-            self.say(f"step {line['step']}  validation loss {shown}{line['validation_loss_topk']:.4f} top-k")
+            key, how = next((k, h) for k, h in _SECOND_LOSSES if k in line)
+            self.say(f"step {line['step']}  validation loss {shown}{line[key]:.4f} {how}")
             if sources := line.get("validation_loss_sources"):
                 self.say("  of each source: " + ", ".join(f"{name} {loss:.4f}" for name, loss in sources.items()))
         if "loss" not in line:

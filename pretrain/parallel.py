@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -37,6 +38,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from data_prep.settings import UserError
+from model.attention.flex import can_compile
 from pretrain.parallel_settings import ParallelSettings, check_precision, resolve_strategy
 from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.timing import StepClock
@@ -102,6 +104,8 @@ class Parallel:
             _check_devices(torch.cuda.device_count(), os.environ)
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not TF32
+            torch.backends.cudnn.allow_tf32 = False
         else:
             self.device = torch.device("cpu")
         self.background_group: dist.ProcessGroup | None = None
@@ -152,6 +156,12 @@ class Parallel:
         """Set the precision of the passes, before `prepare`. Raises UserError where the launcher was told another."""
         check_precision(self.settings, precision, os.environ)
         self.precision = precision
+
+    def compiles(self, asked: bool | Literal["auto"]) -> bool:
+        """Whether layers are to be compiled: as asked, or on a GPU where that works."""
+        if asked != "auto":
+            return asked
+        return self.device.type == "cuda" and self.checkpoint_format != "deepspeed" and can_compile()
 
     def busy(self, what: str) -> AbstractContextManager[Any]:
         """Around work of this rank for which the others may have to wait, however long: the watchdog lets it be."""
@@ -253,29 +263,35 @@ class Parallel:
         self._reached("backward", "backward")
         (loss * self.world_size).backward()
 
-    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
-        """Clip, update, clear the gradients. Returns the global gradient norm before clipping and whether it is finite.
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Clip, update, clear the gradients. Returns the global gradient norm before clipping and whether it is finite,
+        both scalars of the device, for which nothing waits.
 
         learning_rate: of every parameter group, times the group's `learning_rate_scale` where it has one.
         max_norm: of the gradient; 0 does not clip. A non-finite gradient, on any rank, updates nothing on any rank.
         """
         self._reached("the update", "optimizer")
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
+        norm = whole = get_total_norm(gradients)
         if isinstance(norm, DTensor):
             self.clock.begin("communication")
-            norm_value = float(norm.full_tensor())
+            whole = norm.full_tensor()
             self.clock.begin("optimizer")
-        else:
-            norm_value = float(norm)
-        finite = norm_value < float("inf")  # False for nan too; the norm is global, so all ranks agree
-        if finite:
-            if max_norm > 0:
-                clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
-            self._set_learning_rate(learning_rate)
-            self.optimizer.step()
+        finite = whole < float("inf")  # False for nan too; the norm is global, so all ranks agree
+        if max_norm > 0:
+            clip_grads_with_norm_(self.module.parameters(), max_norm, norm)
+        self._set_learning_rate(learning_rate)
+        self._step_if(finite)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm_value, finite
+        return whole, finite
+
+    def _step_if(self, finite: Tensor) -> None:
+        """Fused optimizers decide on the device, as gradient scalers have them do; others make the host wait."""
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif finite:
+            self.optimizer.step()
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
@@ -474,7 +490,7 @@ class _FSDP2(Parallel):
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         super().micro_step(loss, last)
 
-    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
         self._free_gathered()
         return super().optimizer_step(learning_rate, max_norm)
 
@@ -540,12 +556,13 @@ class _DeepSpeed(Parallel):
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * self.world_size)
 
-    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[float, bool]:
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
         self._reached("the update", "optimizer")
         self.optimizer.clip_grad = max_norm  # type: ignore[attr-defined]
         self._set_learning_rate(learning_rate)
         self.engine.step()
-        return float(self.engine.get_global_grad_norm()), not self.optimizer.overflow  # type: ignore[attr-defined]
+        norm, overflow = self.engine.get_global_grad_norm(), self.optimizer.overflow  # type: ignore[attr-defined]
+        return torch.tensor(float(norm), dtype=torch.float64), torch.tensor(not overflow)
 
     def model_shapes(self) -> dict[str, torch.Size]:
         shapes = super().model_shapes()
@@ -587,8 +604,12 @@ class _DeepSpeed(Parallel):
         save_file(buffers, folder / BUFFERS)
 
     def load_native(self, folder: Path) -> None:
-        """Read what `save_native` wrote under the same strategy on as many ranks."""
-        self.engine.load_checkpoint(str(folder), tag=NATIVE_TAG)
+        """Read what `save_native` wrote under the same strategy on as many ranks. UserError where it could run code."""
+        try:
+            with safe_loading():
+                self.engine.load_checkpoint(str(folder), tag=NATIVE_TAG)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{folder}: not read, for it holds more than tensors: {str(error)[:300]}") from None
 
     def allocate_optimizer_state(self, shapes: Mapping[tuple[str, str], torch.Size]) -> None:
         zero: Any = self.optimizer
@@ -647,22 +668,55 @@ _STRATEGIES: dict[str, type[Parallel]] = {
 }
 
 
+@contextmanager
+def safe_loading() -> Iterator[None]:
+    """Within it torch.load builds tensors and the three plain classes that DeepSpeed writes, and nothing else.
+
+    DeepSpeed's loader and converter unpickle, which could run code of who wrote the file. What may not be built raises
+    UnpicklingError.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # outdoes weights_only=False, which DeepSpeed asks for
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ[switch]
+        os.environ |= {} if before is None else {switch: before}
+
+
+def convert_deepspeed() -> None:
+    """The process that `read_deepspeed` starts: DeepSpeed's converter, on its own command line, reading safely."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    with safe_loading():
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
 def read_deepspeed(folder: Path) -> dict[str, Tensor]:
     """All tensors of a DeepSpeed checkpoint, whole, in fp32, under the names of `pretrain.checkpoint`.
 
-    DeepSpeed's own converter to its universal format does the work, in a process of its own.
+    DeepSpeed's own converter to its universal format does the work, in a process of its own. Raises UserError where it
+    fails, as it does for a file that holds more than tensors.
     """
     tensors = load_file(folder / BUFFERS)
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        tool = [sys.executable, "-m", "pretrain.parallel", "--inject_missing_state"]
+        root = Path(__file__).resolve().parent.parent  # where -m finds this module
         workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-        folders = ["--input_folder", str(folder / NATIVE_TAG), "--output_folder", f"{scratch}/universal"]
-        done = subprocess.run([*tool, *workers, *folders], capture_output=True, text=True)
+        universal = Path(scratch, "universal").resolve()
+        folders = ["--input_folder", str(folder.resolve() / NATIVE_TAG), "--output_folder", str(universal)]
+        done = subprocess.run([*tool, *workers, *folders], capture_output=True, text=True, cwd=root)
         if done.returncode:
             raise UserError(f"{folder}: DeepSpeed's converter failed:\n{done.stderr[-2000:]}")
         for name, shape in facts["parameters"].items():
-            for path in Path(scratch, "universal", "zero", name).glob("*.pt"):
+            for path in (universal / "zero" / name).glob("*.pt"):
                 content = torch.load(path, weights_only=True)
                 value = content["param"] if isinstance(content, dict) else content
                 if path.stem == "fp32":
@@ -671,3 +725,7 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
                     tensors[f"optimizer/{name}/{path.stem}"] = value.float().reshape(shape)
             tensors[f"optimizer/{name}/step"] = torch.tensor(float(facts["optimizer_steps"]))
     return tensors
+
+
+if __name__ == "__main__":
+    convert_deepspeed()

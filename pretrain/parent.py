@@ -26,7 +26,7 @@ from model.config import MoRConfig
 from pretrain.checkpoint import MARKER, Checkpoints, committed, folder_of, read_tensors, verify
 from pretrain.config import ExperimentSettings, StartSettings
 from pretrain.data import Manifest, Mixture
-from pretrain.metrics import METRICS
+from pretrain.metrics import METRICS, good_lines
 from pretrain.parallel import Parallel
 
 OWN = "model.depth."  # what decides a token's depth: a routed model has it, a recursive one has not
@@ -109,8 +109,7 @@ def describe_parent(settings: ExperimentSettings, config: MoRConfig, manifest: M
     _check_models(source, config, parent)
     facts, run = parent.facts, parent.state["run"] if parent.is_checkpoint else {}
     if not run and parent.run is not None and (parent.run / METRICS).is_file():
-        lines = (parent.run / METRICS).read_text(encoding="utf-8").splitlines()
-        run = json.loads(lines[-1]) if lines else {}
+        run = next((line for _, line in reversed(good_lines(parent.run / METRICS))), {})
     if "tokenizer_fingerprint" in facts:
         manifest.check_tokenizer(facts["tokenizer_fingerprint"], f"start_from.path {start.path}")
     convention = facts.get("convention")
@@ -157,17 +156,28 @@ def take_parent(parallel: Parallel, settings: ExperimentSettings) -> dict[str, A
     """Fill the model, and the optimizer where it is taken, from the parent; returns its trainer's state. Collective."""
     start = settings.start_from
     assert start is not None
-    parent = parallel.gather(parallel.on_main("finding the parent", lambda: find_parent(start, settings.run_dir)))[0]
+    parent = parallel.gather(parallel.on_main("finding the parent", lambda: _noted_parent(start, settings.run_dir)))[0]
     if parent.is_checkpoint:
         with parallel.busy(f"verifying {parent.folder.name}"):
             faults = parallel.gather(verify(parent.folder, parallel.rank, parallel.world_size), background=True)
         if fault := next((f for f in faults if f is not None), None):
+            if parallel.gather(not (parent.folder / MARKER).is_file())[0]:
+                raise UserError(
+                    f"start_from.path: {parent.folder} was removed while it was read, as a run in training does with "
+                    "its older ones; the same command again takes its newest, start_from.step a milestone"
+                )
             raise UserError(f"start_from.path: {parent.folder} is damaged: {fault}; give another checkpoint")
     if start.take == "weights":
         _take_weights(parallel, parent, settings.run_dir)
         return parent.state if parent.is_checkpoint else {}
     report = print if parallel.is_main else lambda message: None
     return Checkpoints(parent.folder.parent, report=report).load(parallel, parent.folder)
+
+
+def _noted_parent(start: StartSettings, run_dir: Path) -> Parent:
+    """The checkpoint that run.json names, which may no longer be the newest of a run that is being trained."""
+    noted = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))["parent"]["folder"]
+    return find_parent(start.model_copy(update={"path": Path(noted), "step": None}), run_dir)
 
 
 def _take_weights(parallel: Parallel, parent: Parent, run_dir: Path) -> None:
@@ -242,8 +252,7 @@ def copy_metrics(settings: ExperimentSettings, step: int) -> None:
     if parent.run is None or not (parent.run / METRICS).is_file():
         return
     kept = []
-    for text in (parent.run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True):
-        line = json.loads(text)
+    for text, line in good_lines(parent.run / METRICS):
         if line["step"] > step:
             break
         if "event" not in line:

@@ -21,6 +21,7 @@ import torch
 from rich.console import Console
 
 from data_prep.settings import UserError
+from model.depth import method_of
 from model.hardware import Precision, device_here
 from model.inference.text import end_of_text
 from model.modeling import MoRForCausalLM
@@ -186,7 +187,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     results |= {"routing_mode": options["mode"], "total": total(scores).figures()}
     results["documents"] = [score.figures() for score in scores]
     if given.depths:
-        caps = range(1, config.num_recursions + 1)
+        caps = range(1, method_of(config).levels(config) + 1)
         capped = [total(score_texts(model, documents, max_recursions=cap, **options)) for cap in caps]
         results["depths"] = [{"max_recursions": cap} | score.figures() for cap, score in zip(caps, capped, strict=True)]
     folder = checkpoint.run or checkpoint.folder

@@ -15,9 +15,10 @@ import yaml
 from data_prep.settings import UserError, read_yaml
 from model.config import MoRConfig
 from model.flops import effective_parameters, unique_parameters
+from pretrain.checkpoint import committed
 from pretrain.config import ExperimentSettings, differing_keys, noted_changes, refusal
 from pretrain.data import Manifest, Mixture
-from pretrain.lock import LOCK
+from pretrain.lock import LOCK, owner_of
 from pretrain.metrics import METRICS, last_step
 from pretrain.parallel import Parallel
 from pretrain.parent import describe_parent
@@ -88,15 +89,23 @@ def set_aside(folder: Path, names: list[str] | None = None) -> Path:
     number = 1
     while (aside := folder / ASIDE / str(number)).exists():
         number += 1
+    partial = aside.with_name(f"{number}.partial")  # an earlier attempt may have been cut short: it is completed
     own = [path for path in folder.iterdir() if path.name != ASIDE and path.name.split(".")[0] != LOCK]
     chosen = [path for path in own if names is None or path.name in names]
-    if names is None and own and not (folder / "config.yaml").exists():
+    if names is None and own and not (folder / "config.yaml").exists() and not partial.exists():
         raise UserError(f"{folder}: is not empty and holds no run (no config.yaml); give another run_dir")
     if chosen:
-        aside.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
     for path in chosen:
-        path.rename(aside / path.name)
+        path.rename(partial / path.name)
+    if partial.exists():
+        partial.rename(aside)
     return aside
+
+
+def set_aside_by_half(folder: Path) -> bool:
+    """Whether an earlier beginning anew was cut short: what is left is of the old run."""
+    return any((folder / ASIDE).glob("*.partial"))
 
 
 def describe_run(
@@ -144,9 +153,25 @@ def describe_run(
         "device": _device_name(parallel),
         **{key: before[key] for key in HISTORY if key in before},
     }
-    if settings.start_from is not None and "parent" not in facts:
+    if settings.start_from is not None and (parent := _known_parent(settings.run_dir, before)) is not None:
+        facts["parent"] = parent
+    elif settings.start_from is not None:
         facts["parent"] = describe_parent(settings, config, manifest)
     _write(path, json.dumps(facts, indent=1) + "\n")
+
+
+def _known_parent(folder: Path, before: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of the run's parent: by its run.json, of a branch by its trunk's; None where it must be looked up.
+
+    That is also so where the checkpoint that was to be taken is gone before it was.
+    """
+    above = owner_of(folder) / "run.json"
+    if "parent" not in before and above.is_file() and owner_of(folder) != folder:
+        before = json.loads(above.read_text(encoding="utf-8"))
+    parent = before.get("parent")
+    if parent is None or not (committed(folder / "checkpoints") or Path(parent["folder"]).is_dir()):
+        return None
+    return parent
 
 
 def versions() -> dict[str, str]:

@@ -29,6 +29,7 @@ from rich.live import Live
 from rich.table import Table
 
 from data_prep.settings import UserError, read_yaml, run_command
+from pretrain.lock import LOCK, RunLock, owner_of
 
 # What must agree before two losses are compared: the user's word for it -> the keys of run.json.
 CONDITIONS = {
@@ -251,7 +252,8 @@ def read_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
     for folder in given:
         below = sorted(path.parent for path in folder.glob("*/run.json"))
         for path in [folder] if (folder / "run.json").exists() or not below else below:
-            branches = sorted(branch.parent for branch in path.glob("branches/*/run.json"))
+            found = (branch.parent for branch in path.glob("branches/*/run.json"))
+            branches = sorted(branch for branch in found if branch.suffix != ".partial")
             # a run whose budget grew stands beside its old endings; a trunk is its branches
             own = [path] if not branches or "extensions" in read_run(path).facts else []
             for run_folder in [*own, *branches]:
@@ -401,8 +403,7 @@ def _state(folder: Path, last: dict[str, Any], age: float) -> str:
 
 def _lock(folder: Path) -> Path:
     """The lock of the process that trains there; a branch's is its trunk's."""
-    owner = folder.parent.parent if folder.parent.name == "branches" else folder
-    return owner / "lock"
+    return owner_of(folder) / LOCK
 
 
 def status_table(folders: Sequence[Path]) -> Table:
@@ -482,7 +483,7 @@ def prunable_runs(folders: Sequence[Path]) -> list[Removal]:
 
 
 def prune(removals: Sequence[Removal], yes: bool, console: Console) -> None:
-    """Remove, or say what would be removed."""
+    """Remove, or say what would be removed. Raises UserError, and removes no more, where a process is at work."""
     from pretrain.checkpoint import remove
 
     freed = 0
@@ -490,10 +491,14 @@ def prune(removals: Sequence[Removal], yes: bool, console: Console) -> None:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         freed += size
         console.print(f"{path}  {size / 1e6:,.1f} MB  ({why})", highlight=False, soft_wrap=True)
-        if yes and path.parent.name == "checkpoints":
-            remove(path)
-        elif yes:
-            shutil.rmtree(path)
+        if not yes:
+            continue
+        run = path.parent.parent if path.parent.name == "checkpoints" else path
+        with RunLock(owner_of(run)):  # whatever the clocks say of its last sign of life
+            if run != path:
+                remove(path)
+            else:
+                shutil.rmtree(path)
     done = "removed" if yes else "would be removed; add --yes to remove them"
     console.print(f"{len(removals)} folders, {freed / 1e6:,.1f} MB {done}", highlight=False, soft_wrap=True)
 

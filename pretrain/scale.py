@@ -61,7 +61,7 @@ class Cluster(Settings):
     sequences: int = Field(1024, gt=0, description="sequences of the global batch (the paper's)")
     sequence_length: int = Field(2048, gt=0, description="tokens of a sequence (the paper's)")
     largest_micro_batch: int = Field(16, gt=0, description="sequences of one forward pass at most")
-    document_masking: bool = Field(True, description="attention keeps to documents, by a dense mask")
+    document_masking: bool = Field(True, description="attention keeps to documents")
     worlds: list[int] = Field([8, 64, 256, 1024], description="numbers of GPUs")
     models: list[str] = Field(
         [f"{size}_{kind}" for size in ("360m", "1.7b", "7b") for kind in ("vanilla", "mor_expert_nr3")],
@@ -134,6 +134,7 @@ def fitting(cluster: Cluster, strategy: ParallelSettings, world: int, config: Mo
                 micro_batches=own // size,
                 recompute=recompute,  # type: ignore[arg-type]
                 document_masking=cluster.document_masking,
+                on_gpu=True,
             ).total
             found = (size, recompute, memory)  # type: ignore[assignment]
             if memory <= cluster.memory_gib * GIB:
@@ -142,7 +143,13 @@ def fitting(cluster: Cluster, strategy: ParallelSettings, world: int, config: Mo
 
 
 def estimate(cluster: Cluster, strategy: ParallelSettings, world: int, config: MoRConfig) -> Estimate:
-    """Memory, communication and time of one step. Raises ValueError where the batch does not divide among the GPUs."""
+    """Memory, communication and time of one step.
+
+    Raises ValueError where the batch does not divide among the GPUs, and for offloading, whose transfers to host memory
+    the roofline does not know (model/memory.py knows its bytes).
+    """
+    if strategy.offload_optimizer or strategy.offload_parameters:
+        raise ValueError("offload_optimizer, offload_parameters: transfers to host memory are not in this estimate")
     if cluster.sequences % world:
         raise ValueError(f"sequences: {cluster.sequences} do not divide among {world} GPUs")
     size, recompute, memory = fitting(cluster, strategy, world, config)

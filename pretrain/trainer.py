@@ -39,12 +39,13 @@ from model.depth import method_of
 from model.flops import StepFlops, gates_of, training_flops
 from model.initialization import from_vanilla
 from model.modeling import MoRForCausalLM
+from model.routing import depth_counts
 from pretrain import extend, parent, run_folder
-from pretrain.checkpoint import Checkpoints, Outcome, export, folder_of
+from pretrain.checkpoint import Checkpoints, Outcome, committed, export, folder_of
 from pretrain.config import ExperimentSettings, StartSettings, micro_size_of, resolve_model
 from pretrain.data import BlockLoader, Manifest, MicroBatch
 from pretrain.evaluate import TaskSettings, run_tasks, task_line, wrap_tokenizer
-from pretrain.lock import RunLock
+from pretrain.lock import RunLock, owner_of
 from pretrain.metrics import METRICS, LossSpikes, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
 from pretrain.parallel import Parallel, RunFailed
 from pretrain.plan import Plan, RunState, make_plans
@@ -115,6 +116,7 @@ class Trainer:
             parallel.world_size,
             seed=settings.seed,
             document_masking=settings.data.document_masking,
+            device=parallel.device,
         )
         length, convention = manifest.sequence_length, settings.budget.convention
         self.step_flops = StepFlops(self.config, length, convention)
@@ -133,7 +135,7 @@ class Trainer:
         self.model = make_model(settings, self.config, parallel)
         blocks = parallel.settings.activation_checkpointing and settings.recompute == "none"
         self.model.set_recompute("block" if blocks else settings.recompute)
-        if settings.compile:
+        if parallel.compiles(settings.compile):
             self.model.compile_layers()
         parallel.prepare(self.model, lambda module: make_optimizer(module, settings))
         self.state, self.spikes = RunState(), LossSpikes()
@@ -162,8 +164,8 @@ class Trainer:
         """
         with ExitStack() as stack:
             folder = self.settings.run_dir
-            self.lock = self.parallel.on_main("taking the lock", lambda: stack.enter_context(RunLock(folder)))
-            if restart:
+            self.lock = self.parallel.on_main("taking the lock", lambda: stack.enter_context(RunLock(owner_of(folder))))
+            if self.parallel.gather(restart or run_folder.set_aside_by_half(folder))[0]:
                 self.parallel.on_main("setting the old run aside", lambda: run_folder.set_aside(folder))
                 self.plans = self.make_plans()
             if grown := self.parallel.on_main("looking at the budget", lambda: extend.grow(self.settings)):
@@ -270,6 +272,7 @@ class Trainer:
                 input_ids=micro.input_ids,
                 targets=micro.targets,
                 document_ids=micro.document_ids,
+                num_documents=micro.num_documents,
                 step=self.state.step,
                 num_items_in_batch=self.tokens_per_step,
                 global_load=global_load,
@@ -279,13 +282,17 @@ class Trainer:
         sums.add("stop", float(self.stop.requested))
         sums.add("save", float(self.minutes_have_passed()))
         sums.add("fault", float(self.faulty()))
-        totals = sums.reduce(parallel)  # whatever is decided from here on, every rank decides from the same figures
-        if totals.pop("fault"):
-            self.fail()
+        reduced = sums.over_ranks(parallel)
 
         rate = rule.learning_rate * self.plan.schedule.factor(self.state.step, self.plan.progress(self.state))
         self.wait_for_copy()
-        norm, finite = parallel.optimizer_step(rate, rule.clip_norm)
+        norm_and_finite = parallel.optimizer_step(rate, rule.clip_norm)
+        # The one place where the host waits for the device. Whatever is decided from here on, every rank decides from
+        # the same figures; what a fault has done to the weights ends with the run.
+        totals = sums.read(reduced, **dict(zip(("norm", "finite"), norm_and_finite, strict=True)))
+        norm, finite = totals.pop("norm"), totals.pop("finite") > 0
+        if totals.pop("fault"):
+            self.fail()
         if finite and self.method.follows_load(self.config):
             self.model.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
         parallel.clock.stop()
@@ -307,6 +314,7 @@ class Trainer:
                 output = self.parallel.forward(
                     input_ids=micro.input_ids,
                     document_ids=micro.document_ids,
+                    num_documents=micro.num_documents,
                     step=self.state.step,
                     routing_only=True,
                 )
@@ -328,7 +336,8 @@ class Trainer:
         sums.add("counts", routing.counts.sum(0))
         sums.add("pairs", routing.pairs.sum(0))
         sums.add("offered", routing.offered.sum(0))
-        depths = torch.bincount(routing.depth.flatten(), minlength=gates_of(self.config) + 1)
+        sums.add("heads", float(routing.heads))
+        depths = depth_counts(routing.depth, gates_of(self.config))
         sums.add("depth_shares", depths * (share / routing.depth.numel()))
         sums.add("load", routing.load * share)
         for name, value in routing.statistics.items():
@@ -357,7 +366,8 @@ class Trainer:
 
     def advance(self, totals: dict[str, Any], seconds: float, finite: bool) -> dict[str, float]:
         """Count the step; returns its rates. Takes from `totals` what is not a figure of the step's own."""
-        routed = [[round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs", "offered")]
+        routed: list[Any] = [[round(n) for n in totals.pop(name, [])] for name in ("counts", "pairs", "offered")]
+        routed.append(round(totals.pop("heads", 0)))
         self.stopping, self.save_due = totals.pop("stop") > 0, totals.pop("save") > 0
         size = self.settings.batch.size
         self.state.step += 1
@@ -635,6 +645,8 @@ class Trainer:
     def start_branch(self, branch: Plan) -> None:
         """Begin a branch's run directory as if it had been trained up to here: the metrics and this checkpoint."""
         trunk = self.plan.folder
+        if self.parallel.gather(bool(committed(branch.folder / "checkpoints")))[0]:
+            return  # begun before the trunk went back to an earlier checkpoint, and maybe finished: it stands
 
         def begin() -> None:
             run_folder.claim(branch.settings)

@@ -13,6 +13,7 @@ import torch
 from model.config import MoRConfig
 from model.depth import method_of
 from model.flops import gates_of
+from model.routing import depth_counts
 from pretrain.data import Manifest, Mixture, fixed_batches
 from pretrain.metrics import Sums
 from pretrain.parallel import Parallel
@@ -34,7 +35,9 @@ class Validation:
 
         `validation_loss`: causal routing, nothing looks ahead; None where `selection: none` leaves the model without a
         causal decision. `validation_loss_topk`: expert-choice picks the top-k of the whole sequence, as the paper
-        evaluates; equal to the former for every other model. `validation_tokens`; for routed models
+        evaluates; equal to the former for every other model. `validation_loss_full`: of models with exits,
+        teacher-forced at full depth, where `validation_loss` is what decoding under the exit rule would see.
+        `validation_tokens`; for routed models
         `validation_depth_shares` [Nr+1] and the routing statistics, of the causal pass where there is one.
         max_recursions: no token executes more (test-time depth, Fig. 5c); None: as many as the model has.
         """
@@ -47,6 +50,7 @@ class Validation:
         return line | {
             "validation_loss": line["validation_loss"] if "causal" in lines else None,
             "validation_loss_topk": topk["validation_loss"],
+            **{f"validation_loss_{mode}": lines[mode]["validation_loss"] for mode in lines if mode == "full"},
         }
 
     def _modes(self) -> list[str]:
@@ -92,6 +96,7 @@ class Validation:
                 input_ids=batch.input_ids,
                 targets=batch.targets,
                 document_ids=batch.document_ids,
+                num_documents=batch.num_documents,
                 routing_mode=routing_mode,
                 max_recursions=max_recursions,
                 num_items_in_batch=places,  # rows that only fill up the last batch then have loss 0, not 0 / 0
@@ -103,7 +108,7 @@ class Validation:
             fault = fault or batch.fault
             if output.routing is not None:
                 depth = output.routing.depth[: batch.samples].flatten()
-                sums.add("depth", torch.bincount(depth, minlength=gates_of(self.config) + 1))
+                sums.add("depth", depth_counts(depth, gates_of(self.config)))
                 for name, value in output.routing.statistics.items():
                     sums.add(name, value.double() * batch.samples)
         sums.add("faults", float(fault is not None))

@@ -31,7 +31,8 @@ from model.inference.text import pieces
 from model.modeling import MoRForCausalLM
 from model.routing import RoutingRecord
 from pretrain import document
-from pretrain.data import Manifest, fixed_batches, number_documents
+from pretrain.config import read_data
+from pretrain.data import Mixture, fixed_batches, number_documents
 from pretrain.document import Block, Heading, Markup, Picture, Table, Text
 from pretrain.evaluate import Checkpoint, has_causal_decision, open_checkpoint
 
@@ -279,16 +280,18 @@ def text_of(given: str) -> str:
     return text
 
 
-def sequences(checkpoint: Checkpoint, folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first validation sequences of a prepared folder: ids and documents [B, T]."""
-    manifest = Manifest.read(folder)
+def sequences(checkpoint: Checkpoint, data: Sequence[str], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first validation sequences of a prepared folder, or of each source of a mixture: ids and documents [B, T]."""
+    manifest = read_data(data)
     config = checkpoint.model.config
     manifest.check_model(config.vocab_size, min(manifest.sequence_length, config.max_position_embeddings))
-    rows = torch.cat([batch.input_ids for batch in fixed_batches(manifest, "validation", 1, samples=count)])
+    sources = manifest.sources.values() if isinstance(manifest, Mixture) else [manifest]
+    read = (batch for source in sources for batch in fixed_batches(source, "validation", 1, samples=count))
+    rows = torch.cat([batch.input_ids for batch in read])
     return rows, number_documents(rows, manifest.eos_token_id)
 
 
-def view(checkpoint: Checkpoint, text: str, output: Path, data: Path | None, count: int) -> dict[str, Any]:
+def view(checkpoint: Checkpoint, text: str, output: Path, data: Sequence[str] | None, count: int) -> dict[str, Any]:
     """Write the views to `output`; returns what `results.json` holds."""
     model, config = checkpoint.model, checkpoint.model.config
     if not gates_of(config):
@@ -313,7 +316,7 @@ def view(checkpoint: Checkpoint, text: str, output: Path, data: Path | None, cou
         rows, documents = sequences(checkpoint, data, count)
         batches = [route(model, rows[i : i + 1], documents[i : i + 1], mode) for i in range(len(rows))]
         routed = Routed(*(np.concatenate([getattr(b, key) for b in batches]) for key in Routed.__annotations__))
-        source = f"{len(rows)} validation sequences of {data}"
+        source = f"{len(rows)} validation sequences of {', '.join(data)}"
     classes = []
     for row in routed.ids:
         texts = ["", *pieces(tokenizer, row.tolist())]
@@ -336,7 +339,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--checkpoint", type=Path, required=True, help="run directory, one of its checkpoints, or an exported model")
     add("--text", required=True, help="a text file, or the text itself")
     add("--output", type=Path, required=True, metavar="DIR", help="where the pictures and the page go")
-    add("--data", type=Path, metavar="DIR", help="prepared folder; its validation split fills the histograms")
+    add(
+        "--data",
+        nargs="+",
+        metavar="DIR",
+        help="prepared folder, or several, or an experiment's YAML file; validation splits fill the histograms",
+    )
     add("--sequences", type=int, default=16, metavar="N", help="of the validation split (default %(default)s)")
     given = parser.parse_args(arguments)
     if given.sequences < 1:

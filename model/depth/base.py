@@ -7,12 +7,14 @@ The rules on tokens: `begin`, then for each gate `prepare`, `score`, `admit` (or
 Shapes: states x are [..., D] and scores [...] of the same leading shape: rows [B, T], slots [B, C], or packed [N].
 What tokens carry from gate to gate is a name for each tensor [..., *] of that leading shape. G gates count from 0.
 `run` is a `model.decoder.Run`, or the engine's likeness of one: rules ask it for `mode`, `step`, `input_ids`,
-`positions`, `real`, `load`, `last` (the last gate), `cached`, `all_in` (every token takes all of the depth), `readout`;
-they give it `loss`, `exit`, `scored`, `figure`.
+`positions`, `prompt` (of each text: how many positions were given; None: unknown), `real`, `load`, `last` (the last
+gate), `cached`, `all_in` (every token takes all of the depth), `norm`, `readout` (norm and head); they give it `loss`,
+`exit`, `scored`, `figure`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -153,9 +155,29 @@ class DepthMethod(nn.Module):
         return cls.shares(config)[gate] * length
 
     @classmethod
-    def kept(cls, config: MoRConfig) -> int:
+    def merged(cls, config: MoRConfig) -> int:
         """States of those let in that `merge` keeps for the backward pass."""
         return 1
+
+    @classmethod
+    def levels(cls, config: MoRConfig) -> int:
+        """Depths that tokens can be limited to, from 1 to this many (`layout.within`)."""
+        return config.num_recursions
+
+    @classmethod
+    def scored(cls, config: MoRConfig, tokens: Any) -> list[Any] | None:
+        """Tokens that each gate scores in training, of a batch of so many; None: those that it is offered."""
+        return None
+
+    @classmethod
+    def heads(cls, config: MoRConfig, tokens: Any) -> Any:
+        """Tokens that training is expected to read out before the end, for losses there, of a batch of so many."""
+        return 0
+
+    @classmethod
+    def checks(cls, config: MoRConfig, offered: Sequence[Any]) -> Any:
+        """Tokens read out by gates that ask the head, from the tokens offered to each, outside training."""
+        return 0
 
     @classmethod
     def modes(cls, config: MoRConfig) -> tuple[str, ...]:
@@ -193,6 +215,10 @@ class DepthMethod(nn.Module):
         """What tokens carry, from their states before the first gate. x: [..., D]."""
         return {}
 
+    def counts(self, carry: dict[str, Tensor], run: Any) -> Tensor | None:
+        """[G] tokens of the batch that each gate will let in, where `begin` settles it; None: each gate decides."""
+        return None
+
     def prepare(self, gate: int, x: Tensor, run: Any) -> Tensor:
         """The states that a gate scores and its stage computes. x: [..., D]."""
         return x
@@ -226,6 +252,10 @@ class DepthMethod(nn.Module):
 
     def losses(self, gate: int, x: Tensor, logits: Tensor, chosen: Tensor, used: Tensor | None, run: Any) -> None:
         """Auxiliary losses and figures of a top-k. x: [B, C, D]; logits, chosen, used (None: all): [B, C]."""
+
+    def kept(self, depth: int, run: Any) -> Tensor | None:
+        """Rows [B, 1] that pass the layer at this depth, the others skip it; None: all of them."""
+        return None
 
     def coefficients(self) -> dict[str, float]:
         """Weight of each auxiliary loss; "lm" is 1 unless named."""

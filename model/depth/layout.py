@@ -42,13 +42,15 @@ class Stage:
 
     gate: the decision that lets tokens in; None: every token passes. whole: the layers are computed for every token,
     though only those let in take the result (later stages need keys of every token, made from passed states).
-    call: stages of one call share their layers and their weights: the engine runs them together.
+    call: stages of one call share their layers and their weights: the engine runs them together. level: depth, from 0,
+    that a token of limited depth has to be allowed for this stage; None: its uses have recursions that say so.
     """
 
     uses: tuple[Use, ...]
     gate: int | None = None
     whole: bool = False
     call: int = 0
+    level: int | None = None
 
     @property
     def selects(self) -> bool:
@@ -62,8 +64,8 @@ class Stage:
 
     @property
     def shared(self) -> bool:
-        """Whether it is a recursion of a shared block."""
-        return self.uses[0].recursion is not None
+        """Whether a recursion of a shared block is part of it."""
+        return any(use.recursion is not None for use in self.uses)
 
 
 def looped(config: MoRConfig, gated: bool, first_takes_all: bool) -> tuple[Stage, ...]:
@@ -116,9 +118,11 @@ def stack(config: MoRConfig, gate_of: Callable[[int], int | None], keys: Keys) -
 
 
 def within(stages: tuple[Stage, ...], recursions: int | None) -> tuple[Stage, ...]:
-    """The stages without the uses of deeper recursions than so many; None: all of them."""
+    """The stages without deeper levels, or uses of deeper recursions, than so many; None: all of them."""
     if recursions is None:
         return stages
+    if any(stage.level is not None for stage in stages):
+        return tuple(stage for stage in stages if (stage.level or 0) < recursions)
     kept = ((stage, tuple(use for use in stage.uses if (use.recursion or 0) < recursions)) for stage in stages)
     return tuple(replace(stage, uses=uses) for stage, uses in kept if uses)
 

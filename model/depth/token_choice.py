@@ -112,6 +112,10 @@ class TokenChoice(DepthMethod):
             return scores.new_full(scores.shape[:-1], self.gates - 1, dtype=torch.long)
         return (scores if self.router_bias is None else scores + self.router_bias).argmax(-1)
 
+    def counts(self, carry: dict[str, Tensor], run: Any) -> Tensor:
+        passes = carry["choice"][..., None] >= torch.arange(self.gates, device=carry["choice"].device)
+        return (passes if run.real is None else passes & run.real[..., None]).sum((0, 1))
+
     def admit(self, gate: int, logits: Tensor | None, x: Tensor, carry: Carry, run: Any) -> Tensor | None:
         return None if gate == 0 else carry["choice"] >= gate
 

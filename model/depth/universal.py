@@ -101,7 +101,7 @@ class Universal(DepthMethod):
         return [Fraction(depth - r if config.act_combine == "frozen" else depth, depth) for r in range(depth)]
 
     @classmethod
-    def kept(cls, config: MoRConfig) -> int:
+    def merged(cls, config: MoRConfig) -> int:
         return 2 if config.act_combine == "basic" else 1  # the output so far is multiplied as well
 
     @classmethod
@@ -120,7 +120,7 @@ class Universal(DepthMethod):
         return counts | {"output": torch.zeros_like(x)}
 
     def prepare(self, gate: int, x: Tensor, run: Any) -> Tensor:
-        return x + self.step_embedding(torch.tensor(gate, device=x.device)).to(x.dtype)
+        return x + self.step_embedding(torch.full((), gate, device=x.device)).to(x.dtype)
 
     def score(self, gate: int, x: Tensor, carry: Carry, run: Any) -> Tensor:
         return self.halt(x)

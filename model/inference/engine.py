@@ -73,7 +73,8 @@ class Engine:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
         config = model.config
         self.model, self.inner, self.config = model.eval(), model.model, config
-        self.inner._mode("causal")  # refuses a model that cannot decide without looking ahead
+        # As configured; refuses a model that cannot decide without looking ahead.
+        self.mode = self.inner._mode("full" if config.routing_mode == "full" else "causal")
         self.policy = (depth or DepthPolicy()).checked(config)
         # A plain attribute: those of a transformers configuration are slow to read.
         self.context = config.max_position_embeddings
@@ -221,18 +222,19 @@ class Engine:
         entering = [flight for flight in entering if flight.request.running]
         if not entering:
             return
-        ids, positions = [], []
+        ids, positions, prompts = [], [], []
         for flight in entering:
             end = flight.start + flight.count
             ids.append(np.array(flight.request.text[flight.start : end]))
             positions.append(np.arange(flight.start, end))
+            prompts.append(np.full(flight.count, len(flight.request.prompt)))
             flight.request.runs[0].length = end
             self.statistics.prompt_tokens += flight.count if flight.start < len(flight.request.prompt) else 0
-        self._join(entering, self._indices(ids), self._indices(positions))
+        self._join(entering, *map(self._indices, (ids, positions, prompts)))
 
-    def _join(self, entering: list[Flight], ids: Tensor, positions: Tensor) -> None:
+    def _join(self, entering: list[Flight], ids: Tensor, positions: Tensor, prompts: Tensor) -> None:
         """Embeddings of new flights, which then stand before the first stage."""
-        fresh = InFlight.new(ids, positions, self.inner.embed_tokens(ids))
+        fresh = InFlight.new(ids, positions, prompts, self.inner.embed_tokens(ids))
         offset = len(self.tokens.ids) if self.air is not None else 0
         for flight in entering:
             flight.offset, offset = offset, offset + flight.count

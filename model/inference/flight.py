@@ -46,13 +46,14 @@ class Flight:
 class InFlight:
     """All tokens in flight, [M] each.
 
-    ids, positions, state [M, D], logits (of the gate that judged last); carry: what the method has them carry, by name;
-    on the host: offered (the next gate sees it), enters (it takes the result of the next stage), computes (it takes
-    part in that stage, be it for its keys alone), depth (gates passed).
+    ids, positions, prompts (length of the request's), state [M, D], logits (of the gate that judged last); carry: what
+    the method has them carry, by name; on the host: offered (the next gate sees it), enters (it takes the result of the
+    next stage), computes (it takes part in that stage, be it for its keys alone), depth (gates passed).
     """
 
     ids: Tensor
     positions: Tensor
+    prompts: Tensor
     state: Tensor
     logits: Tensor
     offered: np.ndarray
@@ -62,11 +63,11 @@ class InFlight:
     carry: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def new(cls, ids: Tensor, positions: Tensor, state: Tensor) -> InFlight:
+    def new(cls, ids: Tensor, positions: Tensor, prompts: Tensor, state: Tensor) -> InFlight:
         count = len(ids)
         offered, enters, computes = (np.zeros(count, dtype=bool) for _ in range(3))
         logits = torch.zeros(count, device=state.device)
-        return cls(ids, positions, state, logits, offered, enters, computes, np.zeros(count, dtype=np.int64))
+        return cls(ids, positions, prompts, state, logits, offered, enters, computes, np.zeros(count, dtype=np.int64))
 
     def select(self, index: np.ndarray) -> InFlight:
         """The tokens `index`, in this order."""
@@ -114,11 +115,12 @@ class Carried:
 class Rules:
     """What a method's rules may ask of the engine, as they do of `model.decoder.Run` (`model.depth.base`)."""
 
-    mode, step, load, real, routing_only, cached = "causal", None, None, None, False, True
+    step, load, real, routing_only, keep_exits, cached = None, None, None, False, False, True
 
     def __init__(self, engine: Engine, index: Tensor):
         self.engine, self.index, self.last = engine, index, engine.last_gate
         self.all_in = engine.policy.mode == "uniform"
+        self.mode = engine.mode
 
     @cached_property
     def input_ids(self) -> Tensor:
@@ -128,13 +130,21 @@ class Rules:
     def positions(self) -> Tensor:
         return self.engine.tokens.positions[self.index]
 
+    @cached_property
+    def prompt(self) -> Tensor:
+        return self.engine.tokens.prompts[self.index]
+
     def executed(self, depth: Tensor) -> None:
         """[N] steps that tokens made use of, where these are not the gates that they passed."""
         self.engine.tokens.depth[self.index.cpu().numpy()] = depth.cpu().numpy()
 
     def readout(self, x: Tensor) -> Tensor:
         """Norm and head: [N, D] -> [N, V]."""
-        return self.engine.head(self.engine.norm(x))
+        return self.engine.head(self.norm(x))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final norm."""
+        return self.engine.norm(x)
 
     def nothing(self, *args: Any, **kwargs: Any) -> None:
         """Losses and figures are of training."""

@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams
 from model.inference.scheduler import DepthPolicy, Request
+from model.inference.speculate import Speculated, Speculator
 from model.inference.text import TextStream, end_of_text, load_checkpoint, pieces
 
 # From one recursion to many: cold to warm.
@@ -66,8 +67,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="1 keeps every token (default)")
     add("--seed", type=int, help="of each prompt's random numbers; left out: drawn")
     add("--stop", action="append", default=[], help="text that ends an answer; may be repeated")
+    add(
+        "--speculate",
+        type=_drafts,
+        metavar="EXIT[:TOKENS]",
+        help="draft so many tokens (default 4) behind this exit, or this recursion of a model without routing, and "
+        "check them at full depth: greedy decoding, token for token, one prompt after another; tells acceptance and "
+        "FLOPs",
+    )
     add_engine_arguments(parser)
     return parser
+
+
+def _drafts(text: str) -> tuple[int, int]:
+    exit, _, draft = text.partition(":")
+    if not (exit.isdecimal() and (draft or "4").isdecimal()):
+        raise argparse.ArgumentTypeError(f"expected EXIT or EXIT:TOKENS, as in 1:4, got {text!r}")
+    return int(exit), int(draft or 4)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -260,6 +276,46 @@ def answer_all(
         aside.print(f"{len(live)} prompts, {made} tokens in {seconds:.1f} s: {speed}", markup=False)
 
 
+def speculate_all(
+    options: argparse.Namespace, rows: list[dict[str, Any]], results: Results | None, console: Console
+) -> None:
+    """Answer prompts by self-speculation, and tell what it took."""
+    refused = [
+        (not rows, "--prompt", "none given; --speculate answers prompts, and holds no conversation"),
+        (
+            options.temperature != 0 or any(row.get("temperature") for row in rows),
+            "--temperature",
+            "above 0 draws tokens; --speculate is greedy, give 0",
+        ),
+        (options.depth != "adaptive", "--depth", f"{options.depth} is no full depth, which --speculate checks at"),
+        (bool(options.stop), "--stop", "ends a text in the middle of a draft; leave it out"),
+    ]
+    for wrong, name, fault in refused:
+        if wrong:
+            raise ValueError(f"{name}: {fault}")
+    model, tokenizer = load_checkpoint(options.checkpoint, options.dtype, options.device, options.tokenizer)
+    speculator = Speculator(model, *options.speculate)
+    ends = [token for (token,) in end_of_text(model)]
+    total = Speculated()
+    for row in rows:
+        if results is not None and row["line"] in results.done:
+            continue
+        found = speculator(tokenizer.encode(row["prompt"]).ids, row.get("max_tokens") or options.max_tokens, ends)
+        text = tokenizer.decode(found.tokens)
+        console.print(Text(row["prompt"] + text))
+        if results is not None:
+            results.write(row | {"text": text, "tokens": found.tokens, "finished": found.finished})
+        for name in ("rounds", "drafted", "accepted", "flops", "plain"):
+            setattr(total, name, getattr(total, name) + getattr(found, name))
+    aside = console if console.is_terminal else Console(stderr=True, highlight=False, soft_wrap=True)
+    ratio = f", {total.flops / total.plain:.2f} of decoding at full depth" if total.plain else ""
+    aside.print(
+        f"drafted {total.drafted} tokens in {total.rounds} rounds, {total.acceptance:.1%} accepted; {total.flops:.4g} "
+        f"FLOPs (exact){ratio}",
+        markup=False,
+    )
+
+
 def result_of(row: dict[str, Any], request: Request, stream: TextStream, routed: bool) -> dict[str, Any]:
     """A line of the output: the prompt's record and what became of it."""
     start = len(request.prompt)
@@ -322,6 +378,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.output and not rows:
             raise ValueError("--output: needs --prompt or --prompts")
         results = Results(options.output, rows, options.resume) if options.output else None
+        if options.speculate:
+            speculate_all(options, rows, results, Console(highlight=False, soft_wrap=True))
+            return
         engine, tokenizer = load_engine(options)
         session, console = Session(engine, tokenizer, options), Console(highlight=False, soft_wrap=True)
         if rows:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from model.config import MoRConfig
-from model.depth import stages_of
+from model.depth import method_of, stages_of
 from model.depth.layout import within
 from model.flops import capacities, gates_of
 from model.inference.pool import PagePool, Run
@@ -22,6 +22,7 @@ class QueueFull(Exception):
 @dataclass(frozen=True)
 class DepthPolicy:
     """How many recursions a token executes: as the router says (`adaptive`), exactly n (`uniform`), at most n (`cap`).
+    With exits, 1 is to leave at the first of them.
 
     Without a router `adaptive` is all of them.
     """
@@ -41,15 +42,14 @@ class DepthPolicy:
         """Self, if a model of this configuration can follow it. Raises ValueError."""
         if self.mode == "adaptive":
             return self
-        if self.recursions is None or not 1 <= self.recursions <= config.num_recursions:
-            raise ValueError(
-                f"depth: {self.mode}:{self.recursions} does not fit 1 to {config.num_recursions} recursions"
-            )
+        levels = method_of(config).levels(config)
+        if self.recursions is None or not 1 <= self.recursions <= levels:
+            raise ValueError(f"depth: {self.mode}:{self.recursions} does not fit 1 to {levels} recursions")
         return self
 
     def limit(self, config: MoRConfig) -> int:
         """Most recursions of a token."""
-        return config.num_recursions if self.recursions is None else self.recursions
+        return method_of(config).levels(config) if self.recursions is None else self.recursions
 
 
 def ragged_gates(config: MoRConfig, policy: DepthPolicy) -> list[int]:

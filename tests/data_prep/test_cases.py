@@ -19,10 +19,12 @@ import pytest
 from tokenizers import Tokenizer
 
 from data_prep import prepare as prepare_module
+from data_prep import stages
 from data_prep.files import sha256_of
 from data_prep.manifest import read_manifest, verify
 from data_prep.prepare import main
 from data_prep.settings import UserError
+from data_prep.sources import read_part
 
 HERE = Path(__file__).parent / "cases"
 ELSEWHERE = Path(os.environ.get("DATA_CASES", Path(__file__).resolve().parents[2].parent / "shared" / "data_cases"))
@@ -169,7 +171,7 @@ def datasets_changed(case: Case, monkeypatch) -> None:
     if not tokenizer.exists():
         shutil.copy(HERE / "60_tok_folder" / "tok" / "tokenizer.json", tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module._Preparation, "_tokenizer", lambda self: 1 / 0)
+        patch.setattr(stages.TokenizerStage, "run", lambda self, part: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             case.run()
     original = (case.path / "a.jsonl").read_bytes()
@@ -193,7 +195,7 @@ def big_row_group(case: Case) -> None:
     settings = prepare_module.load(prepare_module.DataSettings, case.path / "config.yaml")
     before = pyarrow.total_allocated_bytes()
     most = 0
-    for _ in prepare_module.open_corpus(settings).records:
+    for _ in (record for part in prepare_module.open_corpus(settings).parts for record in read_part(settings, part)):
         most = max(most, pyarrow.total_allocated_bytes() - before)
     assert most < min(size / 2, 48 << 20)
 
@@ -201,9 +203,9 @@ def big_row_group(case: Case) -> None:
 def advice_helps(case: Case) -> None:
     said = case.refused("sequence_length=3000")
     assert "shorten sequence_length" in said
-    read = (case.out / "work" / "documents.done.json").stat().st_mtime_ns
+    read = (case.out / "work" / "read" / "000000.json").stat().st_mtime_ns
     assert case.refused("sequence_length=2900")
-    assert (case.out / "work" / "documents.done.json").stat().st_mtime_ns == read  # nothing is read again for it
+    assert (case.out / "work" / "read" / "000000.json").stat().st_mtime_ns == read  # nothing is read again for it
     assert case.run()["sequence_length"] == 16
     said = case.refused("tokenizer.vocab_size=60000", "folder=other")
     (size,) = re.findall(r"set (tokenizer\.vocab_size=\d+)", said)
@@ -213,10 +215,10 @@ def advice_helps(case: Case) -> None:
 
 def tokenizer_first(case: Case) -> None:
     assert "tokenizer.load" in case.refused()
-    assert not (case.out / "work" / "documents.bin").exists()
+    assert not (case.out / "work" / "read" / "000000.bin").exists()
     shutil.copy(HERE / "60_tok_folder" / "tok" / "tokenizer.json", case.path / "tokenizer.json")
     assert "'<eos>' is not in the vocabulary" in case.refused("tokenizer.eos_token=<eos>")
-    assert not (case.out / "work" / "documents.bin").exists()
+    assert not (case.out / "work" / "read" / "000000.bin").exists()
     case.run()
 
 

@@ -1,6 +1,8 @@
 """Documents: decoding, normalising, cutting, exact duplicates, the split. Laws by hypothesis, messages by example."""
 
 import unicodedata
+from collections import Counter
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,16 +11,18 @@ from hypothesis import strategies as st
 
 from data_prep.documents import (
     INDEX_ROW,
-    SPAN,
     DocumentCounts,
     Record,
     bounded,
     cut_position,
     decode,
-    first_occurrences,
+    kept_rows,
     normalise,
+    open_rows,
+    select,
     spill,
 )
+from data_prep.prepare import prepare
 from data_prep.settings import UserError
 from tests.helpers.corpus import tiny_settings
 
@@ -29,12 +33,31 @@ def records(*texts: bytes) -> list[Record]:
     return [Record(f"row {number}", text) for number, text in enumerate(texts)]
 
 
-def spilled(folder, split):
-    data = (folder / "documents.bin").read_bytes()
-    return [
-        data[offset : offset + length].decode()
-        for offset, length in np.fromfile(folder / f"{split}.spans", SPAN).tolist()
-    ]
+def spilled(texts_or_records, rules, folder, parts=1, ranges=1):
+    """Spill and select by parts: what was counted, and the texts of each split."""
+    given, counts = list(texts_or_records), Counter()
+    targets = [folder / f"{number}.bin" for number in range(parts)]
+    for number, target in enumerate(targets):
+        counts.update(asdict(spill(given[slice(*cut(given, number, parts))], rules, target)))
+    dropped = [folder / f"{number}.dropped" for number in range(ranges)]
+    for number, path in enumerate(dropped):
+        rows, found, _ = select(targets, number, ranges)
+        path.write_bytes(rows.tobytes())
+        counts.update(found, dropped_duplicate=len(rows))
+    texts = {"train": [], "validation": []}
+    for number, target in enumerate(targets):
+        index = open_rows(target.with_suffix(".index"), INDEX_ROW)
+        keep = kept_rows(number, len(index), dropped)
+        ends = np.cumsum(index["length"])
+        data = target.read_bytes()
+        for row, end, kept in zip(index, ends, keep, strict=True):
+            if kept:
+                texts["validation" if row["validation"] else "train"].append(data[end - row["length"] : end].decode())
+    return counts, texts
+
+
+def cut(given, number, parts):
+    return number * len(given) // parts, (number + 1) * len(given) // parts
 
 
 def test_bytes_that_are_not_utf8_are_skipped_and_counted():
@@ -72,41 +95,43 @@ def test_a_long_document_is_refused_by_name():
 
 
 @LAW
-@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 80))
-def test_first_occurrences_are_those_of_a_set_for_any_number_of_passes(values, rows_per_pass):
-    index = np.zeros(len(values), INDEX_ROW)
-    index["digest"] = np.array(values, np.uint64)[:, None] * np.array([3, 7], np.uint64)
-    seen: set[int] = set()
-    expected = [value not in seen and not seen.add(value) for value in values]
-    assert first_occurrences(index, rows_per_pass).tolist() == expected
+@given(st.lists(st.integers(0, 9), max_size=60), st.integers(1, 5), st.integers(1, 4))
+def test_the_first_of_equal_texts_stays_whatever_the_parts_and_ranges(tmp_path_factory, values, parts, ranges):
+    given = records(*(f"document {value}".encode() for value in values))
+    counts, texts = spilled(given, tiny_settings("unused"), tmp_path_factory.mktemp("parts"), parts, ranges)
+    together = texts["train"] + texts["validation"]
+    assert sorted(together) == sorted({f"document {value}" for value in values})
+    first = [value for n, value in enumerate(values) if value not in values[:n]]
+    for split in texts:
+        assert texts[split] == [text for value in first if (text := f"document {value}") in texts[split]]
+    assert counts["dropped_duplicate"] == len(values) - len(together)
+    assert (counts["train"], counts["validation"]) == (len(texts["train"]), len(texts["validation"]))
+    assert counts["train_bytes"] == sum(map(len, texts["train"]))
 
 
 def test_empty_and_duplicate_documents_are_dropped_and_counted(tmp_path):
     texts = [f"document {number}".encode() for number in range(40)]
-    counts = spill(records(*texts, b" \n", texts[3], texts[3] + b"\r\n"), tiny_settings("unused"), tmp_path)
-    assert (counts.dropped_empty, counts.dropped_duplicate) == (1, 2)
-    train, validation = spilled(tmp_path, "train"), spilled(tmp_path, "validation")
-    assert sorted(train + validation) == sorted(text.decode() for text in texts)
-    assert (len(train), len(validation)) == (counts.train, counts.validation)
+    given = records(*texts, b" \n", texts[3], texts[3] + b"\r\n")
+    counts, found = spilled(given, tiny_settings("unused"), tmp_path)
+    assert (counts["dropped_empty"], counts["dropped_duplicate"]) == (1, 2)
+    assert sorted(found["train"] + found["validation"]) == sorted(text.decode() for text in texts)
 
 
 def test_the_split_depends_on_text_and_seed_alone(tmp_path):
     texts = [f"document {number}".encode() for number in range(200)]
-    found = {}
-    for name, order, seed in (("one", texts, 0), ("two", texts[::-1], 0), ("three", texts, 1)):
-        (tmp_path / name).mkdir()
-        spill(records(*order), tiny_settings("unused", seed=seed), tmp_path / name)
-        found[name] = set(spilled(tmp_path / name, "validation"))
-    assert found["one"] == found["two"] != found["three"]
-    assert 20 < len(found["one"]) < 80  # a quarter of 200
+    found = []
+    for order, seed in ((texts, 0), (texts[::-1], 0), (texts, 1)):
+        found.append(set(spilled(records(*order), tiny_settings("unused", seed=seed), tmp_path)[1]["validation"]))
+    assert found[0] == found[1] != found[2]
+    assert 20 < len(found[0]) < 80  # a quarter of 200
 
 
 def test_parts_of_a_cut_document_stay_in_one_split(tmp_path):
     texts = [" ".join(f"{number}:{word}" for word in range(100)).encode() for number in range(30)]
     rules = tiny_settings("unused", max_document_bytes=64, long_documents="split")
-    counts = spill(records(*texts), rules, tmp_path)
-    assert counts.split_long == 30
-    sides = [{piece.split(":")[0] for piece in spilled(tmp_path, split)} for split in ("train", "validation")]
+    counts, found = spilled(records(*texts), rules, tmp_path)
+    assert counts["split_long"] == 30
+    sides = [{piece.split(":")[0] for piece in found[split]} for split in ("train", "validation")]
     assert sides[0].isdisjoint(sides[1])
     assert sides[0] | sides[1] == {str(number) for number in range(30)}
 
@@ -117,12 +142,15 @@ def test_parts_of_a_cut_document_stay_in_one_split(tmp_path):
         ([], {}, "corpus 'tiny' holds no text"),
         ([b" ", b"\n"], {}, "corpus 'tiny' holds no text"),
         ([b"only one"], {}, r"no document of 1 falls into the (train|validation) split.*source.delimiter"),
-        ([b"\xff" * 5], {"max_undecodable_bytes": 4}, r"row 0: not UTF-8; with it 5 bytes.*max_undecodable_bytes=4"),
+        ([b"\xff" * 5], {"max_undecodable_bytes": 4}, r"line 1: not UTF-8; with it 5 bytes.*max_undecodable_bytes=4"),
     ],
 )
 def test_a_corpus_that_cannot_be_used_is_refused(tmp_path, texts, changes, message):
+    source = {"kind": "jsonl", "paths": [str(tmp_path / "in.jsonl")]}
+    rows = (b'{"text": "' + text.replace(b"\n", b"\\n") + b'"}\n' for text in texts)
+    (tmp_path / "in.jsonl").write_bytes(b"".join(rows))
     with pytest.raises(UserError, match=message):
-        spill(records(*texts), tiny_settings("unused", **changes), tmp_path)
+        prepare(tiny_settings(tmp_path / "out", source=source, **changes))
 
 
 def test_long_runs_of_combining_marks_are_normalised_exactly():

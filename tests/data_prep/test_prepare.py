@@ -6,22 +6,28 @@ What needs processes of its own (workers, signals, memory) is in test_prepare_pr
 import errno
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from tokenizers import Tokenizer
 
+from data_prep import estimate, stages
 from data_prep import prepare as prepare_module
 from data_prep.files import fingerprint
 from data_prep.manifest import read_manifest, unigram_loss, verify
 from data_prep.prepare import main, prepare
-from data_prep.settings import UserError, load
+from data_prep.settings import UserError, load, read_yaml
+from data_prep.synthetic import synthetic_documents
 from tests.helpers.corpus import prepare_tiny, tiny_settings
 
 KEYS = {
     *("version", "sequence_length", "token_dtype", "vocab_size", "eos_token_id", "tokenizer_fingerprint", "source"),
     *("inputs", "corpus", "licence", "seed", "documents", "unigram_loss", "splits", "fingerprint", "tools"),
-    *("samples_per_member", "unknown_tokens"),
+    *("samples_per_member", "unknown_tokens", "document_lengths", "repeated_documents"),
 }
 
 
@@ -107,35 +113,38 @@ def test_a_finished_folder_is_left_alone(folder, monkeypatch):
     assert bytes_of(folder) == before
 
 
-STAGES = ["documents", "tokenizer", "tokens-train", "tokens-validation", "shards-train", "shards-validation"]
-
-
-@pytest.mark.parametrize("stopped_at", STAGES)
+@pytest.mark.parametrize("stopped_at", stages.STAGES)
 def test_work_stopped_at_any_stage_continues_and_nothing_looks_finished(tmp_path, folder, monkeypatch, stopped_at):
-    original, begun = prepare_module._Preparation._stage, []
+    original, begun = prepare_module.run_stage, []
 
-    def stage(self, name, action):
+    def run_stage(settings, name):
+        original(settings, name)
         begun.append(name)
-        original(self, name, action)
-        if name == stopped_at and len(begun) <= len(STAGES):
+        if name == stopped_at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(prepare_module._Preparation, "_stage", stage)
     target = tmp_path / "stopped"
-    with pytest.raises(KeyboardInterrupt):
-        prepare_tiny(target, shard_bytes=15_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "run_stage", run_stage)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_tiny(target, shard_bytes=15_000)
     assert read_manifest(target) is None
     with pytest.raises(UserError, match="not a prepared folder, or its preparation was not finished"):
         verify(target)
-    done = {path.name: path.stat().st_mtime_ns for path in (target / "work").glob("*.done.json")}
-    assert len(done) == STAGES.index(stopped_at) + 1
-    begun.extend(STAGES)
-    monkeypatch.setattr(prepare_module.shutil, "rmtree", lambda path, **_: path)  # keep the work folder to look at
+    ran = []
+    for name, stage in stages.STAGES.items():
+        monkeypatch.setattr(stage, "run", recorded(stage.run, name, ran))
     prepare_tiny(target, shard_bytes=15_000)
-    assert {name: (target / "work" / name).stat().st_mtime_ns for name in done} == done
-    monkeypatch.undo()
-    prepare_tiny(target, shard_bytes=15_000)
+    assert not set(ran) & set(begun) and len(begun) + len(set(ran)) == len(stages.STAGES)
     assert bytes_of(target) == bytes_of(folder)
+
+
+def recorded(run, name, ran):
+    def wrapped(self, part):
+        ran.append(name)
+        return run(self, part)
+
+    return wrapped
 
 
 def test_a_full_disk_is_reported_and_the_work_kept(tmp_path, folder, monkeypatch):
@@ -147,14 +156,14 @@ def test_a_full_disk_is_reported_and_the_work_kept(tmp_path, folder, monkeypatch
         patch.setattr("data_prep.shards._write_shard", full)
         with pytest.raises(UserError, match=r"full: no space left on the disk; finished stages are kept in .*work"):
             prepare_tiny(target, shard_bytes=15_000)
-    assert (target / "work" / "tokens-validation.done.json").exists()
+    assert (target / "work" / "scatter.json").exists()
     prepare_tiny(target, shard_bytes=15_000)
     assert bytes_of(target) == bytes_of(folder)
 
 
 def test_a_corpus_that_changed_since_the_interruption_is_read_anew(texts, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module._Preparation, "_tokenizer", lambda self: 1 / 0)
+        patch.setattr(stages.TokenizerStage, "run", lambda self, part: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(settings_for(texts, tmp_path / "out"))
     (texts / "99.txt").write_text("One more document, which was not there before.")
@@ -170,7 +179,7 @@ def test_a_folder_of_another_configuration_is_refused_with_the_keys(texts, tmp_p
     ):
         prepare_tiny(folder, sequence_length=16, shard_bytes=15_000)
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module._Preparation, "_tokenizer", lambda self: 1 / 0)
+        patch.setattr(stages.TokenizerStage, "run", lambda self, part: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prepare(settings_for(texts, tmp_path / "out"))
     with pytest.raises(
@@ -232,7 +241,110 @@ def test_the_command_line_prints_settings_with_their_meaning(capsys):
     assert "source.kind = 'synthetic'" in printed
 
 
-@pytest.mark.parametrize("name", ["sotu", "smoke", "prose", "fineweb_edu_dedup"])
+@pytest.mark.parametrize("name", ["sotu", "smoke", "prose"])
 def test_every_configuration_is_valid(name):
     settings = load(prepare_module.DataSettings, f"configs/data/{name}.yaml")
     assert settings.folder == f"data/{name}"
+
+
+# What stands beside the text in the files of each data set.
+METADATA = {
+    "dump": "CC-MAIN-2020-05",
+    "url": "a",
+    "language_score": 0.9,
+    "token_count": 80,
+    "score": 3.1,
+    "int_score": 3,
+}
+LAYOUTS = {
+    "fineweb_edu_dedup": {"id": "a", "metadata": METADATA},
+    "fineweb_edu_10b": {"id": "a", "file_path": "b", "language": "en", **METADATA},
+    "cosmopedia_v2": {"prompt": "p", "token_length": 80, "audience": "b", "format": "f", "seed_data": "d"},
+    "tinystories": {},
+    "wikitext103": {},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_ready_made_configuration_reads_the_layout_of_its_data_set(tmp_path, name):
+    """Parquet files with the columns that the data set's files have, two of them, as its shards are."""
+    texts = [f"{number}: {text}" for number, text in enumerate(synthetic_documents(80, seed=0))]
+    texts[10:12] = ["", " = A heading = \n"]  # as WikiText's lines
+    for number, part in enumerate((texts[:50], texts[50:])):
+        table = pyarrow.Table.from_pylist([{"text": text, **LAYOUTS[name]} for text in part])
+        parquet.write_table(table, tmp_path / f"train-{number:05d}-of-00002.parquet")
+    changes = [f"folder={tmp_path / 'out'}", "workers=1", "sequence_length=32", "validation_fraction=0.25"]
+    changes += ["tokenizer.vocab_size=300", "tokenizer.load=null"]
+    changes += ["source.name=parquet", "source.config=null", f"source.data_files=['{tmp_path}/*.parquet']"]
+    settings = load(prepare_module.DataSettings, f"configs/data/{name}.yaml")
+    assert settings.folder == f"data/{name}" and settings.source.kind == "datasets"
+    manifest = prepare(load(prepare_module.DataSettings, f"configs/data/{name}.yaml", changes))
+    assert (manifest["documents"]["train"] + manifest["documents"]["validation"]) == 79
+    assert manifest["licence"] != "unknown" and len(manifest["inputs"]) == 2
+
+
+def test_the_smollm_corpus_is_a_mixture_of_ready_made_configurations():
+    data = read_yaml("configs/experiment/smollm_corpus.yaml")["data"]
+    sources = {name: load(prepare_module.DataSettings, source["prepare"]) for name, source in data["mixture"].items()}
+    assert {source["folder"] for source in data["mixture"].values()} == {item.folder for item in sources.values()}
+    assert len({(item.tokenizer.load, item.sequence_length) for item in sources.values()}) == 1
+
+
+def test_room_is_estimated_and_refused_where_it_lacks(texts, tmp_path, monkeypatch, capsys):
+    def room(free, available):
+        monkeypatch.setattr(estimate.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        monkeypatch.setattr(estimate.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+
+    settings = settings_for(texts, tmp_path / "out", workers=3, part_bytes=4096)
+    room(10_000, 64e9)
+    with pytest.raises(UserError, match=r"about 0.0 GB of text.*at most 0.0 GB of disk.*0.0 GB are free on its disk"):
+        prepare(settings)
+    assert not (tmp_path / "out" / "work" / "read").exists()
+    room(1e12, 0.5e9)
+    with pytest.raises(UserError, match=r"0.6 GB for 3; 0.5 GB are free: set workers=2"):
+        prepare(settings)
+    paper = load(prepare_module.DataSettings, "configs/data/fineweb_edu_dedup.yaml")
+    need = estimate.needs(paper, 1.0e12, 14_901, 49_152)  # 220B tokens
+    assert 200e9 < need.tokens < 300e9 and 1.0e12 < need.disk < 1.2e12 and need.memory < 2e9
+
+
+def test_status_tells_each_stage_by_the_marks(texts, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="nothing is prepared here"):
+        main(["--status", str(out)])
+    settings = settings_for(texts, out, part_bytes=4096)
+    original = stages.Encode.run
+
+    def second_dies(self, part):
+        return 1 / 0 if part == 1 else original(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.Encode, "run", second_dies)
+        with pytest.raises(ZeroDivisionError):
+            prepare(settings)
+    assert main(["--status", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == list(stages.STAGES)
+    parts = len(list((out / "work" / "read").glob("*.json")))
+    assert parts > 2 and f"read: {parts} of {parts} parts" in lines[0] and "bytes/s" in lines[0] and "took" in lines[0]
+    assert re.search(rf"encode: 1 of {parts} parts, [\d,]+ of [\d,]+ bytes, .* left", lines[3])
+    assert "waits for the stages before it" in lines[4]
+    prepare(settings)
+    assert main(["--status", str(out)]) == 0 and "finished" in capsys.readouterr().out
+
+
+def test_inspection_shows_what_the_folder_holds(texts, tmp_path, capsys):
+    for number in range(3):
+        (texts / f"copy-{number}.txt").write_text((texts / "07.txt").read_text())
+    prepare(settings_for(texts, tmp_path / "out"))
+    assert main(["--inspect", str(tmp_path / "out"), "--position", "2", "--page", str(tmp_path / "page.html")]) == 0
+    printed, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    for shown in (printed, page):
+        assert "40 train" in shown or "documents" in shown
+        assert "This is document number 7." in shown and "document number" in shown
+        assert "train block 2" in shown and "train block 1<" not in shown
+    assert "4 times" in page and "<script" not in page and "http" not in page
+    lengths = read_manifest(tmp_path / "out")["document_lengths"]
+    assert sum(map(sum, lengths.values())) == 40
+    with pytest.raises(UserError, match=r"--position=9999: .*out has train blocks 0 to \d+"):
+        main(["--inspect", str(tmp_path / "out"), "--position", "9999"])

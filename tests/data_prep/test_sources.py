@@ -13,14 +13,18 @@ from pyarrow import parquet
 
 from data_prep.documents import DocumentCounts, bounded, decode
 from data_prep.settings import UserError
-from data_prep.sources import open_corpus
+from data_prep.sources import open_corpus, read_part
 from tests.helpers.corpus import tiny_settings
 
 TEXTS = ['plain, with "quotes"', "two\nlines", "naïve – ünïcödé 語", "last"]
 
 
+def records(settings) -> list:
+    return [record for part in open_corpus(settings).parts for record in read_part(settings, part)]
+
+
 def read(source: dict, **changes) -> list[str]:
-    return [decode(record.raw)[0] for record in open_corpus(tiny_settings("unused", source=source, **changes)).records]
+    return [decode(record.raw)[0] for record in records(tiny_settings("unused", source=source, **changes))]
 
 
 def lines(texts=TEXTS, field="text") -> bytes:
@@ -48,7 +52,7 @@ def test_a_long_text_file_comes_in_parts(tmp_path):
     rules = tiny_settings(
         "unused", source={"kind": "text", "paths": [str(tmp_path)]}, max_document_bytes=64, long_documents="split"
     )
-    pieces = list(bounded(open_corpus(rules).records, rules, DocumentCounts()))
+    pieces = list(bounded(records(rules), rules, DocumentCounts()))
     assert b"".join(piece.raw for piece in pieces) == text.encode()
     assert max(len(piece.raw) for piece in pieces) <= 64
     assert [piece.continues for piece in pieces] == [False] + [True] * (len(pieces) - 1)
@@ -94,13 +98,13 @@ def test_invalid_bytes_reach_the_counter_from_every_kind(tmp_path):
     parquet.write_table(table, tmp_path / "a.parquet")
     for kind, name in (("text", "a.txt"), ("jsonl", "a.jsonl"), ("csv", "a.csv"), ("parquet", "a.parquet")):
         rules = tiny_settings("unused", source={"kind": kind, "paths": [str(tmp_path / name)]})
-        assert [decode(record.raw) for record in open_corpus(rules).records] == [("caf", 1)], kind
+        assert [decode(record.raw) for record in records(rules)] == [("caf", 1)], kind
 
 
 def test_half_a_surrogate_pair_in_json_is_counted(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x\\ud83d"}\n')
     rules = tiny_settings("unused", source={"kind": "jsonl", "paths": [str(tmp_path)]})
-    assert [decode(record.raw) for record in open_corpus(rules).records] == [("x", 3)]
+    assert [decode(record.raw) for record in records(rules)] == [("x", 3)]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +192,7 @@ def test_a_small_text_may_stand_beside_a_large_field(tmp_path):
 def test_escaped_surrogates_never_become_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "\\udcc3\\udca9"}\n{"text": "\\udcc3\\udca9 \xff"}\n')
     rules = tiny_settings("unused", source={"kind": "jsonl", "paths": [str(tmp_path)]})
-    decoded = [decode(record.raw) for record in open_corpus(rules).records]
+    decoded = [decode(record.raw) for record in records(rules)]
     assert [text.strip() for text, _ in decoded] == ["", ""]
     assert all(count >= 3 for _, count in decoded)
 
@@ -218,7 +222,7 @@ def test_a_truncated_file_of_every_compression_is_refused(tmp_path, suffix):
 def test_half_a_utf16_letter_is_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes("text".encode("utf-16") + b"\x00\xd8" + b"a")
     rules = tiny_settings("unused", source={"kind": "text", "paths": [str(tmp_path)]})
-    ((text, skipped),) = [decode(record.raw) for record in open_corpus(rules).records]
+    ((text, skipped),) = [decode(record.raw) for record in records(rules)]
     assert text == "text" and skipped > 0
 
 

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from data_prep.config import TokenizerSettings
-from data_prep.documents import SPAN
+from data_prep.prepare import prepare
 from data_prep.settings import UserError
 from data_prep.synthetic import synthetic_documents
 from data_prep.tokenizer import (
@@ -20,18 +20,11 @@ from data_prep.tokenizer import (
     token_dtype,
     train_tokenizer,
 )
-
-
-def corpus(texts):
-    raw = [text.encode() for text in texts]
-    spans = np.zeros(len(raw), SPAN)
-    spans["length"] = [len(text) for text in raw]
-    spans["offset"] = np.cumsum(spans["length"]) - spans["length"]
-    return np.frombuffer(b"".join(raw), np.uint8), spans
+from tests.helpers.corpus import tiny_settings
 
 
 def trained(texts, **keys) -> Tokenizer:
-    return train_tokenizer(*corpus(texts), TokenizerSettings(**keys))
+    return train_tokenizer(texts, TokenizerSettings(**keys))
 
 
 TEXTS = list(synthetic_documents(40, seed=0))
@@ -46,11 +39,24 @@ def test_training_is_deterministic_and_loses_nothing():
     assert end_of_text_id(one, "<|endoftext|>") == 0
 
 
-def test_training_reads_a_spread_sample_of_the_asked_size():
-    texts = ["aa " * 100] * 10 + ["zz " * 100] * 10
-    # 20 documents of 300 bytes, 600 allowed: documents 0 and 10, so both halves are seen.
-    tokenizer = trained(texts, vocab_size=261, train_bytes=600)
-    assert {"aa", "zz"} <= set(tokenizer.get_vocab())
+def test_training_reads_a_seeded_sample_that_its_bound_holds(tmp_path, monkeypatch):
+    seen = {}
+    for seed, limit in ((0, 20_000), (1, 20_000), (0, 1 << 28)):
+        read = seen[seed, limit] = []
+
+        def train(texts, settings, read=read):
+            read.extend(texts)
+            return train_tokenizer(read, settings)
+
+        monkeypatch.setattr("data_prep.stages.train_tokenizer", train)
+        tokenizer = {"vocab_size": 270, "train_bytes": limit}
+        source = {"kind": "synthetic", "documents": 200}
+        folder = tmp_path / f"{seed}-{limit}"
+        prepare(tiny_settings(folder, seed=seed, tokenizer=tokenizer, source=source, part_bytes=1024))
+    one, other, whole = seen.values()
+    assert 15_000 < sum(map(len, one)) <= 20_000 < sum(map(len, whole))
+    assert set(one[:-1]) <= set(whole) and one != whole[: len(one)]  # the last may be cut; spread, not the beginning
+    assert one != other
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused():

@@ -10,7 +10,7 @@ from data_prep.settings import build, merge
 from pretrain.config import ExperimentSettings
 from pretrain.parallel import Parallel
 from pretrain.trainer import Trainer
-from tests.helpers.variants import EXPERT, MOD, RECURSIVE, TOKEN, UT
+from tests.helpers.variants import EXIT, EXPERT, MOD, RECURSIVE, TOKEN, UT
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -26,6 +26,7 @@ ROUTED = {
     "mor_token": TINY | TOKEN,
     "mod": TINY | MOD,
     "ut": TINY | UT | {"act_combine": "frozen"},
+    "early_exit": TINY | EXIT | {"num_hidden_layers": 5, "exit_rotation": 2, "exit_threshold": 0.01},
 }
 
 

@@ -41,6 +41,9 @@ def tiny_model(variant: str, seed: int = 0, **fields) -> MoRForCausalLM:
                 parameter.mul_(8.0)
             elif "lora_B" in name or "recursion_encoding" in name or ("norm" in name and parameter.dim() == 1):
                 parameter.add_(0.3 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if "classifier" in name:
+                torch.nn.init.normal_(buffer)
     return model
 
 

@@ -18,6 +18,7 @@ CYCLE: Fields = {"sharing": "cycle", "num_hidden_layers": 6}
 FALLING: Fields = {"capacity_factors": [0.8, 0.5, 0.3]}
 MOD: Fields = {"routing": "mixture_of_depths", "routed_capacity": 0.4}
 UT: Fields = RECURSIVE | {"routing": "universal", "act_bias": 0.0}
+EXIT: Fields = {"routing": "early_exit", "num_hidden_layers": 6, "exit_layers": [1, 3, 4]}
 TRAINED: Fields = {"z_loss_coefficient": 1e-3}
 
 VARIANTS: dict[str, Fields] = {
@@ -64,6 +65,13 @@ VARIANTS |= {
     "ut-basic": UT | {"act_combine": "basic"},
     "ut-frozen": UT | {"act_combine": "frozen"},
     "ut-frozen-cycle": UT | CYCLE | {"act_combine": "frozen"},
+    "exit": EXIT | {"exit_threshold": 0.04},
+    "exit-state": EXIT | {"exit_measure": "state", "exit_threshold": 0.5, "exit_rotation": 2},
+    "exit-recursive": RECURSIVE
+    | {"routing": "early_exit", "exit_threshold": 0.02, "exit_decay": "paper", "exit_decay_length": 8},
+    "exit-classifier": RECURSIVE | {"routing": "early_exit", "exit_measure": "classifier", "exit_threshold": 0.5},
+    "exit-latent": EXIT | {"exit_measure": "latent", "exit_threshold": 0.5},
+    "exit-dropout": EXIT | {"exit_measure": "kl", "exit_rotation": 3, "layer_dropout": 0.3},
 }
 PROPAGATED: Fields = {"kv_strategy": "propagated"}
 VARIANTS |= {
@@ -72,6 +80,7 @@ VARIANTS |= {
     "token-propagated": TOKEN | PROPAGATED | {"balancing": "loss_free"},
 }
 NEW = ["expert-propagated", "token-propagated", "mod", "mod-predictor", "ut", "ut-basic", "ut-frozen"]
+NEW += ["exit", "exit-state", "exit-recursive"]
 
 # Laws of generation: cache, engine, `generate`.
 GENERATING = [
@@ -103,6 +112,8 @@ SEEING = [
     *NEW,
     "mod-random",
     "ut-frozen-cycle",
+    "exit-classifier",
+    "exit-latent",
     "expert-aux-propagated",
 ]
 # Laws of training: recomputation, accumulation, saving.
@@ -120,6 +131,9 @@ TRAINING = [
     "mod-predictor",
     "ut",
     "ut-frozen",
+    "exit-state",
+    "exit-recursive",
+    "exit-dropout",
     "expert-propagated",
     "token-propagated",
 ]
@@ -153,6 +167,11 @@ def _counted() -> list[Fields]:
         *(f | {"relaxation": "recursion_encoding"} for f in (EXPERT, sequence)),
         *(MOD | fields for fields in ({}, {"selection": "predictor"}, {"router": "random"}, {"routed_every": 3})),
         *(UT | {"act_combine": combine} for combine in ("accumulated", "basic", "frozen")),
+        EXIT | {"num_hidden_layers": 5},
+        EXIT | {"num_hidden_layers": 5, "exit_rotation": 2, "exit_weights": "sum", "exit_scale": 0.2},
+        *(f | {"routing": "early_exit"} for f in (RECURSIVE, RECURSIVE | cycle)),
+        EXIT | {"num_hidden_layers": 5, "exit_measure": "classifier", "layer_dropout": 0.4},
+        RECURSIVE | {"routing": "early_exit", "relaxation": "lora", "lora_rank": 3},
     ]
 
 

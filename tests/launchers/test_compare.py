@@ -6,6 +6,7 @@ The made-up trainer copies a run directory prepared by `make_run`, so that a tes
 import io
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from rich.console import Console
 from data_prep.settings import UserError
 from launchers import compare
 from launchers import grid as planning
+from pretrain.lock import RunLock
 from tests.helpers.runs import make_run
 
 CONFIGS = sorted(path for path in Path("configs/compare").glob("*.yaml") if path.name != "paper.yaml")
@@ -290,6 +292,40 @@ def test_several_budgets_train_one_trunk_with_branches(grid):
     assert [folder.name for folder in planned.folders()] == ["1e10", "2e10"]
 
 
+def test_a_second_comparison_in_the_same_folder_is_refused_while_the_first_is_at_work(grid, monkeypatch):
+    settings, _ = grid
+    monkeypatch.setattr(compare, "prepare_data", lambda data: None)
+    config = settings.output.parent / "compare.yaml"
+    with RunLock(settings.output, {}), pytest.raises(UserError, match=rf"process {os.getpid()} on .* is at work there"):
+        compare.main(["--config", str(config)])
+    assert not starts(settings)
+
+
+def test_only_the_budget_of_a_comparison_may_grow(grid):
+    """And a run whose budget has grown is not finished, also where its trunk gets a branch more."""
+    settings, _ = grid
+
+    def planned(flops, **changes):
+        budgets = [planning.BudgetEntry(flops=flops)]
+        return compare.plan_runs(settings.model_copy(update={"budgets": budgets, **changes}))[0]
+
+    for before, after in ((2e10, 3e10), ([1e10, 2e10], [1e10, 15e9, 2e10])):
+        shutil.rmtree(settings.output, ignore_errors=True)
+        first = planned(before)
+        make_run(first.folder)
+        if isinstance(before, list):
+            path = first.folder / "metrics.jsonl"
+            path.write_text(path.read_text().replace("finished", "branched"))
+            for label in ("1e10", "2e10", "1.5e10.partial"):
+                make_run(first.folder / "branches" / label)
+        (first.folder / "config.yaml").write_text(yaml.safe_dump(first.settings.model_dump(mode="json")))
+        assert planned(before).finished() and not planned(after).finished()
+        with pytest.raises(UserError, match=r"differ: .*batch\.size"):
+            planned(after, overrides={"batch": {"size": 4}})
+        with pytest.raises(UserError, match=r"smaller than|stay in the list"):
+            planned(1e9 if isinstance(before, float) else [1e10, 3e10])
+
+
 def test_conventions_share_what_they_have_in_common():
     exact = compare.plan_runs(compare.read_compare(Path("configs/compare/cpu_seeds.yaml"), []))
     both = compare.plan_runs(compare.read_compare(Path("configs/compare/honest_count.yaml"), []))
@@ -325,7 +361,7 @@ def test_slurm_receives_the_whole_comparison():
 
 @pytest.mark.slow
 def test_a_real_comparison_from_nothing_to_the_report(tmp_path, capsys):
-    """Real trainer, real data: FLOPs agree, models learn, and the second call does nothing."""
+    """Real trainer, real data: FLOPs agree, models learn, the second call does nothing, a larger budget goes on."""
     config = tmp_path / "compare.yaml"
     experiment = tmp_path / "experiment.yaml"
     experiment.write_text(
@@ -353,3 +389,19 @@ def test_a_real_comparison_from_nothing_to_the_report(tmp_path, capsys):
     assert compare.main(["--config", str(config)]) == 0
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/metrics.jsonl")}
     assert "3 of 3 runs are finished already" in capsys.readouterr().out
+    assert compare.main(["--config", str(config), "budgets=[{flops: 5e10}]"]) == 0
+    told = capsys.readouterr().out
+    assert "0 of 3 runs are finished already" in told and told.count("finished, validation loss") == 3
+    results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    grown = {r["name"]: r for r in results["runs"]}
+    assert set(grown) == {*MODELS, *(f"{name}-4e10" for name in MODELS)}  # their first endings stand beside
+    for name, run in runs.items():
+        ended = grown.pop(f"{name}-4e10")
+        assert (ended["flops"], ended["validation_loss"]) == (run["flops"], run["validation_loss"])
+        assert grown[name]["flops"] == pytest.approx(5e10, rel=0.01)
+        facts = json.loads((tmp_path / "out" / f"{name}-seed0" / "run.json").read_text())
+        assert [entry["budget"] for entry in facts["extensions"]] == [4e10], "it went on, it did not begin anew"
+    assert compare.main(["--config", str(config), "budgets=[{flops: 5e10}]"]) == 0
+    assert "3 of 3 runs are finished already" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"4e\+10 is smaller than 5e\+10, its own"):
+        compare.main(["--config", str(config)])

@@ -117,6 +117,15 @@ def test_jobs_without_gpus_go_to_their_own_partition(capsys: pytest.CaptureFixtu
     assert "--partition=gpu" in prepare and [word for word in prepare if "--mem" in word] == ["--mem=1G"]
 
 
+def test_restart_reaches_the_run(capsys: pytest.CaptureFixture[str], data: list[str], tmp_path: Path) -> None:
+    (command,) = dry_run(capsys, *SMOKE, "--gpus-per-node=1", "--restart", *data)
+    script = command.index("launchers/pretrain.sbatch")
+    assert command[script + 1 :] == [*SMOKE, "--restart", *data, "parallel.world_size=1"]
+    with pytest.raises(SystemExit):
+        main(["--compare", str(comparison(tmp_path)), "--restart", "--dry-run"])
+    assert "--restart belongs to --config" in capsys.readouterr().err
+
+
 def test_one_task_a_gpu_and_nodes_without_gpus(capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
     (by_slurm,) = dry_run(capsys, *SMOKE, "--gpus-per-node=2", "--task-per-gpu", "--cpus-per-gpu=4", *data)
     assert {"--ntasks-per-node=2", "--cpus-per-task=4", "parallel.world_size=2"} <= set(by_slurm)
@@ -131,6 +140,25 @@ def test_missing_data_is_prepared_first(capsys: pytest.CaptureFixture[str], tmp_
     assert "--array=0-0" in prepare and "--dependency=afterok:$prepare" in run
     with pytest.raises(UserError, match=r"data\.prepare does not say how to make it"):
         main([*SMOKE, "--dry-run", "--gpus-per-node=1", f"data.folder={folder}", "data.prepare=null"])
+
+
+def test_a_mixture_is_prepared_source_by_source(
+    capsys: pytest.CaptureFixture[str], data: list[str], tmp_path: Path
+) -> None:
+    made, web, code = data[0].partition("=")[2], tmp_path / "web", tmp_path / "code-1"
+    sources = f"edu: {{folder: {made}, weight: 1}}, web: {{folder: {web}, weight: 1, prepare: configs/data/smoke.yaml}}"
+    missing = f"code-1: {{folder: {code}, weight: 1, prepare: configs/data/sotu.yaml}}"
+    path = tmp_path / "mixed.yaml"
+    path.write_text(
+        f"extends: configs/experiment/smoke.yaml\ndata: {{folder: '', mixture: {{{sources}, {missing}}}}}\n"
+    )
+    given = ["--config", str(path), "--gpus-per-node=1", "data.prepare=null"]
+    one, two, run = dry_run(capsys, *given)
+    assert one[-2:] == ["configs/data/smoke.yaml", f"folder={web}"]
+    assert two[-2:] == ["configs/data/sotu.yaml", f"folder={code}"]
+    assert "--dependency=afterok:$prepare_web:$prepare_code_1" in run
+    with pytest.raises(UserError, match=r"data\.mixture\.web\.prepare does not say how.*--prepare CONFIG folder=.*web"):
+        main([*given, "--dry-run", "data.mixture.web.prepare=null"])
 
 
 def test_array_of_preparations(capsys: pytest.CaptureFixture[str]) -> None:
@@ -256,6 +284,15 @@ def test_model_that_does_not_fit_is_refused_with_the_numbers(
 
     (command,) = dry_run(capsys, *big[:-1], "parallel=configs/parallel/fsdp2.yaml", "recompute=block")
     assert "recompute=block" in command
+    offloading = [
+        "parallel.strategy=fsdp2",
+        "parallel.offload_parameters=true",
+        "recompute=block",
+        "batch.micro_size=1",
+    ]
+    (command,) = dry_run(capsys, *big[:-1], *offloading, "--gpu-memory=40")
+    (memory,) = [word for word in command if word.startswith("--mem=")]
+    assert int(memory[6:-1]) > 4 * 4 * 6.9 / 2 + 8 * 6, "of each node, half of what the states take"
     (command,) = dry_run(capsys, *big[:-1], f"--gpu-memory={needed + 1}")
     assert "parallel.world_size=16" in command
 

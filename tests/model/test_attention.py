@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import MoRConfig, MoRForCausalLM, attention
+from model import MoRConfig, MoRForCausalLM
+from model.attention import attend, through
+from model.attention import cpu as attention
 from model.flops import measured_flops
 from tests.helpers.tiny import VOCABULARY, tiny_config
 
@@ -65,10 +69,11 @@ def problems(draw) -> tuple[list[Tensor], Tensor | None]:
     return [*tensors, torch.randn(shapes[0], generator=generator).bfloat16().transpose(1, 2)], mask
 
 
-def run(tensors: list[Tensor], mask: Tensor | None, config: MoRConfig, **options) -> list[Tensor]:
+def run(tensors: list[Tensor], mask: Tensor | None, config: MoRConfig, spans: Tensor | None = None) -> list[Tensor]:
     """Output and gradients of query, key and value."""
     leaves = [x.detach().requires_grad_() for x in tensors[:3]]
-    output = attention.attend(*leaves, mask, config, True, **options)
+    seen = replace(through(mask, config, leaves[0].device), spans=spans)
+    output = attend(*leaves, seen, config, True)
     return [output.detach(), *torch.autograd.grad(output, leaves, tensors[3])]
 
 

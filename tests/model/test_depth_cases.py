@@ -1,7 +1,7 @@
-"""Numeric cases of the methods that are not this paper's: Mixture-of-Depths (m) and Universal Transformer with ACT (u).
+"""Numeric cases of the methods that are not this paper's: Mixture-of-Depths (m), Universal Transformer with ACT (u),
+early exits of CALM (k) and LayerSkip (l), criteria and gates of looped models (x, o).
 
-Cases are kept in `depth_cases`, and read from the folder in MOR_DEPTH_CASES besides. Those of early exits (k, l) and of
-looped models with exit gates (o, x) wait for their methods.
+Cases are kept in `depth_cases`, and read from the folder in MOR_DEPTH_CASES besides.
 """
 
 from __future__ import annotations
@@ -14,6 +14,10 @@ import pytest
 import torch
 
 from model import MoRConfig, MoRForCausalLM
+from model.cache import MoRCache
+from model.depth import exits
+from model.depth.exits import layer_dropout, loss_weights, rotated
+from pretrain.exits import classifier_losses
 from tests.helpers.reference import Case
 
 KEPT = Path(__file__).parent / "depth_cases"
@@ -133,6 +137,168 @@ def test_universal(folder: Path):
     compare_gradients(case, model)
 
 
-@pytest.mark.parametrize("folder", folders("klox"))
-def test_cases_of_methods_to_come(folder: Path):
-    pytest.skip(f"{folder.name}: this method is not built yet")
+def exit_model(case: Case, **fields: Any) -> MoRForCausalLM:
+    """The case's vanilla model with exits after every layer."""
+    given = dict(case.info["model"])
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": given.pop("rope_theta")}}
+    model = MoRForCausalLM(MoRConfig(**(given | rope | {"routing": "early_exit"} | fields)))
+    state = case.prefixed("param.model.")
+    model.model.load_state_dict(state, strict=False)
+    assert {name for name, _ in model.model.named_parameters()} == set(state)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+@pytest.mark.parametrize("folder", [f for f in folders("k") if "weighted_loss" in f.id])
+def test_weighted_losses_of_exits(folder: Path):
+    """CALM's loss over all layers and its gradients; each exit's logits are those of a model that ends there."""
+    case = Case.read(folder)
+    model, ids = exit_model(case), case.tensors["input_ids"]
+    weights, per_exit = case.info["calm"]["weights"], case.info["train"]["loss_per_exit"]
+    config = model.config
+    layers = [*config.exit_layers, config.num_hidden_layers]
+    assert loss_weights(config.exit_weights, layers) == pytest.approx(weights)
+    output = model.train()(ids, labels=case.tensors["labels"], return_logits=True)
+    assert output.loss.item() == pytest.approx(case.info["train"]["total_loss"], **LOSSES)
+    assert output.losses["lm"].item() == pytest.approx(per_exit[-1], **LOSSES)
+    early = sum(w * loss for w, loss in zip(weights[:-1], per_exit)) / sum(weights[:-1])
+    assert output.losses["exits"].item() == pytest.approx(early, **LOSSES)
+    output.loss.backward()
+    parameters = dict(model.named_parameters())
+    for name, expected in case.prefixed("grad.").items():
+        torch.testing.assert_close(
+            parameters[name].grad, expected, **GRADIENTS, msg=lambda t, name=name: f"{name}: {t}"
+        )
+    with torch.no_grad():
+        for level, expected in enumerate(case.tensors["logits_per_exit"], 1):
+            cut = model.eval()(ids, labels=case.tensors["labels"], routing_mode="full", max_recursions=level)
+            torch.testing.assert_close(cut.logits, expected, **LOGITS)
+            assert cut.losses["lm"].item() == pytest.approx(per_exit[level - 1], **LOSSES)
+
+
+@pytest.mark.parametrize("folder", [f for f in folders("k") if "classifier" in f.id])
+def test_classifier_of_exits(folder: Path):
+    """The second phase: labels, logits, losses and gradients of the classifier, the model left as it is."""
+    case = Case.read(folder)
+    model = exit_model(case, exit_measure="classifier").eval()
+    method = model.model.depth
+    method.classifier_weight = case.tensors["param.classifier.weight"].requires_grad_()
+    method.classifier_bias = case.tensors["param.classifier.bias"].requires_grad_()
+    fits = list(classifier_losses(model, case.tensors["input_ids"], case.tensors.get("attention_mask")))
+    figures = case.info["train"]
+    for i, fit in enumerate(fits):
+        torch.testing.assert_close(fit.logits, case.tensors["classifier_logits"][i].flatten(0, 1), **LOGITS)
+        assert torch.equal(fit.agrees, case.tensors["agrees_with_last"][i].flatten().bool())
+        assert fit.loss.item() == pytest.approx(figures["loss_per_layer"][i], **LOSSES)
+    total = torch.stack([fit.loss for fit in fits]).mean()
+    assert total.item() == pytest.approx(figures["total_loss"], **LOSSES)
+    total.backward()
+    for name in ("weight", "bias"):
+        ours, expected = getattr(method, f"classifier_{name}").grad, case.tensors[f"grad.classifier.{name}"]
+        torch.testing.assert_close(ours, expected, **GRADIENTS)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def decoding_fields(run: dict[str, Any]) -> dict[str, Any]:
+    fields = {"exit_measure": run["measure"], "exit_threshold": run["lam"], "exit_first": run.get("min_exit", 1)}
+    if "tau" in run:
+        fields |= {"exit_decay": "paper", "exit_decay_rate": float(run["tau"]), "exit_decay_length": run["N"]}
+    return fields
+
+
+@pytest.mark.parametrize("folder", [f for f in folders("k") if "decode" in f.id])
+def test_decoding_with_exits(folder: Path):
+    """Thresholds, confidences, exits, logits, tokens and the keys of tokens that left, in one pass and token by token.
+
+    In fp64: the case's own rounding takes all of its tolerance (2.0e-5 of logits up to 10.6).
+    """
+    case = Case.read(folder)
+    for name, run in case.info["runs"].items():
+        model = exit_model(case, **decoding_fields(run)).double().eval()
+        config, method, start = model.config, model.model.depth, len(run["prompt"])
+        text = torch.tensor([run["prompt"] + run["tokens"]])
+        with torch.no_grad():
+            whole = model(text[:, :-1], prompt_length=start)
+        torch.testing.assert_close(whole.logits[0, start - 1 :].float(), case.tensors[f"{name}.logits"], **LOGITS)
+        layers = [*config.exit_layers, config.num_hidden_layers]
+        depths = whole.routing.depth[0].tolist()
+        assert [layers[depth] for depth in depths[start - 1 :]] == run["exit_layers"], name
+        assert set(depths[:start]) == {len(layers) - 1}
+        thresholds = method.thresholds(torch.arange(text.shape[1] - 1)[None], torch.tensor([[start]]))[0, start:]
+        assert thresholds.tolist() == pytest.approx(run["thresholds"][1:], rel=1e-6)
+        judged = [gate for gate, layer in enumerate(config.exit_layers) if layer >= config.exit_first]
+        offered = {gate: [p for p, depth in enumerate(depths) if depth >= gate] for gate in judged}
+        for token, expected in enumerate(run["confidences"]):
+            place = start - 1 + token
+            ours = [
+                whole.routing.scores[judged.index(gate)][offered[gate].index(place)].item()
+                for gate in judged
+                if token and place in offered[gate] and layers[gate] <= run["exit_layers"][token]
+            ]
+            wanted = expected[config.exit_first - 1 :][: len(ours)]
+            assert ours == pytest.approx(wanted, abs=2e-5)
+        generated = model.generate(text[:, :start], max_new_tokens=len(run["tokens"]), do_sample=False)
+        if not run["tokens_given"]:
+            assert generated[0, start:].tolist() == run["tokens"]
+        if f"{name}.keys.0" in case.tensors:
+            cache = MoRCache(config)
+            with torch.no_grad():
+                for at in (slice(0, start), *(slice(i, i + 1) for i in range(start, text.shape[1] - 1))):
+                    model(text[:, at], past_key_values=cache, use_cache=True, prompt_length=start)
+            for depth in range(config.num_hidden_layers):
+                for kind in ("keys", "values"):
+                    ours = getattr(cache.layers[depth], kind).float()
+                    torch.testing.assert_close(ours, case.tensors[f"{name}.{kind}.{depth}"], **LOGITS)
+
+
+@pytest.mark.parametrize("folder", [f for f in folders("l") if "loss" in f.id])
+def test_layerskip_losses(folder: Path):
+    """Weights of the exits that learn, for every scale, and the gradients; which learn when; who skips a layer."""
+    case = Case.read(folder)
+    figures, curriculum = case.info["train"], case.info["curriculum"]
+    kinds = {"uniform": "equal", "linear_l": "linear", "sum_l": "enabled_sum", "sqrt_l": "sqrt", "inv_l": "inverse"}
+    layers = [int(layer) + 1 for layer in figures["loss_per_layer"]]
+    losses = list(figures["loss_per_layer"].values())
+    for name, expected in figures["scales"].items():
+        kind, scale = name.split("_loss_scale.")
+        weights = loss_weights(kinds[kind], layers, float(scale))
+        assert weights == pytest.approx(expected, rel=1e-6)
+        assert sum(w * x for w, x in zip(weights, losses)) == pytest.approx(figures["loss"][name], **LOSSES)
+    model = exit_model(case, exit_layers=layers[:-1], exit_weights="enabled_sum", exit_scale=0.2).train()
+    output = model(case.tensors["input_ids"], labels=case.tensors["labels"])
+    assert output.loss.item() == pytest.approx(figures["loss"]["sum_l_loss_scale.0.2"], **LOSSES)
+    output.loss.backward()
+    parameters = dict(model.named_parameters())
+    for name, expected in case.prefixed("grad.").items():
+        torch.testing.assert_close(parameters[name].grad, expected, **GRADIENTS)
+    for step, expected in enumerate(curriculum["rotational_every_4"]):
+        learning = rotated(len(expected) - 1, 4, step)
+        assert [int(i in learning) for i in range(len(expected) - 1)] == expected[:-1]
+    expected = case.info["layer_dropout_probability"]["exp"]
+    assert [layer_dropout(0.2, depth, len(expected)) for depth in range(len(expected))] == pytest.approx(
+        expected, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("folder", folders("x"))
+def test_criteria_of_loops(folder: Path):
+    """Huginn's measures of what a step changed, and the first step at which each falls below its threshold."""
+    case = Case.read(folder)
+    states = case.tensors["latents"]  # [R, B, T, D]
+    before = torch.cat([case.tensors["initial_latents"][None], states[:-1]])
+    logits = (states @ case.tensors["param.lm_head.weight"].T)[:, :, -1]
+    asked = {"kl": exits.divergence, "min_p_kl": exits.pruned_divergence, "entropy_diff": exits.entropy_change}
+    values = {
+        name: torch.stack([rule(now, logits[step - 1] if step else None) for step, now in enumerate(logits)])
+        for name, rule in asked.items()
+    }
+    values["latent_diff"] = exits.relative_change(states, before).mean(-1)
+    values["cosine"] = 1.0 - exits.similarity(states, before).mean(-1)
+    for name, ours in values.items():
+        torch.testing.assert_close(ours, case.tensors[f"{name}.values"], **LOGITS)
+    for name, run in case.info["runs"].items():
+        measure, threshold = name.split("@")
+        if measure in values:  # not the stability of the best token, which is no measure here
+            below = values[measure] < float(threshold)
+            first = [int(row.int().argmax()) + 1 if row.any() else -1 for row in below.T]
+            assert first == run["exit_step"], name

@@ -9,7 +9,7 @@ from model.config import MoRConfig
 from model.depth import method_of
 from model.flops import Work, breakdown, dora_norm_flops, expected_work, measured_flops, unique_parameters, work_of
 from model.modeling import MoRForCausalLM
-from tests.helpers.variants import COUNTED, EXPERT, MOD, PROJECTIONS, PROPAGATED, TOKEN, UT
+from tests.helpers.variants import COUNTED, EXIT, EXPERT, MOD, PROJECTIONS, PROPAGATED, TOKEN, UT
 
 BATCH, LENGTH = 2, 14
 
@@ -36,6 +36,7 @@ def executed(config: MoRConfig, record, ragged: bool = False) -> Work:
         record.counts.sum(0).tolist(),
         record.pairs.sum(0).tolist(),
         record.offered.sum(0).tolist(),
+        record.heads,
     )
     if method_of(config).fixed and not ragged:
         return work
@@ -132,3 +133,21 @@ def test_counted_per_batch_flops_are_those_of_the_expected_routing_for_expert_ch
     model, records = build(EXPERT), []
     step_of(model, records)()
     assert executed(model.config, records[0]) == expected_work(model.config, LENGTH, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("measure", "threshold"), [("softmax", 0.0027), ("state", 0.985), ("classifier", 0.5), ("kl", 0.00015)]
+)
+def test_counted_flops_of_exits_equal_the_measured_in_evaluation(measure, threshold):
+    """Decoding's rule over a text: checks by the head, the classifier, and queries of those alone who go on."""
+    fields = {"num_hidden_layers": 5, "exit_measure": measure, "exit_threshold": threshold, "exit_first": 3}
+    model = build(EXIT | fields).eval()
+    if measure == "classifier":
+        torch.nn.init.normal_(model.model.depth.classifier_weight, generator=torch.Generator().manual_seed(4))
+    tokens, records = torch.randint(0, 97, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1)), []
+    with torch.no_grad():
+        measured = measured_flops(lambda: records.append(model(tokens).routing))
+    depths = records[0].depth.unique().tolist()
+    assert len(depths) > 1 and min(depths) == 1  # some leave, none before layer 3
+    parts = breakdown(model.config, executed(model.config, records[0]), attention="full")
+    assert sum(part.forward for part in parts.values()) == measured

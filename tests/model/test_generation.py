@@ -31,8 +31,9 @@ def padded_left(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def by_hand(model, ids: torch.Tensor, count: int) -> torch.Tensor:
     """Greedy decoding that runs the whole text for every token."""
+    prompt = ids.shape[1]
     for _ in range(count):
-        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        ids = torch.cat([ids, model(ids, prompt_length=prompt).logits[:, -1:].argmax(-1)], 1)
     return ids
 
 

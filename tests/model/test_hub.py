@@ -82,16 +82,18 @@ def test_with_this_repository_the_installed_code_runs(tmp_path: Path) -> None:
     described = json.loads((folder / "config.json").read_text())
     assert described["auto_map"]["AutoModelForCausalLM"] == "modeling.MoRForCausalLM"
     files = {path.name for path in folder.glob("*.py")}
-    top = ["attention", "cache", "config", "decoder", "hardware", "layers"]
-    top += ["modeling", "relaxation", "routing", "sharing"]
-    inner = {path.stem for path in (ROOT / "model" / "depth").glob("*.py")} - {"__init__"}
-    assert files == {f"{name}.py" for name in [*top, "depth", *(f"depth_{name}" for name in inner)]}
+    top = ["cache", "config", "decoder", "hardware", "layers", "modeling", "relaxation", "routing", "sharing"]
+    packages = {name: sorted((ROOT / "model" / name).glob("[!_]*.py")) for name in ("attention", "depth")}
+    inner = {f"{package}_{path.name}": path for package, paths in packages.items() for path in paths}
+    assert files == {f"{name}.py" for name in [*top, *packages]} | set(inner)
     for name in top:
         flat = (folder / f"{name}.py").read_text()
-        assert flat.replace("from .depth_", "from .depth.") == (ROOT / "model" / f"{name}.py").read_text()
-    for name in inner:
-        flat, own = (folder / f"depth_{name}.py").read_text(), (ROOT / "model" / "depth" / f"{name}.py").read_text()
-        assert flat.replace("from .depth_", "from .") == own.replace("from ..", "from .")
+        for package in packages:
+            flat = flat.replace(f"from .{package}_", f"from .{package}.")
+        assert flat == (ROOT / "model" / f"{name}.py").read_text()
+    for name, path in inner.items():
+        flat = (folder / name).read_text()
+        assert flat.replace(f"from .{path.parent.name}_", "from .") == path.read_text().replace("from ..", "from .")
     assert AutoConfig.from_pretrained(folder, trust_remote_code=False).architecture == "mor_expert"
     assert type(AutoModel.from_pretrained(folder, trust_remote_code=False)) is MoRModel
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()

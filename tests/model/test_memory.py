@@ -107,7 +107,12 @@ def test_states_by_strategy():
     hybrid = training_memory(config, 64, 1, strategy="fsdp2", world_size=4, shard_size=2)
     assert hybrid.parameters == 2 * count
     offloaded = training_memory(config, 64, 1, strategy="zero1", world_size=4, offload_optimizer=True)
-    assert offloaded.optimizer == 0
+    assert (offloaded.optimizer, offloaded.host) == (0, 3 * count)
+    assert offloaded.total == of["zero1"].total - 3 * count
+    for strategy, stays in (("zero3", (0, count, 3 * count)), ("fsdp2", (0, 0, 0))):
+        away = training_memory(config, 64, 1, strategy=strategy, world_size=4, offload_parameters=True)
+        assert (away.parameters, away.gradients, away.optimizer) == stays
+        assert away.total + away.host == of[strategy].total and away.gathered == of[strategy].gathered
 
 
 def test_keeping_gathered_weights_costs_their_bytes_and_gathers_once_whatever_the_recursions():

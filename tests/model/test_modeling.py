@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model import MoRConfig, MoRForCausalLM, MoRModel
-from model.layers import LMHead
+from model.layers import LMHead, _loss_and_change, _loss_and_change_to_compile
 from tests.helpers.variants import TRAINING, VARIANTS
 
 BASE = {
@@ -179,6 +179,15 @@ def test_fused_head_equals_cross_entropy(dtype, monkeypatch):
         torch.testing.assert_close(ours, theirs, **tolerance)
     with torch.no_grad():
         assert head(x, targets).item() == pytest.approx(plain.item(), rel=1e-6)
+
+
+def test_the_heads_compiled_form_is_the_same_function():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(50, 17, dtype=torch.float64), torch.randint(0, 17, (50,))
+    targets[:9] = -100
+    expected = _loss_and_change(logits.clone(), targets)
+    for got, value in zip(_loss_and_change_to_compile(logits, targets), expected, strict=True):
+        torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-5)
 
 
 def test_fused_head_never_holds_all_logits():
@@ -373,7 +382,7 @@ def test_masked_attention_by_block_changes_nothing(name, packed, monkeypatch):
     documents = (torch.arange(24) // 10)[None].expand(2, -1) if packed else None
     results = []
     for size in (5, 1000):
-        for place in ("attention.SPAN", "layers.SPAN", "attention.KERNEL_BLOCK"):
+        for place in ("attention.cpu.SPAN", "attention.cpu.KERNEL_BLOCK"):
             monkeypatch.setattr(f"model.{place}", size)
         model = build(name)
         model(batch(), labels=batch(), document_ids=documents).loss.backward()

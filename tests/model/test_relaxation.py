@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from model import MoRConfig, MoRForCausalLM
 from model.import_reference import main
 from model.initialization import from_vanilla, source_layers
-from model.relaxation import RelaxedLinear
+from model.relaxation import RelaxedLinear, go_together, project_together
 
 BASE = {
     "vocab_size": 61,
@@ -127,3 +127,26 @@ def test_import_names_what_is_wrong(tmp_path, capsys, change, message):
     arguments = ["--state-dict", "state.safetensors", "--config", "config.json", "--output", "out"]
     code = main([a if a.startswith("--") else str(tmp_path / a) for a in arguments])
     assert code == 2 and message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_projections_of_one_input_as_one_product(bias):
+    """What a GPU computes in place of several products: the same values and gradients."""
+    torch.manual_seed(0)
+    projections = tuple(torch.nn.Linear(6, width, bias=bias).double() for width in (4, 2, 2))
+    x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
+    parameters = [x, *(p for projection in projections for p in projection.parameters())]
+    apart, together = [p(x) for p in projections], project_together(projections, x)
+    for got, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(sum(y.square().sum() for y in ys), parameters) for ys in (together, apart)]
+    torch.testing.assert_close(*grads)
+
+
+def test_what_is_more_than_a_weight_is_projected_by_itself():
+    plain, other = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4, bias=False)
+    assert go_together((plain, plain)) and not go_together((plain, other))
+    config = MoRConfig(num_recursions=2, num_hidden_layers=6, relaxation="lora", lora_rank=2)
+    assert not go_together((plain, RelaxedLinear(6, 4, True, config)))
+    plain.register_forward_pre_hook(lambda *_: None)  # as ZeRO-3 gathers its weights
+    assert not go_together((plain,))

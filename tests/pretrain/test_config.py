@@ -103,6 +103,8 @@ def test_print_config_explains_every_key(path: Path, capsys: pytest.CaptureFixtu
 def test_only_what_leaves_the_losses_alone_may_change(path: Path) -> None:
     before = read_settings(path).model_dump(mode="json")
     harmless = ["tracker.mode=disabled", "checkpoint.keep=9", "batch.micro_size=2", "data.folder=elsewhere"]
+    harmless += ["optimizer.max_skipped_steps=3", "evaluation.times=2", "metrics.every_steps=5"]
+    harmless += ["parallel.strategy=ddp"]
     assert differing_keys(before, read_settings(path, harmless).model_dump(mode="json")) == []
     changed = ["seed=2", "model.hidden_size=32", "batch.size=8", "optimizer.learning_rate=1e-3"]
     assert differing_keys(before, read_settings(path, changed).model_dump(mode="json")) == sorted(

@@ -228,6 +228,8 @@ class TestDocuments:
 
     def test_masking_off_gives_no_documents(self, manifest):
         assert next(BlockLoader(manifest, "train", 4, 4, document_masking=False))[0].document_ids is None
+        (micro,) = next(BlockLoader(manifest, "train", 4, 4))
+        assert micro.num_documents == sum(len(set(row)) for row in micro.document_ids.tolist())
 
 
 class TestLoader:

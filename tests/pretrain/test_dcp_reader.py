@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch.distributed.checkpoint import CheckpointException
 
 from data_prep.settings import UserError
 from pretrain.checkpoint import Marker, read_tensors
 from pretrain.dcp_reader import SafeReader, read_metadata
+from pretrain.parallel import BUFFERS, FACTS, NATIVE_TAG, read_deepspeed, safe_loading
 
 
 class Payload:
@@ -62,6 +64,28 @@ def test_a_payload_does_not_run(checkpoint, tmp_path, place):
         dcp.load({"model/a": torch.empty(2, 3)}, storage_reader=SafeReader(checkpoint / "tensors"), no_dist=True)
     assert not ran.exists()
     pickle.loads((checkpoint / "tensors" / ".metadata").read_bytes())
+    assert ran.exists()  # the payload would have worked
+
+
+@pytest.mark.slow
+def test_a_payload_in_deepspeeds_files_does_not_run(tmp_path, monkeypatch):
+    """Neither in its loader, nor in its converter, which is a process of its own."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    ran, native = tmp_path / "ran", tmp_path / "tensors" / NATIVE_TAG
+    native.mkdir(parents=True)
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"module": Payload(ran)}, native / name)
+    save_file({"model/a": torch.zeros(1)}, native.parent / BUFFERS)
+    (native.parent / FACTS).write_text('{"optimizer_steps": 1, "parameters": {}}')
+    load = TorchCheckpointEngine().load
+    with safe_loading(), pytest.raises(pickle.UnpicklingError):
+        load(native / "mp_rank_00_model_states.pt")
+    with pytest.raises(UserError, match=r"(?s)DeepSpeed's converter failed:.*Weights only load failed"):
+        read_deepspeed(native.parent)
+    assert not ran.exists()
+    load(native / "mp_rank_00_model_states.pt")
     assert ran.exists()  # the payload would have worked
 
 

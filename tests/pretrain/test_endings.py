@@ -207,6 +207,24 @@ def test_a_requeued_job_does_not_restart_again():
     assert main._starts_again({"SLURM_RESTART_COUNT": "1"}) and not main._starts_again({"SLURM_RESTART_COUNT": "0"})
 
 
+def test_a_restart_that_is_cut_short_is_completed_and_another_has_a_folder_of_its_own(
+    tmp_path: Path, data: Path, whole: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    settings, run = settings_for(tmp_path / "run", data, **RUN), tmp_path / "run"
+    train(settings)
+    there = {path.name for path in run.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing(KeyboardInterrupt(), 4, Path.rename))
+        with pytest.raises(KeyboardInterrupt):
+            trainer_for(settings).run(restart=True)
+    assert (run / "before/1.partial").is_dir()
+    assert figures(train(settings)) == whole  # as a requeued job, which is not asked to restart again
+    assert {path.name for path in (run / "before/1").iterdir()} == there
+    assert trainer_for(settings).run(restart=True) == 0
+    assert sorted(path.name for path in (run / "before").iterdir()) == ["1", "2"]
+    assert figures(read_lines(run / "before/2")) == figures(read_lines(run)) == whole
+
+
 def test_restart_touches_no_folder_that_is_no_run(tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty"):

@@ -48,7 +48,7 @@ def test_a_lock_leaves_nothing_behind(tmp_path: Path):
 
 
 def test_a_second_process_is_refused_by_name(tmp_path: Path):
-    with RunLock(tmp_path, {}), pytest.raises(UserError, match=f"process {os.getpid()} on .* trains there"):
+    with RunLock(tmp_path, {}), pytest.raises(UserError, match=f"process {os.getpid()} on .* is at work there"):
         take(tmp_path)
     take(tmp_path)
 
@@ -85,7 +85,7 @@ def test_an_owner_that_may_live_is_left_alone(
     monkeypatch.setattr(lock_module, "SAME_JOB_SECONDS", 0.0)
     left_by(tmp_path, age, **owner)
     before = (tmp_path / LOCK).read_text()
-    with pytest.raises(UserError, match="trains there"):
+    with pytest.raises(UserError, match="is at work there"):
         take(tmp_path, **environment)
     assert [path.name for path in tmp_path.iterdir()] == [LOCK] and (tmp_path / LOCK).read_text() == before
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from data_prep.prepare import prepare
-from data_prep.settings import UserError
+from data_prep.settings import UserError, build, read_yaml
 from pretrain import extend
 from pretrain.checkpoint import committed, folder_of, read_tensors
 from pretrain.config import ExperimentSettings, StartSettings
 from pretrain.data import Manifest
+from pretrain.lock import RunLock
 from pretrain.parallel import Parallel
 from pretrain.parent import skipped_samples
 from pretrain.trainer import Trainer
@@ -111,6 +112,27 @@ def test_an_extension_that_is_cut_short_is_made_whole_by_the_same_command(
     assert read_lines(folder / f"branches/{SHORT}-steps") == read_lines(short)
 
 
+def test_a_torn_last_line_of_metrics_keeps_no_budget_from_growing_and_no_child_from_its_parent(
+    tmp_path: Path, data: Path, short: Path, long: Path
+) -> None:
+    """As of a run that was killed, or is being written, in its cool-down."""
+    folder = copied(short, tmp_path)
+    text = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(text[:-2]) + text[-2][:20])
+    train(run_of(tmp_path / "child", data, LONG, **start(folder, step=8, take="run")))
+    train(run_of(folder, data, LONG))
+    assert figures(read_lines(folder)) == figures(read_lines(long))
+    assert training(tmp_path / "child") == training(long)
+
+
+def test_a_branch_is_under_its_trunks_lock(tmp_path: Path, data: Path, short: Path) -> None:
+    folder = copied(short, tmp_path)
+    train(run_of(folder, data, LONG))
+    kept = folder / f"branches/{SHORT}-steps"
+    with RunLock(folder, {}), pytest.raises(UserError, match="is at work there"):
+        trainer_for(build(ExperimentSettings, read_yaml(kept / "config.yaml"), "test")).run()
+
+
 def test_a_share_of_warm_up_stays_the_steps_that_the_run_was_begun_with(tmp_path: Path, data: Path) -> None:
     share = {"warmup_steps": None, "warmup_share": 0.2}
     train(run_of(tmp_path / "run", data, SHORT, schedule=share))
@@ -119,10 +141,14 @@ def test_a_share_of_warm_up_stays_the_steps_that_the_run_was_begun_with(tmp_path
     assert training(tmp_path / "run") == training(tmp_path / "long")
 
 
-def test_a_new_budget_for_an_old_trunk_adds_a_branch(tmp_path: Path, data: Path) -> None:
+def test_a_new_budget_for_an_old_trunk_adds_a_branch(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def several(*budgets: int) -> ExperimentSettings:
         return run_of(tmp_path / "trunk", data, 0, budget={"steps": None, "flops": list(budgets)})
 
+    keeping = {"checkpoint": {"milestone_every": 2}, "budget": {"steps": None, "flops": [100_000_000, 150_000_000]}}
+    train(run_of(tmp_path / "passing", data, 0, **keeping))
     train(several(100_000_000, 150_000_000))
     before = [read_lines(folder) for folder in sorted((tmp_path / "trunk/branches").iterdir())]
     train(several(100_000_000, 150_000_000, 250_000_000))
@@ -131,8 +157,31 @@ def test_a_new_budget_for_an_old_trunk_adds_a_branch(tmp_path: Path, data: Path)
     assert [read_lines(folder) for folder in folders[:2]] == before
     train(run_of(tmp_path / "alone", data, 0, budget={"steps": None, "flops": 250_000_000}))
     assert figures(read_lines(folders[2])) == figures(read_lines(tmp_path / "alone"))
-    with pytest.raises(UserError, match=r"new budgets must be larger.*start_from="):
-        trainer_for(several(100_000_000, 120_000_000, 150_000_000, 250_000_000)).run()
+    with pytest.raises(UserError, match=r"budgets of its branches stay in the list; 1e\+08 are missing"):
+        trainer_for(several(150_000_000, 250_000_000, 300_000_000)).run()
+    # a trunk whose newest checkpoints are lost passes branches that have ended, and leaves them alone
+    ended, again = {folder: read_lines(folder) for folder in folders}, tmp_path / "again"
+    shutil.copytree(tmp_path / "trunk", again)
+    old = committed(tmp_path / "passing/checkpoints")[0][1]
+    for path in (again / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    shutil.copytree(old, again / "checkpoints" / old.name)
+    train(several(100_000_000, 150_000_000, 250_000_000, 300_000_000).model_copy(update={"run_dir": again}))
+    assert [read_lines(again / "branches" / folder.name) for folder in folders] == list(ended.values())
+    # one that the trunk has passed: from what the branch before it left
+    before = {folder: read_lines(folder) for folder in [tmp_path / "trunk", *folders]}
+    all_four = several(100_000_000, 150_000_000, 200_000_000, 250_000_000)
+    with monkeypatch.context() as patch:  # and the same command after it was cut short
+        patch.setattr(extend.Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            extend.grow(all_four)
+    train(all_four)
+    assert {folder: read_lines(folder) for folder in before} == before
+    train(run_of(tmp_path / "passed", data, 0, budget={"steps": None, "flops": 200_000_000}))
+    assert figures(read_lines(tmp_path / "trunk/branches/2e08")) == figures(read_lines(tmp_path / "passed"))
+    assert same_tensors(tmp_path / "trunk/branches/2e08", tmp_path / "passed")
+    with pytest.raises(UserError, match=r"branch of 9e\+07 FLOPs leaves .* no checkpoint before that.*milestone_every"):
+        trainer_for(several(90_000_000, *all_four.budget.totals)).run()
 
 
 @pytest.mark.parametrize(
@@ -242,6 +291,55 @@ def test_the_cool_down_may_be_on_other_data_of_the_same_tokenizer(tmp_path: Path
     prepare(tiny_settings(tmp_path / "foreign", seed=6, source={"kind": "synthetic", "documents": 90}))
     with pytest.raises(UserError, match="tokenizer"):
         trainer_for(run_of(tmp_path / "refused", tmp_path / "foreign", LONG, **anneal)).run()
+
+
+def test_a_parent_in_training_gives_the_checkpoint_that_was_noted(
+    tmp_path: Path, data: Path, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saves newer ones, and removes the older, while its child starts."""
+    parent, aside = copied(short, tmp_path), tmp_path / "later"
+    newest, before = (folder_of(parent / "checkpoints", step) for step in (SHORT, 8))
+    newest.rename(aside)
+    settings, taking = run_of(tmp_path / "new", data, 3, **start(parent)), Trainer.begin_from_parent
+
+    def meanwhile(trainer: Trainer, *arguments: Any) -> Any:
+        aside.rename(newest)
+        return taking(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "begin_from_parent", meanwhile)
+        train(settings)
+    noted, own = read_tensors(before), read_tensors(folder_of(tmp_path / "new/checkpoints", 0))
+    assert facts_of(tmp_path / "new")["parent"]["step"] == 8
+    assert all(torch.equal(tensor, noted[name]) for name, tensor in own.items() if name.startswith("model/"))
+
+    def removed(trainer: Trainer, *arguments: Any) -> Any:
+        shutil.rmtree(newest)
+        return taking(trainer, *arguments)
+
+    settings = run_of(tmp_path / "other", data, 3, **start(parent))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "begin_from_parent", removed)
+        with pytest.raises(UserError, match=f"step-{SHORT:08d}"):
+            trainer_for(settings).run()
+    train(settings)
+    assert facts_of(tmp_path / "other")["parent"]["step"] == 8
+
+
+def test_branches_need_the_trunks_parent_only_once(tmp_path: Path, data: Path, short: Path) -> None:
+    parent = copied(short, tmp_path)
+    budget = {"steps": None, "flops": [100_000_000, 150_000_000]}
+    trainer = trainer_for(run_of(tmp_path / "trunk", data, 0, budget=budget, **start(parent)))
+    starts = trainer.start_branch
+
+    def meanwhile(branch: Any) -> None:
+        shutil.rmtree(parent, ignore_errors=True)
+        starts(branch)
+
+    trainer.start_branch = meanwhile  # type: ignore[method-assign]
+    assert trainer.run() == 0
+    folders = [tmp_path / "trunk", *(tmp_path / "trunk/branches").iterdir()]
+    assert [facts_of(folder)["parent"]["step"] for folder in folders] == [SHORT] * 3
 
 
 def test_samples_to_skip_follow_the_parents_steps() -> None:

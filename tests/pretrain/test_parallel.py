@@ -294,8 +294,20 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad: float):
     parallel, model = small()
     before = model.weight.detach().clone()
     parallel.micro_step(parallel.forward(input=torch.tensor([[bad, 1.0, 1.0, 1.0]])).sum(), last=True)
-    assert parallel.optimizer_step(1.0, 1.0)[1] is False
+    assert not parallel.optimizer_step(1.0, 1.0)[1]
     assert torch.equal(model.weight, before) and model.weight.grad is None
+
+
+def test_layers_are_compiled_as_asked_and_by_itself_on_gpus_alone(monkeypatch):
+    parallel, _ = small()
+    assert parallel.compiles(True) and not parallel.compiles(False) and not parallel.compiles("auto")
+    parallel.device = torch.device("cuda", 0)
+    for able in (True, False):
+        monkeypatch.setattr("pretrain.parallel.can_compile", lambda able=able: able)
+        assert parallel.compiles("auto") is able
+    monkeypatch.setattr("pretrain.parallel.can_compile", lambda: True)
+    parallel.checkpoint_format = "deepspeed"  # whose hooks gather weights at each module's call
+    assert not parallel.compiles("auto")
 
 
 # --- several ranks ------------------------------------------------------------

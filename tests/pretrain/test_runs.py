@@ -14,6 +14,7 @@ from rich.console import Console
 
 from data_prep.settings import UserError
 from pretrain import report
+from pretrain.lock import RunLock
 from pretrain.runs import find_runs, main, read_runs, shown, status_of
 from tests.helpers.runs import make_run
 
@@ -94,6 +95,19 @@ def test_whole_runs_are_removed_by_name_and_never_while_they_run(
             main([str(run), str(refused), "--prune", "runs", "--yes"])
     listed(capsys, str(run), "--prune", "runs", "--yes")
     assert not run.exists() and live.exists()
+
+
+@pytest.mark.parametrize("kind", ["runs", "checkpoints"])
+def test_nothing_is_pruned_under_a_process_whatever_the_clocks_say(tmp_path: Path, kind: str) -> None:
+    """A host whose clock is ahead takes the last sign of life for an old one."""
+    run = make_run(tmp_path / "run", "vanilla", finished=False)
+    add_checkpoints(run, 1, 2)
+    with RunLock(run, {}):
+        for path in (run / "lock", run / "run.json", run / "metrics.jsonl"):
+            os.utime(path, (time.time() - 9000,) * 2)
+        with pytest.raises(UserError, match="is at work there"):
+            main([str(run), "--prune", kind, "--yes"])
+    assert steps_of(run) == ["1", "2"]
 
 
 def test_watching_ends_when_no_run_is_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

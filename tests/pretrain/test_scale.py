@@ -124,6 +124,12 @@ def small(hidden_size: int = 64) -> MoRConfig:
     return MoRConfig(hidden_size=hidden_size, num_attention_heads=4, num_key_value_heads=4, **fields)
 
 
+def test_offloading_is_refused_by_name() -> None:
+    strategy = ParallelSettings(strategy="fsdp2", offload_parameters=True)
+    with pytest.raises(ValueError, match="offload_parameters: transfers to host memory"):
+        estimate(Cluster(), strategy, 8, MoRConfig(**MODEL))
+
+
 def test_the_roofline_by_hand() -> None:
     config = small()
     slow = {"node_bandwidth": 1.0, "link_efficiency": 1.0, "hop_seconds": 0.0, "sequences": 8, "sequence_length": 64}
@@ -141,7 +147,7 @@ def test_the_roofline_by_hand() -> None:
 
 def test_a_model_that_does_not_fit_is_recomputed_and_then_marked() -> None:
     config, ddp = small(hidden_size=256), ParallelSettings(strategy="ddp")
-    options: dict[str, Any] = {"strategy": "ddp", "world_size": 256, "document_masking": True}
+    options: dict[str, Any] = {"strategy": "ddp", "world_size": 256, "document_masking": True, "on_gpu": True}
     below_one_sequence = training_memory(config, 2048, 1, **options).total / 2**30 - 1e-6
     roomy, tight, none = (estimate(Cluster(memory_gib=gib), ddp, 256, config) for gib in (78, below_one_sequence, 0.01))
     assert (roomy.micro_batch, roomy.micro_batches, roomy.recompute) == (4, 1, "none")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -130,6 +131,7 @@ def test_every_way_of_spending_depth_can_be_looked_at(variant, mode) -> None:
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "tiny"
     prepare_tiny(folder)
+    shutil.copytree(folder, folder.with_name("more"))
     return folder
 
 
@@ -138,13 +140,23 @@ def test_the_command_writes_page_pictures_and_figures(data, tmp_path, architectu
     run, output, text = tmp_path / "run", tmp_path / "views", tmp_path / "text.txt"
     train(settings_for(run, data, architecture))
     text.write_text("No lound moufests <i>without</i> the gest.\n" * 9)
-    options = ["--text", str(text), "--output", str(output), "--data", str(data), "--sequences", "3"]
+    options = [
+        "--text",
+        str(text),
+        "--output",
+        str(output),
+        "--data",
+        str(data),
+        str(data.with_name("more")),
+        "--sequences",
+        "3",
+    ]
     assert main(["--checkpoint", str(run), *options]) == 0
     results = json.loads((output / "results.json").read_text())
     assert len(results["tokens"]) == len(results["depth"]) == len(results["scores"]) == 32  # the model's context
     assert text.read_text().startswith("".join(results["tokens"]))
     found = results["statistics"]
-    assert found["tokens"] == sum(row["tokens"] for row in found["by_class"].values()) == 3 * 32
+    assert found["tokens"] == sum(row["tokens"] for row in found["by_class"].values()) == 2 * 3 * 32
     for shown in (found, *found["by_class"].values(), *found["by_position"]):
         assert sum(shown["depth_shares"]) == pytest.approx(1)
     page = (output / "report.html").read_text()

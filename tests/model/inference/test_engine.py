@@ -49,7 +49,7 @@ def test_a_crowded_engine_yields_what_decoding_alone_yields(variant):
         assert request.tokens == alone(model, prompt, 6)
         assert request.finished == "length"
         with torch.no_grad():
-            routed = model(torch.tensor([request.text[:-1]])).routing
+            routed = model(torch.tensor([request.text[:-1]]), prompt_length=len(prompt)).routing
         assert routed is None or routed.depth[0].tolist() == request.depths
     assert_empty(engine)
 

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, and what makes its time on a CPU follow the pairs that a mask leaves.
+"""Attention on a CPU, whose time follows the pairs that a mask leaves.
 
 Shapes: B batch, H query heads, Hkv key/value heads, K queries of a row, S keys, Dh head dimension.
 
@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import MoRConfig
-from .hardware import cpu
+from ..hardware import cpu
+from .base import Backend, Call, Seen, as_list
+from .sdpa import sdpa
+from .visible import Visible
 
 SPAN = 64  # queries of one span
 KERNEL_BLOCK = 3 * SPAN  # queries that torch's kernel takes at once; it is slower below this many
@@ -52,28 +54,35 @@ def spans_of(mask: Tensor) -> Tensor:
     return torch.tensor(spans)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    config: MoRConfig,
-    training: bool,
-    spans: Tensor | None = None,
-) -> Tensor:
-    """Scaled dot-product attention. query: [B, H, K, Dh], key and value: [B, Hkv, S, Dh], mask: [B, 1, K, S] or None.
+class CPU(Backend):
+    """A mask, and torch's kernels or the operators below."""
 
-    Without a mask it is causal, which needs K = S, or one query that sees everything. spans: of the mask, where known.
-    """
-    dropout = float(config.attention_dropout or 0.0) if training else 0.0
-    if config._attn_implementation == "eager":
-        return _explicit(query, key, value, mask, dropout)
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    if query.device.type == "cpu" and dtype == torch.bfloat16 and not dropout and _operators_wanted():
-        return _attention(query.to(dtype), key.to(dtype), value.to(dtype), mask, spans)[0]
-    if mask is None or spans is None or query.shape[2] <= KERNEL_BLOCK:
-        return _sdpa(query, key, value, mask, dropout)
-    return _sdpa_by_block(query, key, value, mask, spans, dropout)
+    name = "cpu"
+
+    def refuses(self, visible: Visible, call: Call) -> str | None:
+        return None if visible.rows.device.type == "cpu" else "it is for CPUs"
+
+    def form(self, visible: Visible) -> Seen:
+        mask = visible.mask()
+        return Seen(self.name, mask, spans_where_useful(mask))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Seen, dropout: float) -> Tensor:
+        if key.shape[0] != query.shape[0]:  # a list of queries over the keys of all rows
+            key, value = (as_list(x).transpose(0, 1)[None] for x in (key, value))
+        mask, spans = seen.mask, seen.spans
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+        if dtype == torch.bfloat16 and not dropout and _operators_wanted():
+            return _attention(query.to(dtype), key.to(dtype), value.to(dtype), mask, spans)[0]
+        if mask is None or spans is None or query.shape[2] <= KERNEL_BLOCK:
+            return sdpa(query, key, value, mask, dropout)
+        return _sdpa_by_block(query, key, value, mask, spans, dropout)
+
+
+def spans_where_useful(mask: Tensor | None) -> Tensor | None:
+    """`spans_of` a mask that has several; None otherwise, and where a compiler cannot ask for values."""
+    if mask is None or mask.shape[2] <= SPAN or torch.compiler.is_compiling():
+        return None
+    return spans_of(mask)
 
 
 def _operators_wanted() -> bool:
@@ -82,37 +91,12 @@ def _operators_wanted() -> bool:
     return HAS_AMX and torch.is_grad_enabled() and flash
 
 
-def _explicit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    if mask is None and query.shape[2] > 1:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    groups = query.unflatten(1, (key.shape[1], -1))
-    scores = (groups @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * query.shape[-1] ** -0.5
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
-    return (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    causal = False
-    if mask is None and query.shape[2] > 1:  # a branch: compiled for all lengths, the comparison itself is no bool
-        causal = True
-    grouped = query.shape[1] != key.shape[1]
-    if grouped and mask is not None and query.is_cuda:
-        # The memory-efficient kernel takes a mask but no groups; without this the product would be materialised.
-        repeats = query.shape[1] // key.shape[1]
-        key, value, grouped = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1), False
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
-    )
-
-
 @torch.compiler.disable
 def _sdpa_by_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, spans: Tensor, dropout: float) -> Tensor:
     parts = []
     for start, end, low, _, high in _blocks(query, key, mask, spans, KERNEL_BLOCK):
         keys, values = key[:, :, low:high], value[:, :, low:high]
-        parts.append(_sdpa(query[:, :, start:end], keys, values, mask[:, :, start:end, low:high], dropout))
+        parts.append(sdpa(query[:, :, start:end], keys, values, mask[:, :, start:end, low:high], dropout))
     return torch.cat(parts, 2)
 
 

@@ -1,0 +1,231 @@
+"""Who does the parts of a stage: this process, several of this machine, a Ray cluster or Slurm's nodes.
+
+datatrove starts and watches the tasks; `Step` is the one step of its pipelines. datatrove knows which tasks have ended,
+the marks of the parts (stages.py) say what is done, so that another number of tasks goes on where the first ones were.
+One process needs no engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+from data_prep.config import DataSettings
+from data_prep.progress import say, watching
+from data_prep.settings import UserError
+from data_prep.stages import STAGES, Stage, cores
+
+SMALL = 4 << 20  # bytes, documents or tokens that are done sooner than processes start
+GRACE = 20.0  # seconds in which tasks that have ended are told
+TASKS_PER_WORKER = 8  # short tasks, so that workers end at about the same time
+
+
+class Step:
+    """One stage as a step of a datatrove pipeline: task `rank` of `world_size` does every world_size-th part."""
+
+    def __init__(self, settings: DataSettings, stage: str, threads: int = 1) -> None:
+        self.settings, self.stage, self.threads = settings, stage, threads
+
+    def __repr__(self) -> str:
+        return f"stage {self.stage} of {self.settings.folder}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What a process of a pool does first: tracebacks, Ctrl-C and the end of all are the parent's affair."""
+        self.__dict__.update(state)
+        _quiet()
+        _leave_with_parent()
+
+    def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        stage = STAGES[self.stage](self.settings, self.threads)
+        with told_in_job(stage):
+            for line in stage.check():
+                if rank == 0:
+                    say(line)
+            for part in stage.missing():
+                if part % world_size == rank:
+                    stage.do(part)
+
+
+@contextmanager
+def told_in_job(stage: Stage) -> Iterator[None]:
+    """In a job of Slurm: end with the message of a UserError, and let the folder go on with the change it asks for."""
+    try:
+        yield
+    except UserError as error:
+        if "SLURM_JOB_ID" not in os.environ:
+            raise
+        (stage.work / "refused").touch()
+        say(f"error: {error}")
+        sys.exit(2)
+
+
+def run_stage(settings: DataSettings, name: str) -> None:
+    """Do what a stage lacks, with as many tasks at a time as the settings say."""
+    workers = settings.workers or cores()
+    stage = STAGES[name](settings, workers)
+    if (stage.work / f"{name}.json").exists():
+        return
+    for line in stage.check():
+        say(line)
+    missing = stage.missing()
+    with watching(stage, missing):
+        sizes = stage.sizes()
+        if workers == 1 or len(missing) <= 1 or sum(sizes[part] for part in missing) <= SMALL:
+            for part in missing:
+                stage.do(part)
+        elif settings.executor == "ray":
+            _ray(settings, stage, len(missing)).run()
+        else:
+            _local(stage, workers)
+    for part in range(len(stage.sizes())):  # what an interruption came before
+        stage.free(part)
+    stage.finished()
+
+
+def _tasks(missing: int, workers: int) -> int:
+    return min(missing, workers * TASKS_PER_WORKER)
+
+
+def _local(stage: Stage, workers: int) -> None:
+    """Do what a stage lacks in processes of this machine, which a process of its own leads.
+
+    datatrove's pool would wait for ever for a process that was killed, and cannot be taken down then: the leader can.
+    """
+    try:
+        import datatrove.executor.local  # noqa: F401
+        import multiprocess
+    except ImportError:
+        raise no_engine() from None
+    # Not forked: a forked child of a process whose tokenizer has run threads may hang.
+    context = multiprocess.get_context("spawn")
+    told, tell = context.Pipe(duplex=False)
+    leader = context.Process(target=_lead, args=(stage.settings, stage.name, workers, tell))
+    leader.start()
+    tell.close()
+    seen: set[int] = set()
+    try:
+        while not told.poll(0.5) and leader.is_alive():
+            living = {task.pid for task in _below(leader.pid)}
+            if seen - living and not told.poll(GRACE) and leader.is_alive() and stage.missing():
+                break
+            seen |= living
+        error = (
+            told.recv()
+            if told.poll()
+            else UserError(
+                f"{stage.folder}: a task died, most likely for want of memory; work done is kept: run the same command "
+                "again with a smaller workers= or max_document_bytes="
+            )
+        )
+        if error is not None:
+            raise error
+        leader.join(GRACE)
+    except EOFError:
+        raise UserError(
+            f"{stage.folder}: the tasks were ended; work done is kept: run the same command again"
+        ) from None
+    finally:
+        tasks = _below(leader.pid)
+        leader.kill()
+        for task in tasks:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                task.kill()
+        leader.join()
+
+
+def _below(pid: int) -> list[psutil.Process]:
+    """Living descendants of a process."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
+    """In the leading process: run datatrove's executor and tell None or the error."""
+    import multiprocess
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    _quiet()
+    _leave_with_parent()
+    if sys.platform == "linux":  # datatrove keeps its counters in one more process, which would outlive this one
+        os.register_at_fork(after_in_child=_end_with_parent)
+        multiprocess.set_start_method("fork", force=True)
+    stage = STAGES[name](settings)
+    missing = len(stage.missing())
+    executor = LocalPipelineExecutor(
+        [Step(settings, name)],
+        tasks=_tasks(missing, workers),
+        workers=min(workers, missing),
+        logging_dir=str(stage.work / "logs" / name),
+        skip_completed=False,
+        start_method="spawn",
+    )
+    try:
+        executor.run()
+    except Exception as error:
+        tell.send(error)
+    else:
+        tell.send(None)
+
+
+def _end_with_parent() -> None:
+    """In a forked process: do not outlive a parent that is killed."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _ray(settings: DataSettings, stage: Stage, missing: int) -> Any:
+    try:
+        import ray
+        from datatrove.executor.ray import RayPipelineExecutor
+    except ImportError:
+        raise UserError("executor=ray needs the packages datatrove and ray: pip install datatrove ray") from None
+    ray.init(address="auto", ignore_reinit_error=True)
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    return RayPipelineExecutor(
+        [Step(settings, stage.name)],
+        tasks=_tasks(missing, cpus),
+        logging_dir=str(stage.work / "logs" / stage.name),
+        skip_completed=False,
+    )
+
+
+def no_engine() -> UserError:
+    """What is said where datatrove is not installed."""
+    return UserError(
+        "several tasks need the package datatrove: pip install -e '.[prepare]', or set workers=1 to use one process"
+    )
+
+
+def _quiet() -> None:
+    """datatrove's log says what marks and progress say already."""
+    from loguru import logger
+
+    logger.disable("datatrove")
+
+
+def _leave_with_parent() -> None:
+    """In a process of a pool: end when the parent is gone, which must not leave workers that wait for ever."""
+    import multiprocess
+
+    parent = multiprocess.parent_process()
+    if parent is None or threading.current_thread() is not threading.main_thread():
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if any(thread.name == "parent" for thread in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

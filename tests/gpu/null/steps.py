@@ -1,0 +1,120 @@
+"""Training micro-batches of every variant on the null device: a JSON line each.
+
+    python -m tests.gpu.null.device OUT tests.gpu.null.steps [--compiled] [--model 360m_vanilla ...] [VARIANT ...]
+
+waits: operations at which the host would wait for the device, which torch's own debug mode names. launches, copies:
+of a forward and backward pass. largest: bytes of the largest tensor that attention makes beyond its operands. With
+--model, a model of configs/model at 16 x 2,048 in place of small variants, and peak: GiB of torch's allocator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+import warnings
+
+import torch
+
+from model.config import MoRConfig
+from model.memory import training_memory
+from model.modeling import MoRForCausalLM
+from tests.gpu.check import model_fields
+from tests.gpu.null.device import counters
+from tests.helpers.variants import VARIANTS
+
+SMALL = {
+    "vocab_size": 512,
+    "hidden_size": 192,
+    "intermediate_size": 256,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+}
+SUPPORTED = [name for name in VARIANTS if name not in ("ut-frozen", "ut-frozen-cycle")]  # see model/decoder.py, Counts
+
+
+def waits_of(seen: list[warnings.WarningMessage]) -> list[str]:
+    """`file:line` of what waited."""
+    found = (w for w in seen if "synchronizing CUDA operation" in str(w.message))
+    return sorted({f"{os.path.relpath(w.filename)}:{w.lineno}" for w in found})
+
+
+def measure(model: MoRForCausalLM, rows: int, length: int, documents: bool, dtype: torch.dtype) -> dict:
+    """One micro-batch, after one that nothing is asked about."""
+    ids = torch.zeros(rows, length, dtype=torch.long, device="cuda")
+    each = length // 3
+    belongs = torch.arange(length).div(each, rounding_mode="floor").expand(rows, -1).contiguous().to("cuda")
+
+    def one() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = model(
+                ids,
+                targets=ids,
+                document_ids=belongs if documents else None,
+                num_documents=4 * rows,
+                num_items_in_batch=ids.numel(),
+                step=0,
+            ).loss
+        loss.backward()
+
+    one()
+    torch.cuda.reset_peak_memory_stats()
+    before = counters()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            one()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    after = counters()
+    facts = {name: after[name] - before[name] for name in before}
+    peak = torch.cuda.max_memory_allocated()
+    return facts | {"operations_that_wait": waits_of(seen), "peak_gib": round(peak / 2**30, 3)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*")
+    parser.add_argument("--model", action="store_true", help="names are of configs/model, at full size")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--fp32", action="store_true")
+    parser.add_argument("--policy", default="none")
+    options = parser.parse_args()
+    dtype, failed = (torch.float32 if options.fp32 else torch.bfloat16), False
+    for name in options.variants or SUPPORTED:
+        for documents in (False, True):
+            line = {"variant": name, "documents": documents, "compiled": options.compiled, "policy": options.policy}
+            rows, length = (16, 2048) if options.model else (4, 256)
+            fields = model_fields(name) if options.model else SMALL | {"num_hidden_layers": 8} | VARIANTS[name]
+            try:
+                config = MoRConfig(**(fields | {"max_position_embeddings": length}))
+                with torch.device("cuda"):
+                    model = MoRForCausalLM(config).train()
+                model.set_recompute(options.policy)
+                if options.compiled:
+                    torch._dynamo.reset()
+                    model.compile_layers()
+                    line["graph_breaks"] = 0
+                line |= measure(model, rows, length, documents, dtype)
+                if options.compiled:
+                    line["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
+                if options.model:
+                    states = training_memory(config, length, rows, on_gpu=True)
+                    line["estimate_gib"] = round((states.total - states.optimizer) / 2**30, 3)
+                del model
+            except Exception as error:
+                failed = True
+                frames = traceback.extract_tb(error.__traceback__)[-5:]
+                places = [f"{os.path.relpath(frame.filename)}:{frame.lineno}" for frame in frames]
+                line |= {"error": f"{type(error).__name__}: {str(error)[:300]}", "at": places}
+            print(json.dumps(line), flush=True)
+            torch.cuda.empty_cache()
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
