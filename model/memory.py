@@ -10,7 +10,7 @@ kv = G d widths of queries and keys, V vocabulary, L effective depth, Nr recursi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -138,10 +138,14 @@ def activation_bytes(
     method = method_of(config)
     saved, stretches = 0, [0]
     for passed in work.passes:
+        if passed.stage.gate is not None and not work.offered[passed.stage.gate]:  # a gate that is open in training
+            passed = replace(passed, stage=replace(passed.stage, gate=None))
         packed = passed.stage.selects and not method.fixed and not on_gpu
+        # Some are left out whose keys are made all the same.
+        around = passed.stage.selects and passed.stage.uses[0].keys == "everyone" and passed.queries < tokens
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
         layer += 0 if on_gpu else mask_bytes(passed, precision, document_masking)
-        if passed.stage.selects and passed.stage.uses[0].keys == "everyone":
+        if around:
             layer += tokens * (h * (FP32 + 2 * size) + FP32)  # the norm of the states that keys are made of
         inputs = round(passed.queries * h * size)
         products = round(passed.queries * (2 * q + 2 * h + 2 * config.intermediate_size) + passed.keys * 2 * kv) * size
@@ -158,7 +162,7 @@ def activation_bytes(
         }[recompute]
         if passed.stage.gate is not None:
             saved += method.merged(config) * round(passed.queries) * h * size
-        if passed.stage.selects and passed.stage.uses[0].keys == "everyone":
+        if around:
             # The states of everyone, that keys are made of, before the stage, and of each stretch's recomputation.
             saved += tokens * h * size * (1 if recompute == "none" else 2 if whole else 1 + passed.layers)
     shared_keys = 0
@@ -174,6 +178,8 @@ def activation_bytes(
     for scorer in method.scorers(config):  # inner layers: before and after their function, which takes a copy on a CPU
         saved += round(work.offered[scorer.gate]) * 4 * sum(inner for _, inner in scorer.shapes[:-1]) * FP32
     saved += tokens * h * (FP32 + size) + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
+    if work.heads:  # the same of exits, whose states their next layer keeps, and one more gradient of the head's weight
+        saved += round(work.heads) * 2 * h * FP32 + config.vocab_size * h * size
     if precision == "bf16" and recompute == "none" and weight_copies:
         saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
     if on_gpu:
@@ -182,6 +188,7 @@ def activation_bytes(
     else:
         rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
         head = (3 * rows + h) * config.vocab_size * FP32
+    head += round(work.heads) * 2 * h * size  # states of exits, side by side, and their gradients
     return Activations(saved, max(head, 0 if recompute == "none" else max(stretches) + shared_keys))
 
 

@@ -185,9 +185,23 @@ class DepthMethod(nn.Module):
         return ("causal",)
 
     @classmethod
+    def confident(cls, config: MoRConfig) -> bool:
+        """Of methods with exits: whether tokens leave at a large score, not at a small one."""
+        return True
+
+    @classmethod
     def refuses(cls, config: MoRConfig, mode: str) -> str | None:
         """Why a model cannot be evaluated in this mode."""
         return None
+
+    @classmethod
+    def controls(cls, config: MoRConfig) -> dict[str, dict[str, Any]]:
+        """Models that isolate a part of the method: name of the control -> fields that change, None to leave one out.
+
+        `random_router`: the same work by a router without a choice. `gate_only`: its gate, every token at full depth.
+        `gate_on_vanilla`: the gate on untied layers that take every token.
+        """
+        return {}
 
     @classmethod
     def follows_load(cls, config: MoRConfig) -> bool:

@@ -223,6 +223,10 @@ class EarlyExit(DepthMethod):
         return ("causal", "full")
 
     @classmethod
+    def confident(cls, config: MoRConfig) -> bool:
+        return config.exit_measure not in CHANGES
+
+    @classmethod
     def shown(cls, config: MoRConfig, record: Any) -> Tensor | None:
         return None
 

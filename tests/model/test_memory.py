@@ -11,6 +11,7 @@ from model.modeling import MoRForCausalLM
 from tests.helpers.variants import EXPERT, MOD, PROPAGATED, RECURSIVE, TOKEN, UT
 
 BATCH, LENGTH = 4, 128
+EXIT = {"routing": "early_exit", "exit_layers": [2, 4, 6]}
 SHARED = {"kv_strategy": "shared"}
 PREDICTED = MOD | {"routed_capacity": 0.125, "selection": "predictor"}
 
@@ -78,6 +79,9 @@ def measured(config: MoRConfig, recompute: str, bf16: bool, masked: bool) -> tup
         (UT | {"act_combine": "basic"}, "block", False, False),
         (UT | {"act_combine": "frozen"}, "none", False, False),
         (UT | {"act_combine": "frozen"}, "recursion", False, False),
+        (EXIT, "none", False, False),
+        (EXIT, "block", True, False),
+        (RECURSIVE | {"routing": "early_exit"}, "recursion", False, False),
     ],
 )
 def test_estimates_stay_close_to_the_measured_activations_and_peak(fields, recompute, bf16, masked):
