@@ -136,13 +136,14 @@ def activation_bytes(
     size = BF16 if precision == "bf16" else FP32
     q, kv = attention_widths(config)
     method = method_of(config)
-    saved, stretches = 0, [0]
+    saved, stretches, shares = 0, [0], method.shares(config)
     for passed in work.passes:
         if passed.stage.gate is not None and not work.offered[passed.stage.gate]:  # a gate that is open in training
             passed = replace(passed, stage=replace(passed.stage, gate=None))
         packed = passed.stage.selects and not method.fixed and not on_gpu
         # Some are left out whose keys are made all the same.
-        around = passed.stage.selects and passed.stage.uses[0].keys == "everyone" and passed.queries < tokens
+        gate, of_all = passed.stage.gate, passed.stage.uses[0].keys == "everyone"
+        around = gate is not None and not passed.stage.whole and of_all and shares[gate] < 1
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
         layer += 0 if on_gpu else mask_bytes(passed, precision, document_masking)
         if around:
