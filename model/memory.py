@@ -178,6 +178,7 @@ def activation_bytes(
     saved += round(sum(work.offered[gate] for gate in copied)) * h * FP32
     for scorer in method.scorers(config):  # inner layers: before and after their function, which takes a copy on a CPU
         saved += round(work.offered[scorer.gate]) * 4 * sum(inner for _, inner in scorer.shapes[:-1]) * FP32
+    saved += len(shares) * tokens + 12 * round(sum(work.offered))  # the record: who passed; scores and positions
     saved += tokens * h * (FP32 + size) + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
     if work.heads:  # the same of exits, whose states their next layer keeps, and one more gradient of the head's weight
         saved += round(work.heads) * 2 * h * FP32 + config.vocab_size * h * size
