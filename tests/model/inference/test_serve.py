@@ -115,6 +115,18 @@ def test_openai_client_whole_and_streamed(client):
     assert [m.id for m in client.models.list()] == ["tiny"]
 
 
+@pytest.mark.parametrize("variant", ["mod", "ut", "ut-frozen"])
+def test_every_way_of_spending_depth_is_served(variant):
+    """Two clients at once get what each prompt gets alone."""
+    model = tiny_model(variant, 1)
+    with serving(Engine(model, max_batch=4, kv_tokens=600), tiny_tokenizer()) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+        options = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+        together = [choice.text for choice in client.completions.create(prompt=["the sea", "a dog"], **options).choices]
+        alone = [client.completions.create(prompt=prompt, **options).choices[0].text for prompt in ("the sea", "a dog")]
+    assert together == alone and all(together)
+
+
 def test_openai_client_choices_seeds_stops_and_token_prompts(client):
     options = {"model": "tiny", "max_tokens": 8, "temperature": 0.9, "top_p": 0.9, "seed": 5}
     answer = client.completions.create(prompt=["ab", "cd"], n=2, **options)
