@@ -228,7 +228,13 @@ class EarlyExit(DepthMethod):
 
     @classmethod
     def shown(cls, config: MoRConfig, record: Any) -> Tensor | None:
-        return None
+        """Confidences of the tokens that each exit asked, NaN elsewhere; of changes, exp(-change)."""
+        result = torch.full((*record.depth.shape, len(cls.exits_of(config))), torch.nan, device=record.depth.device)
+        for gate, scores in zip(_judging(cls, config), record.scores, strict=False):
+            asked = (record.depth >= gate).flatten().nonzero().squeeze(1)
+            values = scores.clamp(0.0, 1.0) if cls.confident(config) else torch.exp(-scores)
+            result[..., gate].view(-1)[asked] = values[: len(asked)]
+        return result
 
     # --- rules --------------------------------------------------------------------------------------------------------
 
