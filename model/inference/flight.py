@@ -120,7 +120,7 @@ class Rules:
     def __init__(self, engine: Engine, index: Tensor):
         self.engine, self.index, self.last = engine, index, engine.last_gate
         self.all_in = engine.policy.mode == "uniform"
-        self.mode = engine.mode
+        self.mode, self.threshold = engine.mode, engine.policy.threshold
 
     @cached_property
     def input_ids(self) -> Tensor:

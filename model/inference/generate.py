@@ -89,7 +89,12 @@ def _drafts(text: str) -> tuple[int, int]:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every command that serves a checkpoint."""
     add = parser.add_argument
-    add("--depth", default="adaptive", help="adaptive (the router decides), uniform:N or cap:N recursions per token")
+    add(
+        "--depth",
+        default="adaptive",
+        help="adaptive (the model decides), uniform:N or cap:N recursions, or exits, per token; of exits also full, or "
+        "exit:THRESHOLD in place of the model's own",
+    )
     add("--max-batch", type=int, default=32, help="requests that run at once (default %(default)s)")
     add("--kv-tokens", type=int, default=16384, help="tokens that keys and values are held for (default %(default)s)")
     add("--tokenizer", metavar="FILE", help="tokenizer.json, or a folder with one, in place of the checkpoint's")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,25 +23,36 @@ class QueueFull(Exception):
 @dataclass(frozen=True)
 class DepthPolicy:
     """How many recursions a token executes: as the router says (`adaptive`), exactly n (`uniform`), at most n (`cap`).
-    With exits, 1 is to leave at the first of them.
+    With exits, 1 is to leave at the first of them; `exit` takes another threshold than the model's, `full` closes them.
 
     Without a router `adaptive` is all of them.
     """
 
     mode: str = "adaptive"
     recursions: int | None = None
+    threshold: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> DepthPolicy:
-        """From `adaptive`, `uniform:N` or `cap:N`. Raises ValueError."""
+        """From `adaptive`, `uniform:N`, `cap:N`, `exit:THRESHOLD` or `full`. Raises ValueError."""
         mode, _, number = text.partition(":")
         if (mode == "adaptive" and not number) or (mode in ("uniform", "cap") and number.isdecimal()):
             return cls(mode, int(number) if number else None)
-        raise ValueError(f"depth: expected adaptive, uniform:N or cap:N, got {text!r}")
+        if text == "full":
+            return cls(mode)
+        if mode == "exit" and re.fullmatch(r"\d+(\.\d*)?(e-?\d+)?", number):
+            return cls(mode, threshold=float(number))
+        raise ValueError(f"depth: expected adaptive, uniform:N, cap:N, exit:THRESHOLD or full, got {text!r}")
 
     def checked(self, config: MoRConfig) -> DepthPolicy:
         """Self, if a model of this configuration can follow it. Raises ValueError."""
         if self.mode == "adaptive":
+            return self
+        if self.mode in ("exit", "full"):
+            if "full" not in method_of(config).modes(config):
+                raise ValueError(
+                    f"depth: {self.mode} needs a model with exits, not {config.architecture}; use adaptive"
+                )
             return self
         levels = method_of(config).levels(config)
         if self.recursions is None or not 1 <= self.recursions <= levels:
