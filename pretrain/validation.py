@@ -53,6 +53,52 @@ class Validation:
             **{f"validation_loss_{mode}": lines[mode]["validation_loss"] for mode in lines if mode == "full"},
         }
 
+    @torch.no_grad()
+    def look_ahead(self, parallel: Parallel) -> float | None:
+        """What later tokens do to the loss of earlier ones, in nats per token: a measurement, not a statement.
+
+        The causal loss over the first half of a batch's positions, once with the text that follows and once with random
+        tokens in its place: their difference is rounding where nothing looks ahead. None where there is no causal
+        decision. Every rank takes part and gets the same figure.
+        """
+        if "causal" not in self._modes():
+            return None
+        parallel.model.eval()
+        sources = self.manifest.sources.values() if isinstance(self.manifest, Mixture) else [self.manifest]
+        manifest = next(iter(sources))
+        rows = self.micro_size * parallel.world_size
+        (batch,) = fixed_batches(
+            manifest,
+            "validation",
+            self.micro_size,
+            parallel.rank,
+            parallel.world_size,
+            samples=rows,
+            document_masking=self.document_masking,
+        )
+        batch = batch.to(parallel.device)
+        half = manifest.sequence_length // 2
+        random = torch.Generator().manual_seed(0)
+        other = torch.randint(manifest.vocab_size, batch.input_ids[:, half:].shape, generator=random)
+        changed = torch.cat([batch.input_ids[:, :half], other.to(batch.input_ids)], dim=1)
+        targets = batch.targets.clone()
+        targets[:, half:] = -100
+        sums = Sums()
+        for name, ids in (("given", batch.input_ids), ("changed", changed)):
+            output = parallel.forward(
+                input_ids=ids,
+                targets=targets,
+                document_ids=batch.document_ids,
+                routing_mode="causal",
+                num_items_in_batch=targets.numel(),
+                return_logits=False,
+            )
+            sums.add(name, output.losses["lm"].double() * targets.numel())
+        sums.add("tokens", (targets != -100).sum())
+        totals = sums.reduce(parallel)
+        parallel.model.train()
+        return abs(totals["given"] - totals["changed"]) / max(totals["tokens"], 1.0)
+
     def _modes(self) -> list[str]:
         return list(method_of(self.config).modes(self.config))
 

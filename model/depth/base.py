@@ -190,6 +190,15 @@ class DepthMethod(nn.Module):
         return None
 
     @classmethod
+    def controls(cls, config: MoRConfig) -> dict[str, dict[str, Any]]:
+        """Models that isolate a part of the method: name of the control -> fields that change, None to leave one out.
+
+        `random_router`: the same work by a router without a choice. `gate_only`: its gate, every token at full depth.
+        `gate_on_vanilla`: the gate on untied layers that take every token.
+        """
+        return {}
+
+    @classmethod
     def follows_load(cls, config: MoRConfig) -> bool:
         """Whether `update` has something to do after an optimizer step."""
         return False
