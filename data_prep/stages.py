@@ -132,7 +132,11 @@ class Read(Stage):
     def run(self, part: int) -> dict[str, Any]:
         target = self.at("read", part, ".bin")
         target.parent.mkdir(exist_ok=True)
-        counts = documents.spill(read_part(self.settings, self.parts[part]), self.settings, target)
+        # Other sources have small parts, and no state to go on from.
+        reading = (
+            documents.Reading(self.at("read", part, ".reading")) if self.settings.source.kind == "datasets" else None
+        )
+        counts = documents.spill(read_part(self.settings, self.parts[part], reading), self.settings, target, reading)
         hashed = {}
         if self.settings.source.kind not in ("packaged", "synthetic", "datasets"):
             hashed = {str(piece.item): sha256_of(piece.file) for piece in self.parts[part] if piece.start == 0}
@@ -146,6 +150,9 @@ class Read(Stage):
             "sha256": hashed,
             "where": safe(first.file) if first is not None and first.path else self.settings.corpus,
         }
+
+    def free(self, part: int) -> None:
+        self.at("read", part, ".reading").unlink(missing_ok=True)
 
     def _check_unchanged(self, part: Part) -> None:
         """Raise UserError where a file of the part is no longer what it was when the corpus was cut."""
