@@ -381,10 +381,12 @@ def _dataset_errors() -> tuple[type[Exception], ...]:
 
 
 def _dataset_parts(settings: DataSettings, revision: str | None, size: int) -> list[Part]:
-    """A part for each shard of the data set. size: bytes of all."""
+    """A part for each shard of the data set. size: bytes of all, 0 where only the data set may know."""
     assert settings.source.name is not None
     try:
-        shards = _open_dataset(settings, revision).num_shards
+        opened = _open_dataset(settings, revision)
+        shards = opened.num_shards
+        size = size or (opened.info.dataset_size if opened.info is not None else None) or 0
     except _dataset_errors() as error:
         raise _says_no(settings.source.name, error) from error
     return [[Piece(number, 0, shards, size=size // shards, path=revision or "")] for number in range(shards)]
