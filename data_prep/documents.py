@@ -39,7 +39,7 @@ DROPPED = np.dtype([("part", "<i8"), ("row", "<i8")])
 REPEATED = np.dtype([("part", "<i8"), ("row", "<i8"), ("times", "<i8")])
 MOST_REPEATED = 20  # of them are told
 SAVE_SECONDS = 30.0
-RANGE_ROWS = 1 << 22  # documents whose digests are sorted at once, about
+RANGE_ROWS = 1 << 20  # documents whose digests are sorted at once, about
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from data_prep.config import DataSettings
 from data_prep.engine import JOBS, Step, check_jobs, no_engine
 from data_prep.files import write_json
 from data_prep.manifest import read_manifest
-from data_prep.prepare import begin, locked
+from data_prep.prepare import begin, locked, prepare, summary
 from data_prep.settings import UserError, load
 from data_prep.stages import STAGES
 
@@ -48,8 +48,6 @@ class Finish:
         return f"manifest of {self.settings.folder}"
 
     def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        from data_prep.prepare import prepare, summary
-
         alone = self.settings.model_copy(update={"workers": 1})
         print(summary(Path(alone.folder), prepare(alone)))
 

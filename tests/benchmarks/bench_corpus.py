@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from data_prep import shuffle
+from data_prep import documents, shuffle
 from data_prep.config import DataSettings
 from data_prep.estimate import needs
 from data_prep.settings import load
@@ -50,8 +50,8 @@ def watch():
 watcher = threading.Thread(target=watch)
 """
 PREPARE = """
-from data_prep import prepare as module, shuffle
-shuffle.BUCKET_BYTES = 8 << 20
+from data_prep import documents, prepare as module, shuffle
+shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 8 << 20, 1 << 15
 seconds, original = {}, module.run_stage
 def cpu():
     return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -129,13 +129,13 @@ def run(script: str, *arguments: object) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write_corpus(folder: Path, documents: int) -> Path:
+def write_corpus(folder: Path, count: int) -> Path:
     """A corpus of distinct documents and its configuration: parts of 8 MB, shards of 4 MB."""
     texts = list(synthetic_documents(2000, seed=0))
-    corpus = folder / f"{documents}.jsonl"
+    corpus = folder / f"{count}.jsonl"
     with corpus.open("w") as file:
-        file.writelines(f'{{"text": "{n}: {texts[n % len(texts)]}"}}\n' for n in range(documents))
-    config = folder / f"{documents}.yaml"
+        file.writelines(f'{{"text": "{n}: {texts[n % len(texts)]}"}}\n' for n in range(count))
+    config = folder / f"{count}.yaml"
     config.write_text(
         f"{{corpus: x, sequence_length: 256, shard_bytes: 4000000, part_bytes: 8000000, source: {{kind: jsonl, "
         f"paths: ['{corpus}']}}, tokenizer: {{vocab_size: 4096, train_bytes: 4000000}}}}"
@@ -150,20 +150,20 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for documents in options.documents:
-            config = write_corpus(folder, documents)
-            text = (folder / f"{documents}.jsonl").stat().st_size
+        for count in options.documents:
+            config = write_corpus(folder, count)
+            text = (folder / f"{count}.jsonl").stat().st_size
             found = run(MEASURED + PREPARE, config, folder / "out", "workers=1")
-            shuffle.BUCKET_BYTES = 8 << 20
+            shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 8 << 20, 1 << 15  # small as these corpora
             need = needs(load(DataSettings, config, ["folder=x"]), text, text // 8_000_000, 4096)
             print(
-                f"{documents:,} documents, {text / 1e6:.0f} MB: memory {found['peak'] / 1e6:.0f} MB (estimate "
+                f"{count:,} documents, {text / 1e6:.0f} MB: memory {found['peak'] / 1e6:.0f} MB (estimate "
                 f"{need.memory / 1e6:.0f}), disk {found['disk'] / 1e6:.0f} MB (estimate {need.disk / 1e6:.0f}), "
                 f"{found['disk'] / text:.2f} times the text, {found['final'] / 1e6:.0f} MB in the end",
                 flush=True,
             )
             subprocess.run(["rm", "-rf", folder / "out"], check=True)
-        shuffle.BUCKET_BYTES = 128 << 20
+        shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 128 << 20, 1 << 20
         paper = needs(load(DataSettings, "configs/data/fineweb_edu_dedup.yaml"), PAPER_TEXT, 14_901, PAPER_VOCABULARY)
         print(
             f"220 billion tokens, {PAPER_TEXT / 1e12:.1f} TB of text: disk at most {paper.disk / 1e12:.2f} TB, of it "
