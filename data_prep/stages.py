@@ -38,6 +38,7 @@ from data_prep.shards import samples_per_shard, write_split
 from data_prep.shuffle import Scattered, cut_blocks, scatter
 from data_prep.sources import dataset_files, read_part
 from data_prep.tokenizer import (
+    encoding_form,
     end_of_text_id,
     eos_token_of,
     given_tokenizer,
@@ -275,16 +276,22 @@ class Encode(_Documents):
     def _tokenizer(self) -> dict[str, Any]:
         return self.before("tokenizer")[0]
 
+    @cached_property
+    def _form(self) -> tuple[Tokenizer, int | None]:
+        """The tokenizer as it encodes, read once: each reading of one leaves some memory behind; and its unknown id."""
+        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        return encoding_form(tokenizer, self._tokenizer["eos_token_id"]), unknown_id(tokenizer)
+
     def run(self, part: int) -> dict[str, Any]:
-        path = self.folder / "tokenizer.json"
+        form, unknown = self._form
         files = EncoderFiles(
-            tokenizer=path,
+            tokenizer=self.folder / "tokenizer.json",
             texts=self.at("read", part, ".bin"),
             eos_token_id=self._tokenizer["eos_token_id"],
             dtype=token_dtype(self._tokenizer["vocab_size"]).str,
-            unknown_id=unknown_id(Tokenizer.from_file(str(path))),
+            unknown_id=unknown,
         )
-        encoder = Encoder(files)
+        encoder = Encoder(files, form)
         index, spans = self.kept(part)
         chosen = {"train": ~index["validation"], "validation": index["validation"]}
         return {

@@ -174,7 +174,7 @@ def main() -> int:
             found = run(MEASURED + SHUFFLE, size, folder / "shuffled")
             print(f"shuffle of {size} MB: memory {found['peak'] / 1e6:.0f} MB, disk {found['disk'] / 1e6:.0f} MB")
             subprocess.run(["rm", "-rf", folder / "shuffled"], check=True)
-        config = folder / f"{options.documents[0]}.yaml"
+        config = folder / f"{options.documents[1]}.yaml"
         times = {}
         for workers in (1, 2):
             found = run(MEASURED + PREPARE, config, folder / f"tasks-{workers}", f"workers={workers}")
