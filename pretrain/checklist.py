@@ -16,7 +16,7 @@ from typing import Any
 from pretrain.analysis import MATCHED_SHARE
 from pretrain.controls import control_fields, same_model
 
-LOOK_AHEAD = 0.01  # nats: what rounding may do to a loss when later tokens change
+LOOK_AHEAD = 0.01  # what rounding may do: nats, or the share of tokens that take another depth
 TOKENS_PER_PARAMETER = 15  # below it a model is far from its compute optimum (about 20: arXiv 2203.15556)
 FEWEST_SEEDS = 3
 FEWEST_SHARE = 0.1  # a sweep whose last runs are shorter, relative to the runs it settles, settles nothing
@@ -70,8 +70,12 @@ def _causal(results: Results, evidence: Sequence[Results], command: str) -> Chec
         elif row["look_ahead"] is None:
             check.holds_up[row["name"]] = "was not measured: it was trained by an older version"
         elif row["look_ahead"] > LOOK_AHEAD:
-            check.holds_up[row["name"]] = f"looks ahead: later tokens move earlier losses by {row['look_ahead']:.4f}"
-    check.answer = f"later tokens move earlier losses by at most {max(measured):.1e} nats" if measured else "not known"
+            check.holds_up[row["name"]] = f"looks ahead: later tokens move earlier ones by {row['look_ahead']:.4f}"
+    check.answer = (
+        f"later tokens move losses and depths of earlier ones by {max(measured):.1e} at most"
+        if measured
+        else "not known"
+    )
     check.needs = f"{command} output=runs/again" if check.holds_up else ""
     return check
 

@@ -55,11 +55,12 @@ class Validation:
 
     @torch.no_grad()
     def look_ahead(self, parallel: Parallel) -> float | None:
-        """What later tokens do to the loss of earlier ones, in nats per token: a measurement, not a statement.
+        """What later tokens do to earlier ones: a measurement, not a statement.
 
-        The causal loss over the first half of a batch's positions, once with the text that follows and once with random
-        tokens in its place: their difference is rounding where nothing looks ahead. None where there is no causal
-        decision. Every rank takes part and gets the same figure.
+        The first half of a batch's positions, causally evaluated once with the text that follows and once with random
+        tokens in its place: the change of its loss, in nats per token, or the share of its tokens that take another
+        depth, whichever is larger. Rounding, where nothing looks ahead. None where there is no causal decision. Every
+        rank takes part and gets the same figure.
         """
         if "causal" not in self._modes():
             return None
@@ -83,7 +84,7 @@ class Validation:
         changed = torch.cat([batch.input_ids[:, :half], other.to(batch.input_ids)], dim=1)
         targets = batch.targets.clone()
         targets[:, half:] = -100
-        sums = Sums()
+        sums, depths = Sums(), []
         for name, ids in (("given", batch.input_ids), ("changed", changed)):
             output = parallel.forward(
                 input_ids=ids,
@@ -94,10 +95,12 @@ class Validation:
                 return_logits=False,
             )
             sums.add(name, output.losses["lm"].double() * targets.numel())
+            depths.append(targets if output.routing is None else output.routing.depth)
         sums.add("tokens", (targets != -100).sum())
+        sums.add("moved", (depths[0] != depths[1])[:, :half].sum())
         totals = sums.reduce(parallel)
         parallel.model.train()
-        return abs(totals["given"] - totals["changed"]) / max(totals["tokens"], 1.0)
+        return max(abs(totals["given"] - totals["changed"]), totals["moved"]) / max(totals["tokens"], 1.0)
 
     def _modes(self) -> list[str]:
         return list(method_of(self.config).modes(self.config))

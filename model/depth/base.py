@@ -155,6 +155,11 @@ class DepthMethod(nn.Module):
         return cls.shares(config)[gate] * length
 
     @classmethod
+    def merged(cls, config: MoRConfig) -> int:
+        """States of those let in that `merge` keeps for the backward pass."""
+        return 1
+
+    @classmethod
     def levels(cls, config: MoRConfig) -> int:
         """Depths that tokens can be limited to, from 1 to this many (`layout.within`)."""
         return config.num_recursions

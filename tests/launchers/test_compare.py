@@ -349,7 +349,8 @@ def test_conventions_share_what_they_have_in_common():
 def test_every_ready_made_comparison_can_be_planned(path, tmp_path):
     settings = compare.read_compare(path, [f"output={tmp_path}"])
     runs = compare.plan_runs(settings)
-    assert len(runs) == len(settings.models) * len(settings.budgets) * len(settings.seeds)
+    assert len(runs) == len(planning.cells_of(settings)) * len(settings.seeds)
+    assert planning.sweep_cost(settings) <= 1.001
     first = [planned for planned in runs if planned.settings.seed == settings.seeds[0]]
     assert compare.plan_table(runs).row_count == sum(len(planned.budgets) for planned in first)
 

@@ -15,6 +15,7 @@ from data_prep.settings import UserError
 from model.flops import training_flops
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
+from pretrain.checklist import LOOK_AHEAD
 from pretrain.data import Manifest
 from pretrain.plan import RunState, make_plans
 from pretrain.trainer import Trainer, make_optimizer
@@ -60,6 +61,31 @@ def test_a_run_leaves_its_whole_record(tmp_path: Path, data: Path, architecture:
     assert facts["data_fingerprint"] == manifest.fingerprint
     model = MoRForCausalLM.from_pretrained(tmp_path / "run/final")
     assert sum(p.numel() for p in model.parameters()) == facts["unique_parameters"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_looking_ahead_is_measured(
+    tmp_path: Path, data: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but rounding in the causal evaluation of any model; a leak that is planted in it shows."""
+    trainer = trainer_for(settings_for(tmp_path / "run", data, architecture, budget={"steps": 2}))
+    assert trainer.run() == 0
+    written = read_lines(tmp_path / "run")[-1]["validation_look_ahead"]
+    assert 0 <= written < 1e-5
+    forward = trainer.parallel.forward
+    if "topk" in trainer.validation._modes():
+        monkeypatch.setattr(trainer.parallel, "forward", lambda **given: forward(**given | {"routing_mode": "topk"}))
+        assert trainer.validation.look_ahead(trainer.parallel) > LOOK_AHEAD
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(tmp_path: Path, data: Path) -> None:
+    """The same initial weights, other batches; the same order as its seed gives when it is that seed."""
+    seen = {}
+    for name, order_seed in (("own", None), ("other", 5), ("same", 0)):
+        settings = settings_for(tmp_path / name, data, budget={"steps": 3})
+        ordered = settings.data.model_copy(update={"order_seed": order_seed})
+        seen[name] = losses(train(settings.model_copy(update={"data": ordered})))
+    assert seen["own"] == seen["same"] and seen["own"] != seen["other"]
 
 
 def test_the_exported_model_has_the_validation_loss(tmp_path: Path, data: Path) -> None:

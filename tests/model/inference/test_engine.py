@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from model.inference.engine import Engine
+from model.inference.policy import DepthPolicy
 from model.inference.sampling import SamplingParams
-from model.inference.scheduler import DepthPolicy, QueueFull, Request
+from model.inference.scheduler import QueueFull, Request
 from tests.helpers.tiny import VOCABULARY, tiny_model
 from tests.helpers.variants import GENERATING
 
@@ -158,10 +159,13 @@ def test_a_cap_is_a_pass_with_at_most_as_many_recursions(variant):
 @pytest.mark.parametrize(
     ("text", "variant", "message"),
     [
-        ("deep", "recursive", "expected adaptive, uniform:N or cap:N"),
+        ("deep", "recursive", "expected adaptive, uniform:N, cap:N or progressive:A-B"),
         ("uniform:", "recursive", "expected adaptive"),
         ("cap:4", "recursive", "does not fit 1 to 3"),
         ("uniform:0", "expert-shared", "does not fit"),
+        ("progressive:2-4", "expert-shared", "does not fit 1 to 3"),
+        ("progressive:3-2", "token-shared", "does not fit"),
+        ("progressive:1-3", "recursive", "use cap:N"),
     ],
 )
 def test_impossible_depths_are_refused(text, variant, message):
