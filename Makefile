@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup compare test test-fast test-explore lint bench-model bench-reference bench-inference bench-data bench-scale gpu-check null-gpu
+.PHONY: setup compare test test-fast test-explore lint bench-model bench-reference bench-inference bench-serve \
+	bench-data bench-scale gpu-check null-gpu
 
 setup: $(VENV)/.complete
 
@@ -48,6 +49,9 @@ bench-reference: setup
 
 bench-inference: setup
 	$(BIN)/python tests/benchmarks/bench_inference.py
+
+bench-serve: setup
+	$(BIN)/python -m tests.benchmarks.bench_serve
 
 bench-data: setup
 	$(BIN)/python tests/benchmarks/bench_tokenize.py

@@ -19,6 +19,8 @@ if __name__ == "__main__":  # run by path: import from the repository, not from 
 
 import argparse
 import contextlib
+import itertools
+import math
 import os
 import shlex
 import signal
@@ -34,8 +36,22 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 
 from data_prep.settings import UserError, run_command
 from launchers.estimate import Pace, time_left
-from launchers.grid import CompareSettings, PlannedRun, plan_runs, plan_table, read_compare, shown_apart
+from launchers.grid import (
+    CompareSettings,
+    PlannedRun,
+    cells_of,
+    plan_noise,
+    plan_round,
+    plan_runs,
+    plan_table,
+    read_compare,
+    round_count,
+    shown_apart,
+    sweep_cost,
+    winner,
+)
 from model.hardware import describe, device_here
+from pretrain.analysis import seeds_needed
 from pretrain.lock import RunLock
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
@@ -43,6 +59,8 @@ from pretrain.precision import refused_or_slow
 from pretrain.report import write_report
 from pretrain.runs import shown
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
+from pretrain.summary import Results
+from pretrain.sweep import Values
 from pretrain.timing import duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -262,8 +280,47 @@ def say_precision(runs: Sequence[PlannedRun], console: Console) -> None:
         console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
-def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> int:
-    """Run what is missing here, then report; returns the exit code."""
+def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console, command: str = "") -> int:
+    """Run what is missing here, sweeps first, then report; returns the exit code.
+
+    command: what the user typed, for the report to say what to add to it.
+    """
+    for number in range(round_count(compare)):
+        swept = plan_round(compare, number)
+        console.print(f"sweep, round {number + 1} of {round_count(compare)}", highlight=False)
+        if run_missing(compare, swept, console).stopped:
+            return 1
+    for cell in cells_of(compare) if compare.sweep or compare.sweep_models else ():
+        if (won := winner(compare, cell)) is None:
+            raise UserError(f"{cell.label}: no run of its sweep ended; their logs are in {compare.output / 'logs'}")
+        console.print(f"{cell.label}: {said(won)} won its sweep", highlight=False, soft_wrap=True)
+    runs = plan_runs(compare) if round_count(compare) else runs
+    while True:
+        local = run_missing(compare, [*runs, *plan_noise(compare)], console)
+        results, code = report(compare, runs, console, command)
+        if local.failed or local.stopped:
+            console.print(
+                f"not finished: {', '.join([*local.failed, *local.stopped])}; logs in {local.log_folder}; "
+                "run the same command again to go on",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return 1
+        seeds = more_seeds(compare, results)
+        if code or not seeds:
+            return code
+        console.print(f"--until {compare.until:g}: adds seeds {', '.join(map(str, seeds))}", highlight=False)
+        compare = compare.model_copy(update={"seeds": [*compare.seeds, *seeds]})
+        runs = plan_runs(compare)
+
+
+def said(values: Values) -> str:
+    """Swept values in words."""
+    return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def run_missing(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> LocalRuns:
+    """Run those that are not finished; how they ended."""
     missing = [run for run in runs if not run.finished()]
     if missing:
         say_precision(missing, console)
@@ -272,30 +329,49 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         local = LocalRuns(compare, progress)
         local.run_all(missing)
+    return local
+
+
+def report(
+    compare: CompareSettings, runs: Sequence[PlannedRun], console: Console, command: str
+) -> tuple[Results | None, int]:
+    """The report of the finished runs, and 1 where they cannot be reported on."""
     done = [folder for run in runs if run.finished() for folder in run.folders()]
-    failed = False
-    if done:
-        try:
-            write_report(
-                done,
-                compare.output / compare.report,
-                published=compare.published,
-                allow_mixed=shown_apart(compare),
-                baseline=compare.baseline,
-                console=console,
-            )
-        except UserError as error:  # the runs stand, and what is missing of them is still to be told
-            failed = True
-            console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)
-    if local.failed or local.stopped:
-        console.print(
-            f"not finished: {', '.join([*local.failed, *local.stopped])}; logs in {local.log_folder}; "
-            "run the same command again to go on",
-            highlight=False,
-            soft_wrap=True,
+    if not done:
+        return None, 0
+    try:
+        results = write_report(
+            done,
+            compare.output / compare.report,
+            published=compare.published,
+            allow_mixed=shown_apart(compare),
+            baseline=compare.baseline,
+            evidence=compare.evidence,
+            command=command,
+            console=console,
         )
-        return 1
-    return int(failed)
+    except UserError as error:  # the runs stand, and what is missing of them is still to be told
+        console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)
+        return None, 1
+    return results, 0
+
+
+def more_seeds(compare: CompareSettings, results: Results | None) -> list[int]:
+    """Seeds to add until every interval is as narrow as `until`, as the spread so far lets expect; at most most_seeds.
+
+    The rule looks at the widths of intervals alone, never at which model is ahead.
+    """
+    if compare.until is None or results is None or len(compare.seeds) >= compare.most_seeds:
+        return []
+    sets = results.get("sets", [results])
+    rows = [row for one in sets for row in one["differences"]]
+    widths = [math.inf if row["high"] is None else row["high"] - row["mean"] for row in rows]
+    if not rows or max(widths) <= compare.until:
+        return []
+    wanted = max([3, *(seeds_needed(row["by_seed"], compare.until) for row in rows if len(row["by_seed"]) > 1)])
+    count = min(max(wanted, len(compare.seeds) + 1), compare.most_seeds) - len(compare.seeds)
+    free = (seed for seed in itertools.count() if seed not in {*compare.seeds, *compare.sweep_seeds})
+    return list(itertools.islice(free, count))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -303,27 +379,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, type=Path, help="the comparison, a YAML file")
     parser.add_argument("--dry-run", action="store_true", help="show the plan and each run's command, and exit")
+    parser.add_argument(
+        "--until", type=float, metavar="NATS", help="add seeds until every 95%% interval is so narrow; as until=NATS"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance seeds=[0,1] at_once=1")
     given = parser.parse_intermixed_args(arguments)
+    if given.until is not None:
+        given.overrides.append(f"until={given.until}")
     os.chdir(ROOT)  # paths in configurations are relative to the repository
     compare = read_compare(given.config, given.overrides)
     console = Console()
     runs = plan_runs(compare)
     console.print(plan_table(runs))
+    if cost := sweep_cost(compare):
+        console.print(f"before them sweeps, of {cost:.0%} of their FLOPs", highlight=False)
     if compare.scheduler == "slurm":
         dry_run = ["--dry-run"] if given.dry_run else []
         command = submit_command(compare, given.config, [*dry_run, *given.overrides])
         return subprocess.run(command, check=False).returncode
     if given.dry_run:
-        for run in runs:
+        for run in [*(plan_round(compare, 0) if round_count(compare) else ()), *runs, *plan_noise(compare)]:
             console.print(shlex.join(local_command(compare, run)), highlight=False, soft_wrap=True, markup=False)
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the runs as Ctrl-C does
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     prepare_data(runs[0].settings.data)
+    command = shlex.join(["python", "launchers/compare.py", "--config", str(given.config), *given.overrides])
     with RunLock(compare.output):  # two at once would take each other's runs for failed ones
-        return run_locally(compare, runs, console)
+        return run_locally(compare, runs, console, command)
 
 
 if __name__ == "__main__":

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 from rich.table import Table
 
 from data_prep.settings import Settings, UserError, load, merge, read_yaml
 from model.config import MoRConfig
-from model.flops import unique_parameters
+from model.depth import method_of
+from model.flops import training_flops, unique_parameters
 from model.hardware import Precision
 from pretrain.budget import Plan, plan
 from pretrain.config import ExperimentSettings, Flops, make_model_config, read_settings
+from pretrain.controls import CONTROLS, METHOD_FIELDS, control_fields, described
 from pretrain.extend import refuse_unless_grown
+from pretrain.lock import LOCK
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison
 from pretrain.stop import REQUEUE_FILE
+from pretrain.sweep import Values, flatten, halving, points_of
+
+ORDER_SHIFT = 500_000  # between a seed and the one that orders the data otherwise
+SWEEP, NOISE = "sweep", "noise"  # folders of runs that stand beside those of the report
 
 
 class BudgetEntry(Settings):
@@ -44,6 +53,28 @@ class CompareSettings(Settings):
     )
     budgets: list[BudgetEntry] = Field(min_length=1, description="what every run spends")
     seeds: list[int] = Field([0], min_length=1, description="a run of each model and budget for each seed")
+    controls: list[str] | dict[str, list[str]] = Field(
+        [],
+        description=f"rows that take a difference apart: {', '.join(CONTROLS)}; a list is for every model that routes, "
+        "by name of the model for that one",
+    )
+    sweep: dict[str, Any] = Field(
+        {}, description="key of the experiment -> values tried for every model, before the runs of the report"
+    )
+    sweep_models: dict[str, dict[str, Any]] = Field(
+        {}, description="name of a model -> keys and values tried for it, beside those of sweep or in their place"
+    )
+    sweep_seeds: list[int] = Field([1000], min_length=1, description="seeds of the sweeps; none of the report's")
+    noise: list[Literal["order", "precision"]] = Field(
+        [], description="repeat the baseline in another order of the data, in the other precision: what noise does"
+    )
+    until: float | None = Field(
+        None, gt=0, description="add seeds until every 95% interval is at most so wide to either side, in nats"
+    )
+    most_seeds: int = Field(10, gt=0, description="seeds at which `until` gives up")
+    evidence: list[Path] = Field(
+        [], description="reports whose sweeps, sizes and controls stand for those that are not run here"
+    )
     at_once: int = Field(1, gt=0, description="local runs that go on at the same time")
     threads: int | None = Field(
         None, gt=0, description="CPU threads of a run; null shares the cores among at_once runs"
@@ -60,6 +91,26 @@ class CompareSettings(Settings):
     report: str = Field("report", description="name of the report's folder below `output`")
     baseline: str | None = Field(None, description="model to compare with; null: the vanilla model of the same width")
     published: bool = Field(False, description="draw the paper's figures beside these")
+
+    @model_validator(mode="after")
+    def _sweeps_apart(self) -> Self:
+        shared = sorted(set(self.seeds) & set(self.sweep_seeds))
+        swept = self.sweep or self.sweep_models
+        if swept and shared:
+            raise ValueError(f"sweep_seeds: {shared} are seeds of the report too: a winner would be judged by its luck")
+        for name in [*self.sweep_models, *(self.controls if isinstance(self.controls, dict) else ())]:
+            if name not in self.models:
+                raise ValueError(f"{name!r} is no model of this comparison; there are {', '.join(self.models)}")
+        for key, values in {
+            k: v for keys in (self.sweep, *self.sweep_models.values()) for k, v in flatten(keys).items()
+        }.items():
+            if not isinstance(values, list) or len({json.dumps(value) for value in values}) < 2:
+                raise ValueError(f"sweep: {key}: give a list of at least two different values (given: {values!r})")
+        listed = self.controls.values() if isinstance(self.controls, dict) else [self.controls]
+        unknown = [kind for kinds in listed for kind in kinds if kind not in CONTROLS]
+        if unknown:
+            raise ValueError(f"controls: no {', '.join(unknown)}; there are {', '.join(CONTROLS)}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -143,41 +194,278 @@ def shown_apart(compare: CompareSettings) -> bool:
 # --- the plan ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A model at a budget: what is swept together, and run once for each seed.
+
+    label: of its runs, without values and seed. keys: what is swept, dotted key -> values.
+    """
+
+    name: str
+    label: str
+    model: str | dict[str, Any]
+    entry: BudgetEntry
+    keys: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def cells_of(compare: CompareSettings) -> list[Cell]:
+    """Every model, and its controls, at every budget. Raises UserError where a control cannot be built."""
+    cells: list[Cell] = []
+    conventions = [entry.convention for entry in compare.budgets]
+    for place, entry in enumerate(compare.budgets):
+        twin = f"-budget{place}" if conventions.count(entry.convention) > 1 else ""
+        suffix = ("" if entry.convention == "exact" else f"-{entry.convention}") + twin
+        for name, model in compare.models.items():
+            keys = flatten(compare.sweep) | flatten(compare.sweep_models.get(name, {}))
+            cells.append(Cell(name, name + suffix, model, entry, keys))
+        for name, fields, flops in control_rows(compare, entry):
+            budget = entry.model_copy(update={"flops": flops})
+            cells.append(Cell(name, name + suffix, fields, budget, flatten(compare.sweep)))
+    for cell in cells:
+        require_keys(cell)
+    return cells
+
+
+def require_keys(cell: Cell) -> None:
+    """Raise UserError for a swept key that means nothing for the model."""
+    own = method_of(make_model_config(model_fields(cell.model))).settings
+    for key in cell.keys:
+        name = key.removeprefix("model.")
+        if name != key and name in METHOD_FIELDS - set(own):
+            raise UserError(
+                f"sweep: {key}: {cell.name} has no such key; give it under sweep_models, to the models that have it"
+            )
+
+
+def model_fields(model: str | dict[str, Any]) -> dict[str, Any]:
+    """The fields of a model that is given as a file, or as fields with `extends`."""
+    if isinstance(model, str):
+        return read_yaml(model)
+    fields = dict(model)
+    parent = fields.pop("extends", None)
+    return merge(read_yaml(parent), fields) if parent else fields
+
+
+def control_rows(compare: CompareSettings, entry: BudgetEntry) -> list[tuple[str, dict[str, Any], Any]]:
+    """(name, fields, FLOPs) of every control at a budget; one that is a model of the comparison already is left out.
+
+    Raises UserError that names a control which cannot be built for the model that asks for it, or for any model.
+    """
+    if not compare.controls:
+        return []
+    models = {name: model_fields(model) for name, model in compare.models.items()}
+    known, length = data_fields(compare, next(iter(models.values())))
+    configs = {name: make_model_config(fields | known) for name, fields in models.items()}
+    vanilla = next((models[name] for name, config in configs.items() if config.architecture == "vanilla"), None)
+    routes = [name for name, config in configs.items() if method_of(config).settings]
+    by_name = isinstance(compare.controls, dict)
+    asked = compare.controls if isinstance(compare.controls, dict) else dict.fromkeys(routes, compare.controls)
+    rows: list[tuple[str, dict[str, Any], Any]] = []
+    taken = {json.dumps([described(config), entry.flops], default=str) for config in configs.values()}
+    refused: dict[str, list[str]] = {}
+    for name, kind in [(name, kind) for name, kinds in asked.items() for kind in kinds]:
+        try:
+            fields = control_fields(kind, models[name] | known, vanilla, length)
+        except ValueError as error:
+            refused.setdefault(kind, []).append(f"{name}: {error}")
+            continue
+        fields = {key: value for key, value in fields.items() if key in models[name] or key not in known}
+        config = make_model_config(fields | known)
+        flops = equal_tokens(entry, configs[name], config, length) if kind == "equal_tokens" else entry.flops
+        key = json.dumps([described(config), flops], default=str)
+        if key not in taken:
+            taken.add(key)
+            rows.append((f"{name}_{kind}", fields, flops))
+    wrong = [f"{kind}: {'; '.join(why)}" for kind, why in refused.items() if by_name or len(why) == len(asked)]
+    if wrong or not asked:
+        raise UserError(f"controls: cannot be built: {' | '.join(wrong) or 'no model here routes tokens'}")
+    return rows
+
+
+def data_fields(compare: CompareSettings, model: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """What the data decides of every model, where it is known yet, and the sequence length."""
+    overrides = [f"{key}={json.dumps(value)}" for key, value in flatten(compare.overrides).items()]
+    given = ["name=plan", "run_dir=plan", f"model={json.dumps(model)}", "budget.flops=1", *overrides]
+    vocabulary, length = data_shape(read_settings(compare.experiment, given))
+    return {} if vocabulary is None else {"vocab_size": vocabulary}, length
+
+
+def equal_tokens(entry: BudgetEntry, model: MoRConfig, vanilla: MoRConfig, length: int) -> int | list[int]:
+    """The budget that gives vanilla the tokens which the model gets from `entry`."""
+    ratio = Fraction(training_flops(vanilla, length, 1, convention=entry.convention)) / Fraction(
+        training_flops(model, length, 1, convention=entry.convention)
+    )
+    flops = entry.flops
+    return [round(one * ratio) for one in flops] if isinstance(flops, list) else round(flops * ratio)
+
+
+def planned(
+    compare: CompareSettings,
+    cell: Cell,
+    seed: int,
+    values: Mapping[str, Any],
+    beside: str | None = None,
+    flops: Any = None,
+    more: Mapping[str, Any] | None = None,
+) -> PlannedRun:
+    """One run of a cell with swept values. beside: the folder, below the comparison's, of runs that are not reported;
+    flops: what such a run spends; more: other keys that it changes."""
+    point = "".join(f"-{key.rpartition('.')[2]}{value}" for key, value in {**values, **(more or {})}.items())
+    short = f"-{flops:.4g}" if flops is not None else ""
+    label = f"{cell.label}{point}{short}-seed{seed}".replace("+", "")
+    folder = compare.output / beside / label if beside else compare.output / label
+    keys = flatten(compare.overrides) | dict(values) | dict(more or {})
+    arguments = [
+        "--config",
+        str(compare.experiment),
+        f"name={cell.label if beside else cell.name}",
+        f"run_dir={folder}",
+        f"seed={seed}",
+        f"model={model_file(compare, cell.name, cell.model)}",
+        f"budget.flops={json.dumps(cell.entry.flops if flops is None else flops)}",
+        f"budget.convention={cell.entry.convention}",
+        f"tracker.group={compare.output.name}",
+        *(f"{key}={json.dumps(value)}" for key, value in keys.items()),
+    ]
+    settings = read_settings(compare.experiment, arguments[2:])
+    return PlannedRun(f"{beside}-{label}" if beside else label, settings, arguments)
+
+
 def plan_runs(compare: CompareSettings, gpus: bool | None = None) -> list[PlannedRun]:
     """Every run of the grid, seeds outermost, so that a first answer for all models comes early.
 
-    A run's directory is named by model, convention (where it is not `exact`) and seed: two comparisons with one output
-    folder share the runs that they have in common. Where the precision is `auto` it is decided here, once for all runs.
+    A run's directory is named by model, convention (where it is not `exact`), swept values and seed: two comparisons
+    with one output folder share the runs that they have in common. Where the precision is `auto` it is decided here,
+    once for all runs. Where a sweep is not over yet, the run stands here with the experiment's own values.
 
     gpus: whether the runs will have any; None: where they run here, as this machine, under Slurm as `submit` asks for.
     Raises UserError where a run's settings are wrong or its directory belongs to another configuration.
     """
-    runs = []
-    conventions = [entry.convention for entry in compare.budgets]
-    for seed in compare.seeds:
-        for place, entry in enumerate(compare.budgets):
-            for name, model in compare.models.items():
-                twin = f"-budget{place}" if conventions.count(entry.convention) > 1 else ""
-                convention = "" if entry.convention == "exact" else f"-{entry.convention}"
-                label = f"{name}{convention}{twin}-seed{seed}"
-                arguments = [
-                    "--config",
-                    str(compare.experiment),
-                    f"name={name}",
-                    f"run_dir={compare.output / label}",
-                    f"seed={seed}",
-                    f"model={model_file(compare, name, model)}",
-                    f"budget.flops={json.dumps(entry.flops)}",
-                    f"budget.convention={entry.convention}",
-                    f"tracker.group={compare.output.name}",
-                    *(f"{key}={json.dumps(value)}" for key, value in flatten(compare.overrides).items()),
-                ]
-                settings = read_settings(compare.experiment, arguments[2:])
-                runs.append(PlannedRun(label, settings, arguments))
+    cells = cells_of(compare)
+    settled = [winner(compare, cell) or {} for cell in cells]
+    runs = [planned(compare, cell, seed, won) for seed in compare.seeds for cell, won in zip(cells, settled)]
+    return with_configurations(compare, runs, gpus)
+
+
+def with_configurations(compare: CompareSettings, runs: list[PlannedRun], gpus: bool | None) -> list[PlannedRun]:
+    """The runs with their precision decided, none of them in a directory of another configuration."""
     runs = with_precision(compare, runs, will_have_gpus(compare) if gpus is None else gpus)
     for run in runs:
         require_same_configuration(run)
     return runs
+
+
+# --- sweeps and noise -------------------------------------------------------------------------------------------
+
+
+def rounds_of(compare: CompareSettings, cell: Cell) -> list[tuple[int, float]]:
+    """The rounds of a cell's sweep; all of them together spend at most what its runs of the report do."""
+    if not cell.keys:
+        return []
+    return halving(len(points_of(cell.keys)), len(compare.seeds) / len(compare.sweep_seeds))
+
+
+def sweep_flops(cell: Cell, share: float) -> int:
+    """What a run of a sweep spends: a share of the cell's budget, of several the smallest."""
+    flops = cell.entry.flops
+    return round(share * (flops[0] if isinstance(flops, list) else flops))
+
+
+def round_runs(compare: CompareSettings, cell: Cell, number: int) -> list[PlannedRun]:
+    """The runs of a round of a cell's sweep. Raises UserError where the round before it is not over."""
+    return [
+        planned(compare, cell, seed, values, SWEEP, sweep_flops(cell, rounds_of(compare, cell)[number][1]))
+        for values in taking_part(compare, cell, number)
+        for seed in compare.sweep_seeds
+    ]
+
+
+def taking_part(compare: CompareSettings, cell: Cell, number: int) -> list[Values]:
+    """The points of a round: all, then the best of the round before it, in the order of the grid."""
+    points, rounds = points_of(cell.keys), rounds_of(compare, cell)
+    for before, (count, _) in enumerate(rounds[1 : number + 1]):
+        points = ranked(compare, cell, points, rounds[before][1])[:count]
+    return points
+
+
+def ranked(compare: CompareSettings, cell: Cell, points: Sequence[Values], share: float) -> list[Values]:
+    """Points by their mean loss in one round, the best first; one whose run failed or diverged is the last."""
+    losses = []
+    for values in points:
+        runs = [planned(compare, cell, seed, values, SWEEP, sweep_flops(cell, share)) for seed in compare.sweep_seeds]
+        lines = [last_line(run.folder / "metrics.jsonl") or {} for run in runs]
+        if not any(line.get("event") == "finished" for line in lines):
+            losses.append(math.inf if any(run.folder.exists() for run in runs) else math.nan)
+            continue
+        found = [line.get("validation_loss") for line in lines]
+        losses.append(math.inf if None in found else sum(map(float, found)) / len(found))
+    if all(math.isnan(loss) for loss in losses):
+        raise UserError(f"{cell.label}: a round of its sweep has not run yet; run the rounds in order")
+    order = sorted(range(len(points)), key=lambda index: (math.isnan(losses[index]), losses[index]))
+    return [points[index] for index in order]
+
+
+def winner(compare: CompareSettings, cell: Cell) -> Values | None:
+    """The swept values of the lowest loss, {} without a sweep; None while the sweep is not over.
+
+    A run that failed, as one that diverged does, comes last in its round and holds up nothing.
+    """
+    rounds = rounds_of(compare, cell)
+    if not rounds:
+        return {}
+    try:
+        points = taking_part(compare, cell, len(rounds) - 1)
+        runs = [run for run in round_runs(compare, cell, len(rounds) - 1) if not run.finished()]
+        if any(run.asks_for_more() or not run.folder.exists() or (run.folder / LOCK).exists() for run in runs):
+            return None
+        return ranked(compare, cell, points, rounds[-1][1])[0]
+    except UserError:
+        return None
+
+
+def plan_round(compare: CompareSettings, number: int, gpus: bool | None = None) -> list[PlannedRun]:
+    """The runs of one round of every cell's sweep; empty past the last round."""
+    cells = [cell for cell in cells_of(compare) if len(rounds_of(compare, cell)) > number]
+    return with_configurations(compare, [run for cell in cells for run in round_runs(compare, cell, number)], gpus)
+
+
+def round_size(compare: CompareSettings, number: int) -> int:
+    """Runs of a round, known before the round before it has run."""
+    rounds = [rounds_of(compare, cell) for cell in cells_of(compare)]
+    return sum(found[number][0] for found in rounds if len(found) > number) * len(compare.sweep_seeds)
+
+
+def round_count(compare: CompareSettings) -> int:
+    """Rounds of the longest sweep."""
+    return max((len(rounds_of(compare, cell)) for cell in cells_of(compare)), default=0)
+
+
+def sweep_cost(compare: CompareSettings) -> float:
+    """FLOPs of all sweeps over those of the runs of the report."""
+    swept = reported = 0.0
+    for cell in cells_of(compare):
+        for count, share in rounds_of(compare, cell):
+            swept += count * len(compare.sweep_seeds) * sweep_flops(cell, share)
+        flops = cell.entry.flops
+        reported += len(compare.seeds) * (flops[-1] if isinstance(flops, list) else flops)
+    return swept / reported
+
+
+def plan_noise(compare: CompareSettings, gpus: bool | None = None) -> list[PlannedRun]:
+    """The baseline's repetitions in another order of the data and in the other precision, for each seed."""
+    cells = cells_of(compare)
+    cell = next((cell for cell in cells if cell.name == compare.baseline), cells[0])
+    values = winner(compare, cell) or {}
+    runs: list[PlannedRun] = []
+    for seed in compare.seeds if compare.noise else ():
+        (own,) = with_configurations(compare, [planned(compare, cell, seed, values)], gpus)
+        precision = own.settings.precision
+        changes: dict[str, dict[str, Any]] = {
+            "order": {"data.order_seed": seed + ORDER_SHIFT, "precision": precision},
+            "precision": {"precision": "fp32" if precision == "bf16" else "bf16"},
+        }
+        runs += [planned(compare, cell, seed, values, NOISE, more=changes[kind]) for kind in compare.noise]
+    return with_configurations(compare, runs, gpus)
 
 
 def with_precision(compare: CompareSettings, runs: Sequence[PlannedRun], gpus: bool) -> list[PlannedRun]:
@@ -205,21 +493,11 @@ def model_file(compare: CompareSettings, name: str, model: str | dict[str, Any])
     """The YAML file of a model: the one that was given, or one written for fields that were given in its place."""
     if isinstance(model, str):
         return model
-    fields = dict(model)
-    parent = fields.pop("extends", None)
-    fields = merge(read_yaml(parent), fields) if parent else fields
+    fields = model_fields(model)
     path = compare.output / "models" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
     return str(path)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def require_same_configuration(run: PlannedRun) -> None:

@@ -333,6 +333,8 @@ class Run:
         """[B, T], False for padding; None: no padding."""
         return self.batch.real
 
+    threshold: float | None = None  # of exits, in place of the model's own
+    hidden: Tensor | None = None  # [B, T, D] of everyone, while a gate scores
     all_in = False  # whether every token takes all of the depth there is
 
     @property
@@ -346,6 +348,7 @@ class Run:
 
     def exit(self, weight: float) -> None:
         """Have everyone's states before this gate read out for the loss, which counts so much of the whole."""
+        assert self.hidden is not None
         self.exits.append((self.hidden, weight))
 
     def executed(self, depth: Tensor) -> None:
@@ -416,6 +419,7 @@ class Run:
         assert gate is not None
         x, self.hidden = method.prepare(gate, x, self), hidden
         logits = method.score(gate, x, Own(carry, offered), self)
+        self.hidden = None  # recomputation keeps this object, and would keep the states
         entered, x, logits = self._let_in(gate, x, logits, offered, carry)
         self.offered[gate], self.entered[gate] = offered.mask(), entered.mask()
         everyone = stage.uses[0].keys == "everyone"

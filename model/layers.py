@@ -116,7 +116,8 @@ class Attention(nn.Module):
             key, value = (y.transpose(1, 2) for y in self._key_value(around, everyone, recursion))
         else:
             query, key, value = self._heads(x, recursion, self.q_proj, self.k_proj, self.v_proj)
-            key = _rotate(key, tokens.cos, tokens.sin)
+            # Of a product of all three the values are a part, and would keep the whole for the backward pass.
+            key, value = _rotate(key, tokens.cos, tokens.sin), value.contiguous()
             key, value = (tokens.to_slots(y).transpose(1, 2) for y in (key, value))
             if shared_kv is not None:
                 key, value = _replace(shared_kv[0], key, tokens), _replace(shared_kv[1], value, tokens)
@@ -141,7 +142,7 @@ class Attention(nn.Module):
     def _key_value(self, x: Tensor, tokens: Tokens, recursion: int) -> KeyValue:
         """Keys and values of the tokens x: [B, K, D] or [N, D] -> [..., Hkv, Dh]."""
         key, value = self._heads(x, recursion, self.k_proj, self.v_proj)
-        return _rotate(key, tokens.cos, tokens.sin), value
+        return _rotate(key, tokens.cos, tokens.sin), value.contiguous()
 
     def _heads(self, x: Tensor, recursion: int, *projections: nn.Linear) -> list[Tensor]:
         return [y.unflatten(-1, (-1, self.head_dim)) for y in project_all(projections, x, recursion)]
@@ -304,7 +305,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         rows = chunk_rows(weight.shape[0], x.device)
         total = x.new_zeros((), dtype=torch.float32)
-        change = _compiled_change() if compiled and x.is_cuda else _loss_and_change
+        compiled = compiled and x.is_cuda
+        change: Callable[..., tuple[Tensor, Tensor]] = _compiled_change() if compiled else _loss_and_change
         grads_x: list[Tensor] = []
         grad_weight: Tensor | None = None
         scales = targets if weights is None else weights
@@ -354,7 +356,7 @@ def _loss_and_change_to_compile(logits: Tensor, target: Tensor, weights: Tensor 
 
 
 @functools.cache
-def _compiled_change() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled_change() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_loss_and_change_to_compile)
 
 

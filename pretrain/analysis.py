@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
 Array = NDArray[np.float64]
+MATCHED_SHARE = 0.01  # FLOPs of two variants that differ by less are called matched
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class PairedDifference:
 
     low, high: confidence interval of the mean; None where one seed gives no interval.
     within_noise: whether the interval holds 0; None where there is no interval.
+    p_value: of Student's paired test against no difference; None where there is no interval.
     """
 
     mean: float
@@ -25,6 +28,7 @@ class PairedDifference:
     high: float | None
     num_seeds: int
     within_noise: bool | None
+    p_value: float | None = None
 
     @property
     def verdict(self) -> str:
@@ -52,7 +56,43 @@ def paired_difference(
         return PairedDifference(mean, None, None, 1, None)
     error = float(differences.std(ddof=1) / np.sqrt(len(seeds)))
     half = float(stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)) * error
-    return PairedDifference(mean, mean - half, mean + half, len(seeds), mean - half <= 0 <= mean + half)
+    p_value = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1)) if error > 0 else float(mean == 0)
+    return PairedDifference(mean, mean - half, mean + half, len(seeds), mean - half <= 0 <= mean + half, p_value)
+
+
+def plain(difference: PairedDifference) -> dict[str, Any]:
+    """A difference and its verdict, ready for JSON."""
+    return asdict(difference) | {"verdict": difference.verdict}
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values corrected for their number (Holm 1979): below 0.05, a claim stands beside the others.
+
+    The smallest is multiplied by n, the next by n - 1 and so on, none below the one before it, none above 1.
+    """
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(np.argsort(p_values, kind="stable")):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[int(index)] = largest
+    return corrected
+
+
+def noise_of_pairs(pairs: Sequence[tuple[float, float]]) -> float:
+    """Standard deviation of one loss, from pairs of losses that differ in the noise alone: sqrt(mean d^2 / 2)."""
+    return float(np.sqrt(np.mean([(one - other) ** 2 / 2 for one, other in pairs])))
+
+
+def seeds_needed(differences: Sequence[float], half_width: float, confidence: float = 0.95, most: int = 1000) -> int:
+    """Seeds after which the t interval of the mean is expected to be +- half_width, by the spread seen so far.
+
+    differences: at least two, one per seed.
+    """
+    spread = float(np.std(differences, ddof=1))
+    for count in range(2, most):
+        if float(stats.t.ppf((1 + confidence) / 2, count - 1)) * spread / np.sqrt(count) <= half_width:
+            return count
+    return most
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,9 @@ class DataSettings(Settings):
     document_masking: bool = Field(
         default=True, description="keep attention inside documents; false reproduces the paper"
     )
+    order_seed: int | None = Field(
+        default=None, ge=0, description="seed of the order of the data alone, to measure what it does; null: `seed`"
+    )
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

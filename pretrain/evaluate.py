@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -33,8 +34,10 @@ from model.depth import method_of
 from model.hardware import Precision, device_here
 from model.inference.text import load_checkpoint
 from model.modeling import MoRForCausalLM
+from pretrain import exits
 from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state, verify
 from pretrain.config import ExperimentSettings, read_data, read_settings
+from pretrain.data import fixed_batches
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
 from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
@@ -378,6 +381,55 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def calibrate(given: argparse.Namespace) -> dict[str, Any]:
+    """Fit the exits' classifier and find their threshold, as asked; what `calibration.json` holds."""
+    checkpoint = open_checkpoint(given.checkpoint.resolve())
+    validation = make_validation(checkpoint, given.data, given.batch_size, given.calibration_prompts)
+    if validation is None:
+        raise UserError(f"{given.checkpoint}: belongs to no run; give --data FOLDER")
+    model, manifest = checkpoint.model, validation.manifest
+    folder = given.output or (checkpoint.run or checkpoint.folder) / "calibrated"
+    results: dict[str, Any] = {"checkpoint": str(given.checkpoint), "corpus": manifest.corpus, "versions": versions()}
+    try:
+        if given.fit_classifier:
+            wanted = given.fit_classifier * given.batch_size
+            batches = (b.input_ids for b in fixed_batches(manifest, "train", given.batch_size, samples=wanted))
+            lines = exits.fit_classifier(model, batches)
+            results["classifier"] = {"steps": len(lines), "first": lines[0], "last": lines[-1]}
+            print(f"classifier: {len(lines)} steps, loss {lines[0]['loss']:.4f} to {lines[-1]['loss']:.4f}", flush=True)
+        if given.calibrate:
+            rows = [b.input_ids for b in fixed_batches(manifest, "validation", 1, samples=given.calibration_prompts)]
+            start, end = given.prompt_tokens, given.prompt_tokens + given.output_tokens
+            if end > rows[0].shape[1]:
+                raise ValueError(
+                    f"--prompt-tokens: {start} and --output-tokens {given.output_tokens} are more than the "
+                    f"{rows[0].shape[1]} tokens of a sequence; give fewer"
+                )
+            prompts, references = ([row[0, cut].tolist() for row in rows] for cut in (slice(start), slice(start, end)))
+            found = exits.calibrate(model, prompts, references, given.calibrate, given.delta, given.epsilon)
+            results["calibration"] = dataclasses.asdict(found)
+            show_calibration(found, Console())
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not given.fit_classifier and results["calibration"]["threshold"] is None:
+        print("no threshold passed its test: nothing was written", flush=True)
+        return results
+    exits.save_calibrated(model, checkpoint.tokenizer.backend_tokenizer, folder, results)
+    print(f"results: {folder}", flush=True)
+    return results
+
+
+def show_calibration(found: exits.Calibration, console: Console) -> None:
+    """The thresholds that were tested, and which was taken."""
+    title = f"Thresholds: {found.kind} distance at most {found.delta}, level {found.epsilon}, {found.prompts} prompts"
+    table = rich.table.Table("threshold", "distance", "p-value", "layers", "FLOPs (exact) of full depth's", title=title)
+    for trial in found.trials:
+        mark = " *" if trial.threshold == found.threshold else ""
+        figures = (f"{trial.risk:.4f}", f"{trial.p_value:.2g}", f"{trial.layers:.2f}", f"{trial.flops:.3f}")
+        table.add_row(f"{trial.threshold:.4g}{mark}", *figures)
+    console.print(table)
+
+
 def chosen_tasks(names: str | None, preset: str | None) -> list[TaskSettings]:
     """Tasks by name, with their own number of shots, or those of a preset (its name or its YAML file)."""
     if preset is not None:
@@ -413,13 +465,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     precisions = ["auto", "bf16", "fp32"]
     add("--precision", choices=precisions, help="of the forward pass (default auto: the run's where it is fast here)")
     add("--output", type=Path, metavar="FILE", help="where the results go (default: evaluation.json in the run)")
+    _add_calibration(parser)
     given = parser.parse_args(arguments)
+    if given.calibrate or given.fit_classifier:
+        if given.perplexity or given.tasks or given.preset or given.depths or given.limit:
+            parser.error("--calibrate and --fit-classifier: stand alone; leave the other measurements out")
+        calibrate(given)
+        return 0
     if given.stride and not given.perplexity:
         parser.error("--stride: only with --perplexity")
     if given.perplexity and (given.data or given.task_folder):
         parser.error("--perplexity: has no use for --data and --task-folder; leave them out")
     (measure if given.perplexity else evaluate)(given)
     return 0
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group(
+        "exits", "what they need once their model is trained (pretrain/exits.py)"
+    ).add_argument
+    add(
+        "--calibrate",
+        choices=("text", "risk"),
+        help="find the exits' threshold by Learn then Test, so that answers stay within --delta of full depth's "
+        "(text), or come no more than that further from the corpus (risk); the model goes with it to RUN/calibrated, "
+        "or --output",
+    )
+    add("--delta", type=float, default=0.1, help="largest mean distance, 1 - ROUGE-L of the tokens (%(default)s)")
+    add("--epsilon", type=float, default=0.05, help="probability of being wrong about that (%(default)s)")
+    add("--calibration-prompts", type=_positive, default=200, metavar="N", help="validation sequences (%(default)s)")
+    add("--prompt-tokens", type=_positive, default=32, metavar="N", help="of each that are given (%(default)s)")
+    add("--output-tokens", type=_positive, default=32, metavar="N", help="that are to be answered (%(default)s)")
+    add("--fit-classifier", type=_positive, metavar="STEPS", help="train the classifier, the model left as it is")
 
 
 def _positive(text: str) -> int:

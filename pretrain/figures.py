@@ -23,10 +23,14 @@ MARKERS = "osD^vP*X"
 DEPTH_COLOURS = "viridis"
 MANY = 12  # variants, beyond which a legend names architectures
 MAX_PANELS = 9
-UNIGRAM = "unigram model"
+COUNTED = {"unigram model": ":", "bigram model": "-."}  # models of counts, and their lines
 LOSS_LABEL = "validation loss (nats per token, causal routing)"
 IsoflopCurve = tuple[float, Sequence[float], Sequence[float], Isoflop]  # budget, parameters [n], losses [n], fit
-AXIS_LABEL = {"flops": "training FLOPs", "tokens": "training tokens"}
+AXIS_LABEL = {
+    "flops": "training FLOPs",
+    "tokens": "training tokens",
+    "seconds": "seconds in training steps",
+}
 
 
 def looks_ahead(variant: Variant) -> bool:
@@ -69,13 +73,14 @@ def _legend(axes: Axes, variants: Sequence[Variant]) -> None:
     handles = [axes.plot([], [], ls="-", label=name, **look)[0] for name, look in names.items()]
     if any(looks_ahead(v) for v in variants):
         handles += axes.plot([], [], color="#555555", ls="--", lw=1, label="top-k routing (sees the whole sequence)")
-    handles += [line for line in axes.get_lines() if line.get_label() == UNIGRAM]
+    handles += [line for line in axes.get_lines() if line.get_label() in COUNTED]
     axes.legend(handles=handles, fontsize=8, frameon=False)
 
 
-def loss_curves(variants: Sequence[Variant], x: str, unigram_loss: float, note: str) -> Figure:
-    """Validation loss against `x` ("flops" or "tokens"), a line per seed; beside it, the last losses enlarged.
+def loss_curves(variants: Sequence[Variant], x: str, counted: Mapping[str, float], note: str) -> Figure:
+    """Validation loss against `x` (of AXIS_LABEL), a line per seed; beside it, the last losses enlarged.
 
+    counted: losses of models of counts, names as in COUNTED, drawn across.
     Dashed lines and hollow markers: top-k routing that sees the whole sequence, where it changes the loss.
     """
     figure, (axes, finals) = plt.subplots(
@@ -89,11 +94,12 @@ def loss_curves(variants: Sequence[Variant], x: str, unigram_loss: float, note: 
             axes.plot(*_curve(run, x, "validation_loss"), color=colour, lw=1.6, alpha=alpha)
             if looks_ahead(variant):
                 axes.plot(*_curve(run, x, "validation_loss_topk"), color=colour, lw=1, ls="--", alpha=alpha)
-        at = variant.flops if x == "flops" else variant.tokens
+        at = float(np.mean([run.last[x] for run in variant.runs]))
         axes.plot(at, np.mean(list(variant.losses().values())), ms=7, markeredgecolor="white", **style[variant.name])
-    axes.axhline(unigram_loss, color="#777777", ls=":", lw=1.2, label=UNIGRAM)
+    for name, loss in counted.items():
+        axes.axhline(loss, color="#777777", ls=COUNTED[name], lw=1.2, label=name)
     worst = max(loss for variant in variants for loss in variant.losses().values())
-    axes.set_ylim(top=max(unigram_loss, worst) + 0.15)  # the first, steep part of the curves is cut
+    axes.set_ylim(top=max(*counted.values(), worst) + 0.15)  # the first, steep part of the curves is cut
     axes.set(xlabel=f"{AXIS_LABEL[x]}{note}", ylabel=LOSS_LABEL, xscale="log")
     _finish(axes)
     _legend(axes, variants)
@@ -154,16 +160,27 @@ def depth_shares(variants: Sequence[Variant]) -> Figure | None:
     return figure
 
 
-def differences(rows: Sequence[tuple[str, str, PairedDifference]], baseline: str) -> Figure:
-    """Loss differences to the baseline with their intervals; rows are (name, architecture, difference)."""
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
+def differences(
+    rows: Sequence[tuple[str, str, PairedDifference]],
+    baseline: str,
+    verdicts: Sequence[str],
+    noise: Mapping[str, float],
+) -> Figure:
+    """Loss differences to the baseline with their intervals; rows are (name, architecture, difference).
+
+    noise: kind -> standard deviation of one loss; shaded is what it does to the difference of two.
+    """
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.45 * len(rows)), layout="constrained")
+    for shade, (kind, deviation) in zip((0.28, 0.18, 0.1), sorted(noise.items(), key=lambda item: item[1])):
+        wide = 2**0.5 * deviation
+        axes.axvspan(-wide, wide, color="#777777", alpha=shade, lw=0, label=f"noise: {kind}")
     for place, (_, architecture, difference) in enumerate(rows):
         colour = architectures()[architecture]
         if difference.low is not None and difference.high is not None:
             axes.plot([difference.low, difference.high], [place, place], color=colour, lw=2)
         axes.plot(difference.mean, place, "o", color=colour)
         axes.annotate(
-            f"{difference.mean:+.4f}  {difference.verdict}",
+            f"{difference.mean:+.4f}  {verdicts[place]}",
             (difference.mean, place),
             xytext=(0, 7),
             textcoords="offset points",
@@ -173,9 +190,64 @@ def differences(rows: Sequence[tuple[str, str, PairedDifference]], baseline: str
     axes.axvline(0, color="#777777", lw=1, ls=":")
     axes.set(yticks=range(len(rows)), yticklabels=[row[0] for row in rows], ylim=(len(rows) - 0.4, -0.7))
     axes.set_xlabel(f"validation loss minus {baseline}'s, at matched FLOPs (nats per token, causal routing)")
+    if noise:
+        axes.legend(fontsize=7, frameon=False)
     axes.margins(x=0.3)
     axes.grid(alpha=0.25, lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def decomposition(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Steps from the baseline to each model: a panel per model, a bar per step from where the one before ended."""
+    figure, grid = plt.subplots(
+        len(rows), 1, figsize=(8, 0.8 + 1.6 * len(rows)), squeeze=False, sharex=True, layout="constrained"
+    )
+    for found, axes in zip(rows, grid[:, 0]):
+        start, steps = 0.0, found["steps"]
+        for place, step in enumerate(steps):
+            axes.barh(place, step["mean"], left=start, height=0.6, color="#0072b2" if step["mean"] < 0 else "#d55e00")
+            if step["low"] is not None:
+                axes.plot([start + step["low"], start + step["high"]], [place, place], color="black", lw=1.2)
+            axes.annotate(f"{step['mean']:+.4f}", (start + step["mean"], place), xytext=(0, 9),
+                          textcoords="offset points", fontsize=7, ha="center")  # fmt: skip
+            start += step["mean"]
+        axes.axvline(0, color="#777777", lw=1, ls=":")
+        axes.set(yticks=range(len(steps)), yticklabels=[step["step"] for step in steps], title=found["name"])
+        axes.set_ylim(len(steps) - 0.4, -0.8)
+        axes.margins(x=0.2)
+        _finish(axes)
+    grid[-1, 0].set_xlabel(f"validation loss minus {rows[0]['baseline']}'s (nats per token)")
+    return figure
+
+
+def sweeps(rows: Sequence[Mapping[str, Any]], key: str) -> Figure:
+    """Loss against one swept key: a colour per model, a curve per round and setting of the other keys."""
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    colours = matplotlib.colormaps["tab10"].colors + matplotlib.colormaps["tab20b"].colors
+    chosen = [row for row in rows if key in row["keys"]]
+    for number, row in enumerate(chosen):
+        colour = colours[number % len(colours)]
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for point in row["points"]:
+            rest = {name: value for name, value in point["values"].items() if name != key}
+            if point["loss"] is not None:
+                label = f"{point['flops']:020d} {rest}"
+                curves.setdefault(label, []).append((point["values"][key], point["loss"]))
+        for label, points in curves.items():
+            last = int(label.split()[0]) == row["flops"]
+            x, y = zip(*sorted(points))
+            axes.plot(
+                x, y, "o-", color=colour, lw=1.8 if last else 0.7, ms=4 if last else 2.5, alpha=1 if last else 0.6
+            )
+        if row["loss"] is not None:
+            edge = key in row["edge"]
+            axes.plot(row["winner"][key], row["loss"], "*", color=colour, ms=13, mfc="white" if edge else colour)
+        axes.plot([], [], color=colour, label=row["name"] + (" (unsettled)" if key in row["edge"] else ""))
+    positive = all(value > 0 for row in chosen for value in row["keys"][key])
+    axes.set(xlabel=key, ylabel=LOSS_LABEL, xscale="log" if positive else "linear")
+    axes.legend(fontsize=8, frameon=False)
+    _finish(axes)
     return figure
 
 

@@ -14,17 +14,20 @@ if __name__ == "__main__":  # run by path: the repository's root takes the place
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Literal
 
 from rich.console import Console
 
-from data_prep.settings import read_yaml, run_command
+from data_prep.settings import UserError, read_yaml, run_command
 from model.flops import CONVENTIONS
 from pretrain import analysis, document, figures
 from pretrain.document import Block, Heading, Picture, Table, Text
 from pretrain.runs import Run, Variant, comparable_sets, read_runs, shown
 from pretrain.summary import Results, build_results, merge_sets, ordered_variants
+from pretrain.sweep import TIE
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "configs" / "report" / "published.yaml"
 REPORT_FILES = ("report.html", "report.md", "results.json")
@@ -39,26 +42,37 @@ PAPER_SIZE_LABEL = "parameters of the vanilla model of this size"
 def set_blocks(results: Results, runs: Sequence[Run], published: Results | None, prefix: str) -> list[Block]:
     """The report of one comparable set. prefix: of the figures' file names."""
     groups = [group for group in ordered_variants(runs) if group.has_losses]  # what can be drawn
-    blocks: list[Block] = [Text(statement(results)), loss_table(results), *parent_blocks(results)]
+    blocks: list[Block] = [*checklist_blocks(results), Text(statement(results)), loss_table(results)]
+    blocks += parent_blocks(results)
     if not groups:
         return [*blocks, conventions_table(results), runs_table(results)]
     note = f" ({results['convention']} convention)"
-    unigram = results["unigram_loss"]
+    lines = {"unigram model": results["unigram_loss"], "bigram model": results["bigram_loss"]}
+    counted = {name: loss for name, loss in lines.items() if loss is not None}
     blocks.append(
         Picture(
             f"{prefix}loss_flops",
             "Validation loss against training FLOPs. A thin line per seed, the "
             "marker is the mean of the last validations.",
-            figures.loss_curves(groups, "flops", unigram, note),
+            figures.loss_curves(groups, "flops", counted, note),
         )
     )
     blocks.append(
         Picture(
             f"{prefix}loss_tokens",
             "The same against training tokens: what a model saw, not what it cost.",
-            figures.loss_curves(groups, "tokens", unigram, ""),
+            figures.loss_curves(groups, "tokens", counted, ""),
         )
     )
+    if all(run.last.get("seconds") for group in groups for run in group.runs):
+        blocks.append(
+            Picture(
+                f"{prefix}loss_seconds",
+                "The same against seconds of training steps, as measured on these runs' machines with whatever else "
+                "they did: a FLOP that takes longer is no saving.",
+                figures.loss_curves(groups, "seconds", counted, ""),
+            )
+        )
     shares = figures.depth_shares(groups)
     if shares is not None:
         blocks.append(
@@ -69,6 +83,8 @@ def set_blocks(results: Results, runs: Sequence[Run], published: Results | None,
             )
         )
     blocks += difference_blocks(results, prefix)
+    blocks += decomposition_blocks(results, prefix)
+    blocks += sweep_blocks(results, prefix)
     blocks += cost_blocks(results, groups, prefix)
     blocks += fit_blocks(results, prefix)
     if published is not None:
@@ -127,7 +143,9 @@ def loss_table(results: Results) -> Table:
                 "–" if row["seconds"] is None else f"{row['seconds']:,.0f} s",
             ]
         )
-    rows.append(["unigram model", "", "", "", "", "", f"{results['unigram_loss']:.4f}", "", "", "", ""])
+    for name in ("bigram", "unigram"):
+        if results[f"{name}_loss"] is not None:
+            rows.append([f"{name} model", "", "", "", "", "", f"{results[f'{name}_loss']:.4f}", "", "", "", ""])
     header = [
         "model",
         "unique parameters",
@@ -162,6 +180,93 @@ def parent_blocks(results: Results) -> list[Block]:
     return [Heading("Runs that started from others"), Table("Parents", header, rows)] if rows else []
 
 
+def checklist_blocks(results: Results) -> list[Block]:
+    """What a sceptic asks, at the top: the answers, and what to run for those that do not pass."""
+    rows = []
+    for check in results["checklist"]:
+        why: dict[str, list[str]] = {}
+        for name, reason in check["holds_up"].items():
+            why.setdefault(reason, []).append(name)
+        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
+        rows.append(
+            [
+                check["question"],
+                "yes" if check["passed"] else "no",
+                check["answer"] + (f" ({told})" if told else ""),
+                f"`{check['needs']}`" if check["needs"] else "",
+            ]
+        )
+    claims = results["differences"]
+    standing = [row["name"] for row in claims if not row["open"]]
+    text = f"Of {len(claims)} differences {len(standing)} are supported by every answer" + (
+        f": {', '.join(standing)}." if standing else "; the others have no verdict yet."
+    )
+    header = ["question", "passes", "answer", "what is missing"]
+    return [Heading("A sceptic's checklist"), Text(text), Table("Checklist, computed from the runs", header, rows)]
+
+
+def verdict(row: Results) -> str:
+    """The verdict of a difference, where every answer of the checklist supports it; else what is open."""
+    return f"open: {', '.join(row['open'])}" if row["open"] else str(row["verdict"])
+
+
+def decomposition_blocks(results: Results, prefix: str) -> list[Block]:
+    """What differences are made of."""
+    rows = []
+    for found in results["decompositions"]:
+        for step in found["steps"]:
+            rows.append(
+                [found["name"], step["step"], f"{step['to']} - {step['from']}", interval(step), step["verdict"]]
+            )
+        if (same := found["equal_tokens"]) is not None:
+            way = f"{found['name']} - {same['baseline']}"
+            rows.append([found["name"], "all, at equal tokens", way, interval(same), same["verdict"]])
+    if not rows:
+        return []
+    text = (
+        "Each step is a paired difference between two runs; the steps of a model add up to its difference to the "
+        "baseline. Brackets are 95% t intervals, not corrected for their number; at equal tokens the baseline has "
+        "spent more FLOPs."
+    )
+    header = ["model", "part", "runs", "difference (nats)", "verdict, one step alone"]
+    blocks: list[Block] = [
+        Heading("What the differences are made of"),
+        Text(text),
+        Table("Decomposition", header, rows),
+    ]
+    drawn = [found for found in results["decompositions"] if len(found["steps"]) > 1]
+    if drawn:
+        caption = "Steps from the baseline to each model, with 95% intervals."
+        blocks.append(Picture(f"{prefix}decomposition", caption, figures.decomposition(drawn)))
+    return blocks
+
+
+def sweep_blocks(results: Results, prefix: str) -> list[Block]:
+    """Loss against what was swept, and what won."""
+    sweeps = results["sweep"]
+    if not sweeps:
+        return []
+    rows = []
+    for found in sweeps:
+        tried = "; ".join(f"{key}: {', '.join(map(str, values))}" for key, values in found["keys"].items())
+        won = ", ".join(f"{key} {value}" for key, value in found["winner"].items())
+        ties = "; ".join(", ".join(map(str, values.values())) for values in found["ties"])
+        state = f"unsettled: {', '.join(found['edge'])} at the edge of its grid" if found["edge"] else "settled"
+        rows.append([found["name"], tried, won, shown(found["loss"]), ties or "none", state])
+    text = (
+        "Each sweep is a halving search on seeds that the report does not use: all points for a short run, the better "
+        f"half for one twice as long, and so on. Points within {TIE} nats of the winner are told as ties."
+    )
+    header = ["model", "tried", "won", "loss, last round", "ties", "state"]
+    blocks: list[Block] = [Heading("Sweeps"), Text(text), Table("Sweeps", header, rows)]
+    for key in dict.fromkeys(key for found in sweeps for key in found["keys"]):
+        if all(isinstance(value, int | float) for found in sweeps for value in found["keys"].get(key, [])):
+            name = f"{prefix}sweep_{key.rpartition('.')[2]}"
+            caption = f"Loss against {key}; a curve per model and round, thin for the short ones; a star won."
+            blocks.append(Picture(name, caption, figures.sweeps(sweeps, key)))
+    return blocks
+
+
 def interval(difference: Results) -> str:
     if difference["low"] is None:
         return f"{difference['mean']:+.4f}"
@@ -179,12 +284,17 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
         return []
     gap = max(abs(row["flops_over_baseline"]) for row in rows)
     seeds = {row["num_seeds"] for row in rows}
-    text = f"FLOPs agree within {gap:.3%}. Differences are paired by seed; brackets are 95% t intervals of the mean."
+    text = (
+        f"FLOPs agree within {gap:.3%}. Differences are paired by seed; brackets are 95% t intervals of the mean, "
+        "which take the differences of the seeds as independent draws of one normal distribution. Verdicts are by p "
+        f"values corrected for the {len(rows)} comparisons of the table (Holm), at 5%, and given where the "
+        "checklist supports them."
+    )
     if 1 in seeds:
         text += " One seed gives no interval: such a difference may be noise."
     table = Table(
         "Matched-FLOP differences",
-        ["model", "baseline", "FLOPs", "tokens / baseline's", "difference (nats)", "seeds", "verdict"],
+        ["model", "baseline", "FLOPs", "tokens / baseline's", "difference (nats)", "p, corrected", "seeds", "verdict"],
         [
             [
                 row["name"],
@@ -192,21 +302,31 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
                 f"{row['flops']:.4g}",
                 f"{row['tokens_over_baseline']:.3f}",
                 interval(row),
+                shown(row["p_holm"], ".2g"),
                 str(row["num_seeds"]),
-                row["verdict"],
+                verdict(row),
             ]
             for row in rows
         ],
     )
     blocks: list[Block] = [Heading("At matched FLOPs"), Text(text), table]
+    if noise := results["noise"]:
+        told = [[row["kind"], f"{row['deviation']:.4f}", str(row["runs"])] for row in noise]
+        header = ["what changes", "standard deviation of one loss (nats)", "runs or pairs"]
+        blocks.append(Table("Noise floor", header, told))
     baselines = {row["baseline"] for row in rows}
     if len(baselines) == 1:
         fields = analysis.PairedDifference.__dataclass_fields__
         drawn = [
             (row["name"], row["architecture"], analysis.PairedDifference(**{k: row[k] for k in fields})) for row in rows
         ]
-        figure = figures.differences(drawn, next(iter(baselines)))
-        blocks.append(Picture(f"{prefix}differences", "Differences to the baseline with 95% intervals.", figure))
+        floor = {row["kind"]: row["deviation"] for row in noise}
+        told = [verdict(row) for row in rows]
+        figure = figures.differences(drawn, next(iter(baselines)), told, floor)
+        caption = (
+            "Differences to the baseline with 95% intervals; shaded: what noise does to the difference of two runs."
+        )
+        blocks.append(Picture(f"{prefix}differences", caption, figure))
     return blocks
 
 
@@ -402,19 +522,25 @@ def write_report(
     published: bool = False,
     allow_mixed: bool = False,
     baseline: str | None = None,
+    evidence: Sequence[str | Path] = (),
+    command: str = "",
     track: TrackerMode = "disabled",
     console: Console | None = None,
 ) -> Results:
     """Read the runs, write the report's files to `output`, print the table, and return what `results.json` holds.
 
-    track: W&B mode (online, offline, disabled). Raises UserError for runs that cannot be read or compared.
+    Runs in `sweep/` and `noise/` beside them are read too. evidence: other reports' folders or results.json, which may
+    answer for these runs; command: what ran them; track: W&B mode (online, offline, disabled). Raises UserError for
+    runs that cannot be read or compared.
     """
     runs, warnings = read_runs(folders)
+    sweeps, repeats = beside(runs, "sweep"), beside(runs, "noise")
+    known = [one for path in evidence for one in read_evidence(Path(path))]
     sets, blocks = [], []
     paper = read_yaml(PUBLISHED) if published else None
     groups = comparable_sets(runs, allow_mixed)
     for place, members in enumerate(groups):
-        results = build_results(members, baseline)
+        results = build_results(members, baseline, sweeps=sweeps, repeats=repeats, evidence=known, command=command)
         results["title"] = members[0].condition_name
         prefix = f"set{place + 1}_" if len(groups) > 1 else ""
         blocks += [Heading(results["title"], 1), *set_blocks(results, members, paper, prefix)]
@@ -431,6 +557,32 @@ def write_report(
     return merged
 
 
+def beside(runs: Sequence[Run], name: str) -> list[Run]:
+    """The runs in folders of this name beside runs, or beside the trunks of branches."""
+    homes = {
+        run.folder.parent.parent.parent if run.folder.parent.name == "branches" else run.folder.parent for run in runs
+    }
+    found: list[Run] = []
+    for folder in sorted(home / name for home in homes):
+        if any(folder.glob("*/run.json")):
+            with suppress(UserError):  # none of them has a loss yet
+                found += read_runs([folder])[0]
+    return found
+
+
+def read_evidence(path: Path) -> list[Results]:
+    """The comparable sets of another report. Raises UserError where it cannot be read."""
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no report's results.json, for evidence: {error}") from None
+    sets = content.get("sets", [content])
+    if not all("checklist" in one for one in sets):
+        raise UserError(f"{path}: was written by an older version; make the report anew")
+    return list(sets)
+
+
 def terminal_tables(results: Results) -> list[Table]:
     """The two tables that matter most, narrow enough for a terminal of 80 columns."""
     header = ["model", "params", "FLOPs", "tokens", "loss, causal", "top-k"]
@@ -445,17 +597,25 @@ def terminal_tables(results: Results) -> list[Table]:
         ]
         for row in results["variants"]
     ]
-    rows.append(["unigram model", "", "", "", f"{results['unigram_loss']:.4f}", ""])
+    for name in ("bigram", "unigram"):
+        if results[f"{name}_loss"] is not None:
+            rows.append([f"{name} model", "", "", "", f"{results[f'{name}_loss']:.4f}", ""])
     unfinished = "" if all(row["finished"] for row in results["variants"]) else "; * not finished"
     tables = [Table(f"Validation loss, FLOPs by `{results['convention']}`{unfinished}".replace("`", "'"), header, rows)]
     if results["differences"]:
         header = ["model", "minus", "nats, 95% interval", "verdict"]
         rows = [
-            [row["name"], row["baseline"], f"{row['mean']:+.4f}{half_width(row)}", row["verdict"]]
+            [
+                row["name"],
+                row["baseline"],
+                f"{row['mean']:+.4f}{half_width(row)}",
+                "open" if row["open"] else row["verdict"],
+            ]
             for row in results["differences"]
         ]
         tables.append(Table("Differences at matched FLOPs, paired by seed", header, rows))
-    return tables
+    asked = [[check["question"], "yes" if check["passed"] else "no", check["answer"]] for check in results["checklist"]]
+    return [Table("A sceptic's checklist", ["question", "passes", "answer"], asked), *tables]
 
 
 def print_report(sets: Sequence[Results], output: Path, warnings: Sequence[str], console: Console) -> None:
@@ -466,6 +626,8 @@ def print_report(sets: Sequence[Results], output: Path, warnings: Sequence[str],
         console.print(f"\n{results['title']}", style="bold", highlight=False)
         for table in terminal_tables(results):
             console.print(document.rich_table(table))
+        for needs in dict.fromkeys(check["needs"] for check in results["checklist"] if check["needs"]):
+            console.print(f"missing: {needs}", highlight=False, soft_wrap=True, markup=False)
     for block in side_by_side(sets):
         if isinstance(block, Table):
             console.print(document.rich_table(block))
@@ -509,6 +671,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--published", action="store_true", help="draw the paper's published figures beside these")
     parser.add_argument("--allow-mixed", action="store_true", help="show runs that cannot be compared apart")
     parser.add_argument("--baseline", help="name to compare with (default: the vanilla model of the same width)")
+    parser.add_argument(
+        "--evidence", nargs="+", default=[], metavar="REPORT", help="reports that may answer the checklist for these"
+    )
     parser.add_argument("--track", choices=["disabled", "offline", "online"], default="disabled", help="send to W&B")
     given = parser.parse_args(arguments)
     output = given.output or default_output(given.runs)
@@ -518,6 +683,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         published=given.published,
         allow_mixed=given.allow_mixed,
         baseline=given.baseline,
+        evidence=given.evidence,
         track=given.track,
     )
     return 0

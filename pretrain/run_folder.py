@@ -3,6 +3,7 @@ outlives them). And what is set aside where a run begins anew. Rank 0 only."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,7 @@ from model.config import MoRConfig
 from model.flops import effective_parameters, unique_parameters
 from pretrain.checkpoint import committed
 from pretrain.config import ExperimentSettings, differing_keys, noted_changes, refusal
-from pretrain.data import Manifest, Mixture
+from pretrain.data import Manifest, Mixture, bigram_loss
 from pretrain.lock import LOCK, owner_of
 from pretrain.metrics import METRICS, last_step
 from pretrain.parallel import Parallel
@@ -26,6 +27,10 @@ from pretrain.parent import describe_parent
 LAST_CHECKPOINT = "last_checkpoint"
 ASIDE = "before"  # folder of what was there before a run began anew
 HISTORY = ("parent", "extensions", "changes")  # keys of run.json that a run which goes on keeps
+ROOT = Path(__file__).resolve().parents[1]
+# Sources that decide a run's figures; reports, launchers and generation do not.
+CODE = ("model/*.py", "model/depth/*.py")
+CODE_HERE = ("config", "data", "mixture", "parallel", "plan", "precision", "schedule", "trainer", "validation")
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers")
 
 
@@ -144,12 +149,19 @@ def describe_run(
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "vocab_size": manifest.vocab_size,
         "unigram_loss": manifest.unigram_loss,
+        "bigram_loss": before["bigram_loss"] if "bigram_loss" in before else bigram_loss(manifest),
         "document_masking": settings.data.document_masking,
         "sequence_length": manifest.sequence_length,
         "batch_size": settings.batch.size,
         "budget": {**settings.budget.model_dump(mode="json", exclude_none=True), **plan},
         "model": config.to_dict(),
         "versions": versions(),
+        "code": list(dict.fromkeys([*before.get("code", []), code_version()])),
+        "settings": {
+            "optimizer": settings.optimizer.model_dump(mode="json"),
+            "schedule": settings.schedule.model_dump(mode="json"),
+            "data": {"order_seed": settings.data.order_seed},
+        },
         "device": _device_name(parallel),
         **{key: before[key] for key in HISTORY if key in before},
     }
@@ -177,6 +189,16 @@ def _known_parent(folder: Path, before: dict[str, Any]) -> dict[str, Any] | None
 def versions() -> dict[str, str]:
     """Versions of the packages that a run's figures depend on."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def code_version() -> str:
+    """A fingerprint of the sources that decide a run's figures: equal for equal sources, with or without git."""
+    found = sorted(path for pattern in CODE for path in ROOT.glob(pattern))
+    found += [ROOT / "pretrain" / f"{name}.py" for name in CODE_HERE]
+    digest = hashlib.sha256()
+    for path in found:
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _device_name(parallel: Parallel) -> str:

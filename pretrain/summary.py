@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,24 +13,45 @@ from model.config import MoRConfig
 from model.depth import architectures
 from model.memory import kv_cache_bytes_per_token
 from pretrain import analysis
+from pretrain.checklist import checks_of, open_questions
+from pretrain.controls import buildable, decomposition, described, find_controls
 from pretrain.runs import Run, Variant, variants
+from pretrain.sweep import settings_of, sweep_rows
 
-MATCHED_SHARE = 0.01  # FLOPs of two variants that differ by less are called matched
+SIGNIFICANT = 0.05
+ISOLATING = ("gate_only", "random_router", "gate_on_vanilla")
 Results = dict[str, Any]
 
 
-def build_results(runs: Sequence[Run], baseline: str | None = None) -> Results:
+def build_results(
+    runs: Sequence[Run],
+    baseline: str | None = None,
+    *,
+    sweeps: Sequence[Run] = (),
+    repeats: Sequence[Run] = (),
+    evidence: Sequence[Results] = (),
+    command: str = "",
+) -> Results:
     """Everything that the report says about one comparable set of runs, ready for JSON.
 
     baseline: name of the variant to compare with; without it each budget takes its vanilla variant of the same width.
+    sweeps, repeats: runs beside these that tried other settings, and that repeat some of these under noise. evidence:
+    content of other reports' results.json; command: what ran the comparison (pretrain/checklist.py).
     Raises UserError for a baseline that is not among the runs.
     """
     groups = ordered_variants(runs)
-    if baseline is not None and baseline not in {group.name for group in groups}:
+    if baseline is not None and baseline not in {name for group in groups for name in (group.name, group.runs[0].name)}:
         raise UserError(f"--baseline {baseline}: no such name; there are {', '.join(sorted(g.name for g in groups))}")
     facts = runs[0].facts
+    swept = sweep_rows([run for run in sweeps if run.condition == runs[0].condition])
     matched = [[g for g in groups if g in members] for members in budget_classes([g for g in groups if g.finished])]
-    return {
+    differences = [row for members in matched for row in difference_rows(members, baseline)]
+    correct(differences)
+    controls = controls_of(matched, groups)
+    # A control of a method is no model of that method, to the laws of its sizes
+    isolating = {found.name for present, _ in controls.values() for kind, found in present.items() if kind in ISOLATING}
+    own = [[group for group in members if group.name not in isolating] for members in matched]
+    results = {
         "convention": facts["convention"],
         "precision": facts["precision"],
         "attention": facts.get("attention", ""),
@@ -43,13 +64,30 @@ def build_results(runs: Sequence[Run], baseline: str | None = None) -> Results:
         "document_masking": facts["document_masking"],
         "evaluation": "causal routing (no look-ahead); top-k routing, which sees the whole sequence, beside it",
         "unigram_loss": facts["unigram_loss"],
+        "bigram_loss": facts.get("bigram_loss"),
         "seeds": sorted({run.seed for run in runs}),
         "runs": [run_row(group.name, run) for group in groups for run in group.runs],
         "variants": [variant_row(group) for group in groups],
-        "differences": [row for members in matched for row in difference_rows(members, baseline)],
-        "isoflop": isoflop_rows(matched),
-        "scaling_law": scaling_law_rows([group for group in groups if group.finished]),
+        "differences": differences,
+        "controls": {
+            name: {"present": {kind: control.name for kind, control in found.items()}, "missing": missing}
+            for name, (found, missing) in controls.items()
+        },
+        "decompositions": [
+            row
+            for members in matched
+            for row in decomposition_rows(members, controls, baseline)
+            if row["name"] not in isolating
+        ],
+        "sweep": swept,
+        "noise": noise_rows(groups, repeats),
+        "isoflop": isoflop_rows(own),
+        "scaling_law": scaling_law_rows(own),
     }
+    checks = checks_of(results, evidence, command)
+    for row in differences:
+        row["open"] = open_questions(row, checks)
+    return results | {"checklist": [check.plain() for check in checks]}
 
 
 def ordered_variants(runs: Sequence[Run]) -> list[Variant]:
@@ -97,6 +135,7 @@ def run_row(variant: str, run: Run) -> Results:
             name: flops.flops_per_token(config, length, name) * last["tokens"] for name in flops.CONVENTIONS
         },
         **{key: training.get(key) for key in ("selection_accuracy", "dead_token_share", "max_violation")},
+        "data_fingerprint": run.facts["data_fingerprint"],
         "folder": str(run.folder),
     }
 
@@ -124,8 +163,22 @@ def variant_row(variant: Variant) -> Results:
         "validation_loss_std": spread,
         "validation_loss_topk": sum(topk) / len(topk) if topk else None,
         "mean_recursions": variant.mean_recursions(),
+        "run_name": variant.runs[0].name,
+        "effective_parameters": flops.effective_parameters(MoRConfig.from_dict(variant.model), embeddings=False),
+        "epoch": _largest(run.last.get("epoch") for run in variant.runs),
+        "look_ahead": _largest(run.last_validation.get("validation_look_ahead") for run in variant.runs),
+        "code": list(dict.fromkeys(version for run in variant.runs for version in run.facts.get("code", []))),
+        "settings": {key: value for key, value in settings_of(variant.runs[0]).items() if key[:6] != "model."},
+        "model": described(MoRConfig.from_dict(variant.model)),
         **inference_costs(variant),
     }
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    """The largest; None where one is not known."""
+    found = list(values)
+    known = [value for value in found if value is not None]
+    return max(known) if known and len(known) == len(found) else None
 
 
 def inference_costs(variant: Variant) -> dict[str, float]:
@@ -150,7 +203,7 @@ def budget_classes(groups: Sequence[Variant]) -> list[list[Variant]]:
     """Split variants into classes of matched FLOPs (within 1% of the class's smallest), in order of FLOPs."""
     classes: list[list[Variant]] = []
     for group in sorted(groups, key=lambda g: g.flops):
-        if classes and group.flops <= classes[-1][0].flops * (1 + MATCHED_SHARE):
+        if classes and group.flops <= classes[-1][0].flops * (1 + analysis.MATCHED_SHARE):
             classes[-1].append(group)
         else:
             classes.append([group])
@@ -158,11 +211,22 @@ def budget_classes(groups: Sequence[Variant]) -> list[list[Variant]]:
 
 
 def find_baseline(variant: Variant, members: Sequence[Variant], baseline: str | None) -> Variant:
-    """The variant that `variant` is compared with: the named one, or vanilla of its width, or the first vanilla."""
-    named = [member for member in members if member.name == baseline]
+    """The variant that `variant` is compared with: the named one, or the vanilla one of its width.
+
+    Of several of that width, the one as deep as the deepest model that is no vanilla; then the first vanilla of all.
+    """
+    width = variant.model.get("hidden_size")
+    named = [member for member in members if baseline in (member.name, member.runs[0].name)]
     vanilla = [member for member in members if member.architecture == "vanilla"]
-    same_width = [v for v in vanilla if v.model.get("hidden_size") == variant.model.get("hidden_size")]
-    return (named or same_width or vanilla or list(members))[0]
+    same_width = [v for v in vanilla if v.model.get("hidden_size") == width]
+    others = [m for m in members if m.architecture != "vanilla" and m.model.get("hidden_size") == width]
+    depth = max((_depth(other) for other in others), default=None)
+    as_deep = [member for member in same_width if _depth(member) == depth]
+    return (named or as_deep or same_width or vanilla or list(members))[0]
+
+
+def _depth(variant: Variant) -> int:
+    return int(variant.model.get("num_hidden_layers", 0))
 
 
 def difference_rows(members: Sequence[Variant], baseline: str | None) -> list[Results]:
@@ -172,7 +236,8 @@ def difference_rows(members: Sequence[Variant], baseline: str | None) -> list[Re
         against = find_baseline(member, members, baseline)
         if member is against or not set(member.losses()) & set(against.losses()):
             continue
-        difference = analysis.paired_difference(member.losses(), against.losses())
+        losses, theirs = member.losses(), against.losses()
+        difference = analysis.paired_difference(losses, theirs)
         rows.append(
             {
                 "name": member.name,
@@ -180,11 +245,97 @@ def difference_rows(members: Sequence[Variant], baseline: str | None) -> list[Re
                 "baseline": against.name,
                 "flops": member.flops,
                 "flops_over_baseline": member.flops / against.flops - 1,
+                "exact_over_baseline": exact_flops(member) / exact_flops(against) - 1,
                 "tokens_over_baseline": member.tokens / against.tokens,
-                **asdict(difference),
-                "verdict": difference.verdict,
+                **analysis.plain(difference),
+                "by_seed": [losses[seed] - theirs[seed] for seed in sorted(set(losses) & set(theirs))],
             }
         )
+    return rows
+
+
+def exact_flops(variant: Variant) -> float:
+    """FLOPs of a variant by the exact count: the run's own, or its tokens counted anew at the expected routing."""
+    if variant.runs[0].facts["convention"] == "exact":
+        return variant.flops
+    config, length = MoRConfig.from_dict(variant.model), int(variant.runs[0].facts["sequence_length"])
+    return flops.flops_per_token(config, length) * variant.tokens
+
+
+def correct(rows: Sequence[Results]) -> None:
+    """Add to every difference its p value corrected for their number, and judge it by that."""
+    tested = [row for row in rows if row["p_value"] is not None]
+    for row in rows:
+        row["p_holm"] = None
+    for row, p_value in zip(tested, analysis.holm([row["p_value"] for row in tested])):
+        row["p_holm"] = p_value
+        row["verdict"] = "within noise" if p_value >= SIGNIFICANT else "worse" if row["mean"] > 0 else "better"
+
+
+def controls_of(
+    matched: Sequence[Sequence[Variant]], groups: Sequence[Variant]
+) -> dict[str, tuple[dict[str, Variant], list[str]]]:
+    """For every variant that routes: the controls that are there, kind -> variant, and the kinds that are missing."""
+    rows: dict[str, tuple[dict[str, Variant], list[str]]] = {}
+    for members in matched:
+        vanilla = any(member.architecture == "vanilla" for member in members)
+        for member in members:
+            length = int(member.runs[0].facts["sequence_length"])
+            if kinds := buildable(member.model, vanilla, length):
+                found = find_controls(member, kinds, members, groups)
+                rows[member.name] = found, [kind for kind in kinds if kind not in found]
+    return rows
+
+
+def decomposition_rows(
+    members: Sequence[Variant], controls: Mapping[str, tuple[dict[str, Variant], list[str]]], baseline: str | None
+) -> list[Results]:
+    """What the difference of each routed variant is made of, where a control lies on the way to it."""
+    rows = []
+    for member in members:
+        against = find_baseline(member, members, baseline)
+        found = controls.get(member.name, ({}, []))[0]
+        if member is against or not found:
+            continue
+        steps, tokens = decomposition(member, against, found), None
+        same = found.get("equal_tokens")
+        if same is not None and set(same.losses()) & set(member.losses()):
+            difference = analysis.paired_difference(member.losses(), same.losses())
+            tokens = {"baseline": same.name, "baseline_flops": same.flops, **analysis.plain(difference)}
+        if len(steps) > 1 or tokens:
+            told = {"name": member.name, "baseline": against.name, "flops": member.flops}
+            rows.append(told | {"steps": steps, "equal_tokens": tokens})
+    return rows
+
+
+def noise_rows(groups: Sequence[Variant], repeats: Sequence[Run]) -> list[Results]:
+    """Standard deviation of one loss under each kind of noise: the seed (of all variants together), and what
+    `repeats` change of runs that are here: the order of the data, the precision."""
+    rows: list[Results] = []
+    several = [list(group.losses().values()) for group in groups if group.has_losses and len(group.runs) > 1]
+    if several:
+        freedom = sum(len(losses) - 1 for losses in several)
+        squares = sum((loss - sum(losses) / len(losses)) ** 2 for losses in several for loss in losses)
+        rows.append({"kind": "seed", "deviation": (squares / freedom) ** 0.5, "runs": freedom + len(several)})
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for repeat in repeats:
+        loss = repeat.last_validation.get("validation_loss")
+        twins = [
+            run
+            for group in groups
+            for run in group.runs
+            if run.seed == repeat.seed
+            and run.facts["model"] == repeat.facts["model"]
+            and abs(run.last["flops"] / repeat.last["flops"] - 1) < analysis.MATCHED_SHARE
+        ]
+        for run in twins[:1]:
+            own = run.last_validation.get("validation_loss")
+            if own is not None and loss is not None and repeat.finished:
+                kind = "precision" if run.facts["precision"] != repeat.facts["precision"] else "order"
+                pairs.setdefault(kind, []).append((own, loss))
+    rows += [
+        {"kind": kind, "deviation": analysis.noise_of_pairs(found), "runs": len(found)} for kind, found in pairs.items()
+    ]
     return rows
 
 
@@ -214,9 +365,15 @@ def isoflop_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
     return rows
 
 
-def scaling_law_rows(groups: Sequence[Variant]) -> list[Results]:
+def scaling_law_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
     """The joint law for each looped architecture together with the vanilla runs; a note where they cannot tell it."""
     rows: list[Results] = []
+    groups = [group for members in matched for group in members]
+    budgets = sum(any(group.architecture != "vanilla" for group in members) for members in matched)
+    if budgets < 2:
+        note = f"losses: {budgets} FLOP budget of looped models (at least 2) tells no law"
+        looped = dict.fromkeys(group.architecture for group in groups if group.architecture != "vanilla")
+        return [{"architecture": architecture, "fit": None, "note": note} for architecture in looped]
     vanilla = [group for group in groups if group.architecture == "vanilla"]
     for architecture in dict.fromkeys(g.architecture for g in groups if g.architecture != "vanilla"):
         points = []
@@ -245,6 +402,7 @@ def merge_sets(sets: Sequence[Results]) -> Results:
     return {
         "convention": "mixed" if len({one["convention"] for one in sets}) > 1 else sets[0]["convention"],
         "unigram_loss": sets[0]["unigram_loss"] if len({one["unigram_loss"] for one in sets}) == 1 else None,
+        "checklist": [check for one in sets for check in one["checklist"]],
         "runs": [row for one in sets for row in one["runs"]],
         "sets": list(sets),
     }

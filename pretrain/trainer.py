@@ -114,7 +114,7 @@ class Trainer:
             self.micro_size,
             parallel.rank,
             parallel.world_size,
-            seed=settings.seed,
+            seed=settings.seed if settings.data.order_seed is None else settings.data.order_seed,
             document_masking=settings.data.document_masking,
             device=parallel.device,
         )
@@ -680,6 +680,7 @@ class Trainer:
             self.write(self.counters() | {"event": "branched"})
         else:
             last = self.validation(self.parallel) | self.task_figures()
+            last["validation_look_ahead"] = self.validation.look_ahead(self.parallel)
             source, tokenizer = (
                 folder_of(self.checkpoints.folder, self.state.step),
                 self.manifest.folder / "tokenizer.json",

@@ -53,6 +53,55 @@ class Validation:
             **{f"validation_loss_{mode}": lines[mode]["validation_loss"] for mode in lines if mode == "full"},
         }
 
+    @torch.no_grad()
+    def look_ahead(self, parallel: Parallel) -> float | None:
+        """What later tokens do to earlier ones: a measurement, not a statement.
+
+        The first half of a batch's positions, causally evaluated once with the text that follows and once with random
+        tokens in its place: the change of its loss, in nats per token, or the share of its tokens that take another
+        depth, whichever is larger. Rounding, where nothing looks ahead. None where there is no causal decision. Every
+        rank takes part and gets the same figure.
+        """
+        if "causal" not in self._modes():
+            return None
+        parallel.model.eval()
+        sources = self.manifest.sources.values() if isinstance(self.manifest, Mixture) else [self.manifest]
+        manifest = next(iter(sources))
+        rows = self.micro_size * parallel.world_size
+        (batch,) = fixed_batches(
+            manifest,
+            "validation",
+            self.micro_size,
+            parallel.rank,
+            parallel.world_size,
+            samples=rows,
+            document_masking=self.document_masking,
+        )
+        batch = batch.to(parallel.device)
+        half = manifest.sequence_length // 2
+        random = torch.Generator().manual_seed(0)
+        other = torch.randint(manifest.vocab_size, batch.input_ids[:, half:].shape, generator=random)
+        changed = torch.cat([batch.input_ids[:, :half], other.to(batch.input_ids)], dim=1)
+        targets = batch.targets.clone()
+        targets[:, half:] = -100
+        sums, depths = Sums(), []
+        for name, ids in (("given", batch.input_ids), ("changed", changed)):
+            output = parallel.forward(
+                input_ids=ids,
+                targets=targets,
+                document_ids=batch.document_ids,
+                routing_mode="causal",
+                num_items_in_batch=targets.numel(),
+                return_logits=False,
+            )
+            sums.add(name, output.losses["lm"].double() * targets.numel())
+            depths.append(targets if output.routing is None else output.routing.depth)
+        sums.add("tokens", (targets != -100).sum())
+        sums.add("moved", (depths[0] != depths[1])[:, :half].sum())
+        totals = sums.reduce(parallel)
+        parallel.model.train()
+        return max(abs(totals["given"] - totals["changed"]), totals["moved"]) / max(totals["tokens"], 1.0)
+
     def _modes(self) -> list[str]:
         return list(method_of(self.config).modes(self.config))
 

@@ -50,12 +50,13 @@ class Routed:
 
     ids, depth: [B, T] token and recursions that it executed. scores: [B, T, Nr] in 0..1, the gate's sigmoid at each
     recursion that a token was offered to (expert-choice) or the probability of each depth (token-choice); NaN where
-    there is none.
+    there is none. passed: [B, T, Nr] which gates it passed.
     """
 
     ids: Ints
     depth: Ints
     scores: Floats
+    passed: npt.NDArray[np.bool_]
 
 
 # --- what was routed ----------------------------------------------------------------------------------------------
@@ -67,9 +68,10 @@ def route(model: MoRForCausalLM, ids: torch.Tensor, documents: torch.Tensor | No
     inputs = ids.to(model.device)
     documents = None if documents is None else documents.to(model.device)
     output = model(inputs, document_ids=documents, routing_mode=mode, use_cache=False, logits_to_keep=1)
-    assert output.routing is not None
-    scores = token_scores(output.routing, model.config, mode)
-    return Routed(ids.numpy(), output.routing.depth.cpu().numpy(), scores)
+    routing = output.routing
+    assert routing is not None and routing.passed is not None
+    scores = token_scores(routing, model.config, mode)
+    return Routed(ids.numpy(), routing.depth.cpu().numpy(), scores, routing.passed.cpu().numpy())
 
 
 def token_scores(record: RoutingRecord, config: MoRConfig, mode: str) -> Floats:
@@ -83,7 +85,7 @@ def token_scores(record: RoutingRecord, config: MoRConfig, mode: str) -> Floats:
     result = torch.full(offered.shape, torch.nan, dtype=torch.float64, device=record.depth.device)
     for r, logits in enumerate(record.scores):
         values = torch.sigmoid(logits).double()
-        if mode == "causal":  # packed, in order, the tokens that executed the recursion before
+        if mode == "causal" or not method.fixed:  # packed, in order, the tokens that executed the recursion before
             places = offered[..., r].flatten().nonzero().squeeze(1)
             result[..., r].view(-1)[places] = values[: len(places)]  # one token too many where none is left
         else:
@@ -198,7 +200,7 @@ def score_histograms(routed: Routed, config: MoRConfig) -> Figure:
     figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
     for r, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
         scores = routed.scores[..., r]
-        taken = depth == r + 1 if token else depth > r
+        taken = depth == r + 1 if token else routed.passed[..., r]
         groups = [scores[~taken & ~np.isnan(scores)], scores[taken & ~np.isnan(scores)]]
         labels = [f"other depth ({len(groups[0]):,})", f"this depth ({len(groups[1]):,})"]
         if not token:
@@ -313,7 +315,7 @@ def view(checkpoint: Checkpoint, text: str, output: Path, data: Sequence[str] | 
     if data is not None:
         rows, documents = sequences(checkpoint, data, count)
         batches = [route(model, rows[i : i + 1], documents[i : i + 1], mode) for i in range(len(rows))]
-        routed = Routed(*(np.concatenate([getattr(b, key) for b in batches]) for key in ("ids", "depth", "scores")))
+        routed = Routed(*(np.concatenate([getattr(b, key) for b in batches]) for key in Routed.__annotations__))
         source = f"{len(rows)} validation sequences of {', '.join(data)}"
     classes = []
     for row in routed.ids:

@@ -7,9 +7,9 @@ The rules on tokens: `begin`, then for each gate `prepare`, `score`, `admit` (or
 Shapes: states x are [..., D] and scores [...] of the same leading shape: rows [B, T], slots [B, C], or packed [N].
 What tokens carry from gate to gate is a name for each tensor [..., *] of that leading shape. G gates count from 0.
 `run` is a `model.decoder.Run`, or the engine's likeness of one: rules ask it for `mode`, `step`, `input_ids`,
-`positions`, `prompt` (of each text: how many positions were given; None: unknown), `real`, `load`, `last` (the last
-gate), `cached`, `all_in` (every token takes all of the depth), `norm`, `readout` (norm and head); they give it `loss`,
-`exit`, `scored`, `figure`.
+`positions`, `prompt` (of each text: how many positions were given; None: unknown), `threshold` (asked for in place of
+the configured one), `real`, `load`, `last` (the last gate), `cached`, `all_in` (every token takes all of the depth),
+`norm`, `readout` (norm and head), `keep_exits`; they give it `loss`, `exit`, `scored`, `figure`.
 """
 
 from __future__ import annotations
@@ -155,6 +155,11 @@ class DepthMethod(nn.Module):
         return cls.shares(config)[gate] * length
 
     @classmethod
+    def merged(cls, config: MoRConfig) -> int:
+        """States of those let in that `merge` keeps for the backward pass."""
+        return 1
+
+    @classmethod
     def levels(cls, config: MoRConfig) -> int:
         """Depths that tokens can be limited to, from 1 to this many (`layout.within`)."""
         return config.num_recursions
@@ -180,9 +185,23 @@ class DepthMethod(nn.Module):
         return ("causal",)
 
     @classmethod
+    def confident(cls, config: MoRConfig) -> bool:
+        """Of methods with exits: whether tokens leave at a large score, not at a small one."""
+        return True
+
+    @classmethod
     def refuses(cls, config: MoRConfig, mode: str) -> str | None:
         """Why a model cannot be evaluated in this mode."""
         return None
+
+    @classmethod
+    def controls(cls, config: MoRConfig) -> dict[str, dict[str, Any]]:
+        """Models that isolate a part of the method: name of the control -> fields that change, None to leave one out.
+
+        `random_router`: the same work by a router without a choice. `gate_only`: its gate, every token at full depth.
+        `gate_on_vanilla`: the gate on untied layers that take every token.
+        """
+        return {}
 
     @classmethod
     def follows_load(cls, config: MoRConfig) -> bool:

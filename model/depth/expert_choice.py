@@ -113,6 +113,21 @@ class ExpertChoice(DepthMethod):
         return [Fraction(c).limit_denominator(10**6) for c in cls.capacities_of(config)]
 
     @classmethod
+    def controls(cls, config: MoRConfig) -> dict[str, dict[str, Any]]:
+        full = {"capacity_factors": [1.0] * config.num_recursions, "capacity_warmup_steps": 0}
+        untied = {
+            "routing": "mixture_of_depths",
+            "num_recursions": 1,
+            "routed_capacity": 1.0,
+            "residual": "block",
+            "router_activation": config.router_activation,
+            "router_alpha": config.router_alpha,
+            "selection": "none" if config.selection == "none" else "aux_loss",
+        }
+        dropped = dict.fromkeys(("gating", "capacity_factors", "capacity_warmup_steps", "kv_strategy", "relaxation"))
+        return {"random_router": {"router": "random"}, "gate_only": full, "gate_on_vanilla": dropped | untied}
+
+    @classmethod
     def selected(cls, config: MoRConfig, gate: int, length: int) -> int:
         """max(1, floor(c_r T)) in floating point, as the model computes it."""
         return max(1, int(cls.capacities_of(config)[gate] * length))

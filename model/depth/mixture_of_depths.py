@@ -92,6 +92,11 @@ class MixtureOfDepths(ExpertChoice):
         return [config.routed_capacity] * (config.num_hidden_layers // config.routed_every)
 
     @classmethod
+    def controls(cls, config: MoRConfig) -> dict[str, dict[str, Any]]:
+        full = {"routed_capacity": 1.0, "capacity_warmup_steps": 0}
+        return {"random_router": {"router": "random"}, "gate_only": full}
+
+    @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
         every = config.routed_every
         return stack(config, lambda depth: None if (depth + 1) % every else depth // every, keys="entered")

@@ -71,6 +71,10 @@ class TokenChoice(DepthMethod):
         return [Fraction(depth - r, depth) for r in range(depth)]
 
     @classmethod
+    def controls(cls, config: MoRConfig) -> dict[str, dict[str, Any]]:
+        return {"random_router": {"router": "random"}}
+
+    @classmethod
     def follows_load(cls, config: MoRConfig) -> bool:
         return config.balancing == "loss_free"
 

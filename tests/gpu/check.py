@@ -58,8 +58,8 @@ TOKENS_PER_SECOND, DEPTH_GAIN = 20_000, 1.33
 SMALL = {
     "num_hidden_layers": 5,
     "hidden_size": 64,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "head_dim": 16,
     "intermediate_size": 96,
     "vocab_size": 512,
@@ -268,8 +268,8 @@ def experiment(check: Check, name: str, flops: str) -> list[str]:
 
 def run(check: Check) -> None:
     """The trainer from a corpus of its own making to the export: two minutes, or with `--tiny` seconds."""
-    flops = "2e9" if check.tiny else "3e12"
-    if command(check, "run", "pretrain/main.py", *experiment(check, "run", flops), seconds=150):
+    flops = "1e10" if check.tiny else "3e12"
+    if command(check, "run", "-m", "pretrain.main", *experiment(check, "run", flops), seconds=150):
         lines = [json.loads(line) for line in (check.out / "run" / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         check.hold("run", "last loss minus first", losses[-1] - losses[0], 0.0, steps=lines[-1]["step"])
@@ -277,7 +277,7 @@ def run(check: Check) -> None:
 
 def fsdp2(check: Check) -> None:
     """One rank (NCCL on a GPU); a larger budget then goes on from its checkpoint, and exports."""
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "pretrain/main.py"]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "1", "-m", "pretrain.main"]
     parallel = ["parallel.strategy=fsdp2", "parallel.min_unit_parameters=0", "checkpoint.every_steps=5"]
     for flops in ("1e9", "2e9") if check.tiny else ("2e10", "4e10"):
         if not command(check, "fsdp2", *launcher, *experiment(check, "fsdp2", flops), *parallel, seconds=100):

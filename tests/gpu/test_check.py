@@ -28,6 +28,8 @@ def test_the_whole_check_runs_small_on_this_machine(tmp_path: Path):
     sections = {line["section"] for line in lines}
     assert {"environment", "parity", "causality", "waits", "run", "train", "engine", "done"} <= sections
     assert lines[-1] == {"section": "done", "at": lines[-1]["at"], "beyond_their_bar": 0}
+    (trained,) = (line for line in lines if line.get("what") == "last loss minus first")
+    assert trained["steps"] >= 3 and trained["value"] < 0
     assert "| parity | fp32, worst gradient |" in page and "**beyond**" not in page
 
 

@@ -30,19 +30,28 @@ def make_run(
     finished: bool = True,
     hidden_size: int = 32,
     name: str | None = None,
+    model: dict[str, Any] | None = None,
+    rate: float = 3e-3,
+    look_ahead: float = 0.0,
+    epoch: float = 0.5,
     **facts: Any,
 ) -> Path:
-    """Write run.json and metrics.jsonl of a run that ends at `loss` after about `budget` exact FLOPs."""
-    model = {
+    """Write run.json and metrics.jsonl of a run that ends at `loss` after about `budget` exact FLOPs.
+
+    model: fields beside those of `model_name`; rate: its learning rate; look_ahead, epoch: what its last line says of
+    them.
+    """
+    fields = {
         "vocab_size": 64,
         "hidden_size": hidden_size,
         "intermediate_size": 2 * hidden_size,
         "num_hidden_layers": 8,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        **MODELS[model_name],
+        **MODELS.get(model_name, {}),
+        **(model or {}),
     }
-    config = MoRConfig(**model)
+    config = MoRConfig(**fields)
     static = {
         "name": name or model_name,
         "architecture": config.architecture,
@@ -59,7 +68,10 @@ def make_run(
         "document_masking": True,
         "sequence_length": SEQUENCE_LENGTH,
         "budget": {"flops": int(budget), "convention": "exact"},
-        "model": model,
+        "model": fields,
+        "code": ["c" * 12],
+        "settings": {"optimizer": {"learning_rate": rate}},
+        "precision": "fp32",
         **facts,
     }
     folder.mkdir(parents=True)
@@ -76,6 +88,6 @@ def make_run(
         causal = {"validation_loss": now, "validation_loss_topk": now - 0.01 * (config.architecture == "mor_expert")}
         rows.append({**row, **causal, "validation_tokens": 640, "validation_depth_shares": shares})
     if finished:
-        rows.append({**rows[-1], "event": "finished"})
+        rows.append({**rows[-1], "validation_look_ahead": look_ahead, "epoch": epoch, "event": "finished"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

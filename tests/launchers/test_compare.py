@@ -40,7 +40,7 @@ MODELS = {
 TRAINER = """
 import pathlib, shutil, signal, sys, time
 staged, mode = pathlib.Path(sys.argv[1]), sys.argv[2]
-given = dict(argument.partition("=")[::2] for argument in sys.argv[3:])
+given = dict(argument.partition("=")[::2] for argument in sys.argv[4:])
 folder = pathlib.Path(given["run_dir"])
 with open(staged / "starts.txt", "a") as file:
     file.write(folder.name + "\\n")
@@ -70,6 +70,16 @@ if mode == "broken":
 if mode == "full":
     (folder / "requeue").touch()
     sys.exit(74)
+if mode == "sweep" and not (staged / folder.name).exists():
+    sys.path.insert(0, sys.argv[3])
+    from tests.helpers.runs import make_run
+    rate, seed = float(given.get("optimizer.learning_rate", 3e-3)), int(given["seed"])
+    if rate > 0.1:
+        sys.exit("RunFailed: the loss is not finite")
+    name, _, rest = given["name"].partition("_nr3")
+    kind = name + "_nr3" if "_nr3" in given["name"] else name
+    make_run(staged / folder.name, kind, seed=seed, rate=rate, loss=3 + 20 * abs(rate - 4e-3) + 0.05 * (seed % 3),
+             name=given["name"], budget=float(given["budget.flops"]))
 shutil.copytree(staged / folder.name, folder, dirs_exist_ok=True)
 """
 
@@ -98,7 +108,7 @@ def grid(tmp_path, monkeypatch):
 
     def use(mode):
         def command(settings, run):
-            return [sys.executable, str(script), str(tmp_path / "staged"), mode, *run.arguments[2:]]
+            return [sys.executable, str(script), str(tmp_path / "staged"), mode, str(compare.ROOT), *run.arguments[2:]]
 
         monkeypatch.setattr(compare, "local_command", command)
 
@@ -339,7 +349,8 @@ def test_conventions_share_what_they_have_in_common():
 def test_every_ready_made_comparison_can_be_planned(path, tmp_path):
     settings = compare.read_compare(path, [f"output={tmp_path}"])
     runs = compare.plan_runs(settings)
-    assert len(runs) == len(settings.models) * len(settings.budgets) * len(settings.seeds)
+    assert len(runs) == len(planning.cells_of(settings)) * len(settings.seeds)
+    assert planning.sweep_cost(settings) <= 1.001
     first = [planned for planned in runs if planned.settings.seed == settings.seeds[0]]
     assert compare.plan_table(runs).row_count == sum(len(planned.budgets) for planned in first)
 
@@ -357,6 +368,108 @@ def test_slurm_receives_the_whole_comparison():
     command = compare.submit_command(settings, Path("configs/compare/table3.yaml"), ["seeds=[1]"])
     assert command[1:] == ["launchers/submit.py", "--compare", "configs/compare/table3.yaml", "--nodes=1",
                            "--gpus-per-node=8", "seeds=[1]"]  # fmt: skip
+
+
+# --- sweeps, controls, seeds ----------------------------------------------------------------------------------------
+
+
+def changed(settings, **changes):
+    return compare.CompareSettings.model_validate(settings.model_dump() | changes)
+
+
+def one_model(settings, **changes):
+    return changed(settings, models={"vanilla": TINY}, seeds=[0], at_once=4, **changes)
+
+
+RATES = {"optimizer.learning_rate": [2e-3, 4e-3, 8e-3, 0.5]}  # the last one diverges
+
+
+def test_a_sweep_runs_before_the_report_and_its_winner_is_reported(grid):
+    """Halving: four short runs, of which one fails, then two of twice the length; a second call runs nothing."""
+    settings, use = grid
+    use("sweep")
+    swept = one_model(settings, sweep=RATES)
+    assert planning.sweep_cost(swept) <= 1
+    code, text = run(swept)
+    begun = starts(settings)
+    assert code == 0 and "vanilla: optimizer.learning_rate 0.004 won its sweep" in text, text
+    assert len(begun) == 7 and begun[-1] == "vanilla-learning_rate0.004-seed0"
+    assert all(name.endswith("-seed1000") for name in begun[:-1])
+    budgets = [name.split("-")[-2] for name in begun[:-1]]
+    assert budgets == ["2.5e09"] * 4 + ["5e09"] * 2
+    results = json.loads((settings.output / "report" / "results.json").read_text())
+    (found,) = results["sweep"]
+    assert found["winner"] == {"optimizer.learning_rate": 4e-3} and not found["edge"]
+    checks = {check["question"]: check for check in results["checklist"]}
+    assert checks["learning rate"]["passed"] and not checks["seeds"]["holds_up"]
+    assert run(swept)[0] == 0 and [name for name in starts(settings)[7:] if "0.5" not in name] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sweep": RATES, "sweep_seeds": [1, 7]}, r"\[1\] are seeds of the report too"),
+        ({"sweep": {"optimizer.learning_rate": [1e-3]}}, "at least two different values"),
+        ({"sweep_models": {"nobody": RATES}}, "'nobody' is no model of this comparison"),
+        ({"controls": ["shallow"]}, "no shallow; there are shallower"),
+    ],
+)
+def test_sweeps_and_controls_that_make_no_sense_are_refused(grid, changes, said):
+    with pytest.raises(ValueError, match=said):
+        changed(grid[0], **changes)
+
+
+@pytest.mark.parametrize("key", ["model.router_alpha", "optimizer.lerning_rate"])
+def test_a_key_that_a_model_lacks_is_refused_by_name(grid, key):
+    with pytest.raises(UserError, match=r"vanilla has no such key|unknown key 'optimizer.lerning_rate'"):
+        planning.plan_round(changed(grid[0], sweep={key: [0.1, 0.2]}), 0)
+
+
+def test_controls_are_rows_of_the_grid(grid):
+    """Built from the model that routes; what is a model of the comparison already is not run twice."""
+    asked = list(planning.CONTROLS)
+    runs = planning.plan_runs(changed(grid[0], controls=asked, seeds=[0]))
+    names = [planned.settings.name for planned in runs]
+    built = [f"mor_expert_nr3_{kind}" for kind in asked if kind != "recursive"]
+    assert names == [*MODELS, *built]
+    by_name = {planned.settings.name: planned for planned in runs}
+    tokens = {name: planning.plans_of(planned)[0][1].tokens for name, planned in by_name.items()}
+    step = 8 * 64
+    assert abs(tokens["mor_expert_nr3_equal_tokens"] - tokens["mor_expert_nr3"]) <= step
+    assert by_name["mor_expert_nr3_gate_only"].settings.model["capacity_factors"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("controls", "said"),
+    [
+        ({"recursive_nr3": ["gate_only"]}, "gate_only: recursive_nr3: there is none for recursive"),
+        ({"mor_expert_nr3": ["gate_only", "shallower"], "vanilla": ["shallower"]}, "shallower: vanilla: it costs"),
+    ],
+)
+def test_a_control_that_cannot_be_built_is_refused_by_name(grid, controls, said):
+    with pytest.raises(UserError, match=said):
+        planning.plan_runs(changed(grid[0], controls=controls))
+
+
+def test_until_adds_seeds_until_the_interval_is_narrow(grid):
+    settings, use = grid
+    use("sweep")
+    for prepared in (settings.output.parent / "staged").glob("*-seed?"):
+        shutil.rmtree(prepared)
+    two = {name: MODELS[name] for name in ("vanilla", "mor_expert_nr3")}
+    code, text = run(changed(settings, models=two, seeds=[0], until=0.5, most_seeds=4))
+    assert code == 0 and "--until 0.5: adds seeds 1, 2" in text and text.count("adds seeds") == 1
+    results = json.loads((settings.output / "report" / "results.json").read_text())
+    assert results["seeds"] == [0, 1, 2]
+    tight = compare.more_seeds(changed(settings, until=1e-9, most_seeds=2), results)
+    assert tight == [], "the budget of seeds is spent"
+
+
+def test_noise_repeats_the_baseline(grid):
+    runs = planning.plan_noise(changed(grid[0], noise=["order", "precision"], seeds=[3]))
+    order, precision = (planned.settings for planned in runs)
+    assert order.data.order_seed not in (None, 3) and order.seed == precision.seed == 3
+    assert {order.precision, precision.precision} == {"bf16", "fp32"} and order.run_dir.parent.name == "noise"
 
 
 @pytest.mark.slow

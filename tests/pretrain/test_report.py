@@ -268,7 +268,9 @@ def test_wandb_receives_the_panels(four, tmp_path):
     pytest.importorskip("wandb")
     runs, _ = read_runs([four / "vanilla-seed0"])
     results = summary.build_results(runs)
-    picture = document.Picture("loss_flops", "a caption", figures.loss_curves(variants(runs), "flops", 4.1, ""))
+    picture = document.Picture(
+        "loss_flops", "a caption", figures.loss_curves(variants(runs), "flops", {"unigram model": 4.1}, "")
+    )
     document.write([picture], tmp_path, title="t", results=results)
     report.send_to_wandb([picture, report.runs_table(results)], runs, results, tmp_path, "offline")
     (recording,) = (tmp_path / "tracker" / "wandb").glob("offline-run-*/run-*.wandb")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ from data_prep.settings import UserError
 from model.flops import training_flops
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
-from pretrain.data import Manifest
+from pretrain.checklist import LOOK_AHEAD
+from pretrain.data import Blocks, Manifest, bigram_loss
 from pretrain.plan import RunState, make_plans
 from pretrain.trainer import Trainer, make_optimizer
 from tests.helpers.corpus import prepare_tiny
@@ -60,6 +63,49 @@ def test_a_run_leaves_its_whole_record(tmp_path: Path, data: Path, architecture:
     assert facts["data_fingerprint"] == manifest.fingerprint
     model = MoRForCausalLM.from_pretrained(tmp_path / "run/final")
     assert sum(p.numel() for p in model.parameters()) == facts["unique_parameters"]
+
+
+def test_the_bigram_line_is_that_of_counted_pairs(data: Path) -> None:
+    manifest = Manifest.read(data)
+    rows = {split: Blocks(manifest, split) for split in ("train", "validation")}
+    pairs = {
+        split: [pair for i in range(len(blocks)) for pair in itertools.pairwise(blocks[i].tolist())]
+        for split, blocks in rows.items()
+    }
+    counts, firsts = Counter(pairs["train"]), Counter(first for first, _ in pairs["train"])
+    targets, total = Counter(second for _, second in pairs["train"]), len(pairs["train"]) + manifest.vocab_size
+    losses = []
+    for k in (4.0**power for power in range(-1, 7)):
+        chances = [
+            (counts[pair] + k * (targets[pair[1]] + 1) / total) / (firsts[pair[0]] + k) for pair in pairs["validation"]
+        ]
+        losses.append(-sum(map(math.log, chances)) / len(chances))
+    assert bigram_loss(manifest) == pytest.approx(min(losses)) and min(losses) < manifest.unigram_loss
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_looking_ahead_is_measured(
+    tmp_path: Path, data: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but rounding in the causal evaluation of any model; a leak that is planted in it shows."""
+    trainer = trainer_for(settings_for(tmp_path / "run", data, architecture, budget={"steps": 2}))
+    assert trainer.run() == 0
+    written = read_lines(tmp_path / "run")[-1]["validation_look_ahead"]
+    assert 0 <= written < 1e-5
+    forward = trainer.parallel.forward
+    if "topk" in trainer.validation._modes():
+        monkeypatch.setattr(trainer.parallel, "forward", lambda **given: forward(**given | {"routing_mode": "topk"}))
+        assert trainer.validation.look_ahead(trainer.parallel) > LOOK_AHEAD
+
+
+def test_the_order_of_the_data_has_a_seed_of_its_own(tmp_path: Path, data: Path) -> None:
+    """The same initial weights, other batches; the same order as its seed gives when it is that seed."""
+    seen = {}
+    for name, order_seed in (("own", None), ("other", 5), ("same", 0)):
+        settings = settings_for(tmp_path / name, data, budget={"steps": 3})
+        ordered = settings.data.model_copy(update={"order_seed": order_seed})
+        seen[name] = losses(train(settings.model_copy(update={"data": ordered})))
+    assert seen["own"] == seen["same"] and seen["own"] != seen["other"]
 
 
 def test_the_exported_model_has_the_validation_loss(tmp_path: Path, data: Path) -> None:
