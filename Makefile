@@ -55,6 +55,7 @@ bench-serve: setup
 
 bench-data: setup
 	$(BIN)/python tests/benchmarks/bench_tokenize.py
+	$(BIN)/python tests/benchmarks/bench_corpus.py
 	$(BIN)/python tests/benchmarks/bench_loader.py
 
 # On a machine with a GPU: is it right, how fast is it? Under ten minutes; results in GPU_OUT.

@@ -35,6 +35,7 @@ from pretrain.config import read_data
 from pretrain.data import Mixture, fixed_batches, number_documents
 from pretrain.document import Block, Heading, Markup, Picture, Table, Text
 from pretrain.evaluate import Checkpoint, has_causal_decision, open_checkpoint
+from pretrain.fonts import NO_GLYPH, families_for, note_on
 
 END_OF_TEXT, PARTIAL = "end of text", "part of a character"
 CLASSES = ("word start", "word continuation", "digit", "punctuation", "whitespace", PARTIAL, END_OF_TEXT)
@@ -154,12 +155,14 @@ def heat_map(parts: Sequence[str], routed: Routed) -> Figure:
         if "\n" in part:
             line, column = line + 1, 0
     lines = boxes[-1][0] + 1
+    family, missing = families_for(text for _, _, text, _ in boxes)
     figure = Figure(figsize=(0.088 * HEAT_MAP_COLUMNS + 0.3, 0.2 * lines + 0.5), layout="constrained")
     axes = figure.subplots()
     for line, column, text, colour in boxes:
         axes.add_patch(matplotlib.patches.Rectangle((column, line), len(text), 0.92, color=colour, lw=0))
         for offset, character in enumerate(text):  # one by one: the grid holds whatever the font's width
-            axes.text(column + offset + 0.5, line + 0.48, character, family="monospace", fontsize=9, ha="center",
+            character = NO_GLYPH if character in missing else character
+            axes.text(column + offset + 0.5, line + 0.48, character, family=family, fontsize=9, ha="center",
                       va="center_baseline", parse_math=False)  # fmt: skip
     axes.set(xlim=(0, HEAT_MAP_COLUMNS), ylim=(lines, 0))
     axes.axis("off")
@@ -310,7 +313,8 @@ def view(checkpoint: Checkpoint, text: str, output: Path, data: Sequence[str] | 
     name = f"{checkpoint.run.name}/{checkpoint.folder.name}" if checkpoint.run else checkpoint.folder.name
     about = f"`{name}`, {config.architecture}, {mode} routing.{cut}"
     blocks: list[Block] = [Text(about), Heading("The text"), Markup(token_html(parts, routed))]
-    blocks.append(Picture("heat_map", "Recursions executed by each token.", heat_map(parts, routed)))
+    caption = "Recursions executed by each token." + note_on(families_for(map(visible, parts))[1])
+    blocks.append(Picture("heat_map", caption, heat_map(parts, routed)))
     source = "the text above"
     if data is not None:
         rows, documents = sequences(checkpoint, data, count)

@@ -81,7 +81,8 @@ class Engine:
         config = model.config
         self.model, self.inner, self.config = model.eval(), model.model, config
         # As configured; refuses a model that cannot decide without looking ahead.
-        self.mode = self.inner._mode("full" if config.routing_mode == "full" else "causal")
+        full = "full" in (config.routing_mode, (depth or DepthPolicy()).mode)
+        self.mode = self.inner._mode("full" if full and (depth is None or depth.mode != "exit") else "causal")
         self.policy = (depth or DepthPolicy()).checked(config)
         # A plain attribute: those of a transformers configuration are slow to read.
         self.context = config.max_position_embeddings

@@ -138,6 +138,7 @@ class Rules:
         """limit, exact: of the tokens `index`; None where a rule asks for neither."""
         self.engine, self.index, self.all_in, self.mode = engine, index, exact, engine.mode
         self.last = engine.last_gate if limit is None else engine.last_gates[limit]
+        self.threshold = engine.policy.threshold
 
     @cached_property
     def input_ids(self) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 from model.config import MoRConfig
 from model.depth import method_of, stages_of
 
-FORMS = "adaptive, uniform:N, cap:N or progressive:A-B"
+FORMS = "adaptive, uniform:N, cap:N, progressive:A-B, or of exits exit:THRESHOLD or full"
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,22 @@ class DepthPolicy:
     or exactly as many as its place says (`progressive`), which rise from `first` to n in equal stretches over the
     prompt and as long an answer as was asked for.
 
-    With exits, 1 is to leave at the first of them. Without a router `adaptive` is all of them.
+    With exits, 1 is to leave at the first of them; for a whole engine, `exit` takes another threshold than the model's,
+    and `full` closes them. Without a router `adaptive` is all of them.
     """
 
     mode: str = "adaptive"
     recursions: int | None = None
     first: int | None = None
+    threshold: float | None = None
 
     @classmethod
     def parse(cls, text: str) -> DepthPolicy:
-        """From `adaptive`, `uniform:N`, `cap:N` or `progressive:A-B`. Raises ValueError."""
-        if text == "adaptive":
-            return cls()
+        """From one of `FORMS`. Raises ValueError."""
+        if text in ("adaptive", "full"):
+            return cls(text)
+        if found := re.fullmatch(r"exit:(\d{1,6}(\.\d{0,9})?(e-?\d{1,2})?)", text, re.ASCII):
+            return cls("exit", threshold=float(found[1]))
         if found := re.fullmatch(r"(uniform|cap):(\d{1,6})", text, re.ASCII):
             return cls(found[1], int(found[2]))
         if found := re.fullmatch(r"progressive:(\d{1,6})-(\d{1,6})", text, re.ASCII):
@@ -39,7 +43,7 @@ class DepthPolicy:
 
     def __str__(self) -> str:
         if self.recursions is None:
-            return self.mode
+            return self.mode if self.threshold is None else f"{self.mode}:{self.threshold:g}"
         return f"{self.mode}:{'' if self.first is None else f'{self.first}-'}{self.recursions}"
 
     def checked(self, config: MoRConfig, most: int | None = None) -> DepthPolicy:
@@ -47,6 +51,12 @@ class DepthPolicy:
 
         Raises ValueError."""
         if self.mode == "adaptive":
+            return self
+        if self.mode in ("exit", "full"):
+            if most is not None:
+                raise ValueError(f"depth: {self} is set for a whole engine, not for a request; leave it out")
+            if "full" not in method_of(config).modes(config):
+                raise ValueError(f"depth: {self} needs exits, and this is a {config.architecture} model; use adaptive")
             return self
         most, first = method_of(config).levels(config) if most is None else most, self.first or 1
         if self.recursions is None or not 1 <= first <= self.recursions <= most:

@@ -155,7 +155,12 @@ class Reader:
         """Refuse a large body of more lists or fields than any request has, by their signs outside of texts."""
         if len(body) < LARGE:
             return
-        bare, limits = _TEXTS.sub(b"", body), self.limits
+        limits = self.limits
+        texts = (body.count(b'"') - body.count(b'\\"')) // 2
+        most = limits.choices + limits.stops + 2 * limits.fields
+        if texts > most:
+            raise ServiceError(400, f"body: {texts} texts; a request has at most {most}")
+        bare = _TEXTS.sub(b"", body)
         for sign, most, what in (
             (b"[", limits.choices + limits.stops, "lists"),
             (b":", limits.fields, "fields"),

@@ -147,7 +147,7 @@ class Scheduler:
         if biased:
             raise ValueError(f"logit_bias: token id {biased[0]!r} is outside the vocabulary of {vocabulary}")
         most = self.policy.limit(self.config)
-        policy = (params.depth or self.policy).checked(self.config, most)
+        policy = self.policy if params.depth is None else params.depth.checked(self.config, most)
         share, ragged = gate_share(self.config, policy), len(ragged_gates(self.config, policy))
         total = min(len(prompt) + params.max_tokens, context)
         pages, pages_each = self.everyone.pages_for(total), self.recursed.pages_for(total) * ragged

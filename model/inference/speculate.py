@@ -134,7 +134,7 @@ class Speculator:
     def _pass(self, stages: tuple[Stage, ...], hidden: Tensor, cache: MoRCache, start: int) -> Tensor:
         """States [1, K, D] of the tokens from position `start` on, behind the stages."""
         cache.seen = start
-        batch = self.inner._describe(hidden, None, None, None, None, cache)
+        batch = self.inner._describe(hidden, *[None] * 5, cache)
         run = Run(self.inner, batch, "full")
         run.layout = stages
         hidden = run.decode(hidden)

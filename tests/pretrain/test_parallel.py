@@ -333,6 +333,9 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "token_ddp_4": ("mor_token", 4, {"strategy": "ddp"}),
     "token_zero2": ("mor_token", 2, {"strategy": "zero2"}),
     "token_fsdp2_4": ("mor_token", 4, {"strategy": "fsdp2", "reshard_after_forward": False}),
+    "exit_ddp": ("early_exit", 2, {"strategy": "ddp"}),
+    "exit_zero2": ("early_exit", 2, {"strategy": "zero2"}),
+    "exit_fsdp2": ("early_exit", 2, {"strategy": "fsdp2"}),
 }
 
 

@@ -45,6 +45,15 @@ def test_scores_do_not_depend_on_what_else_is_in_the_batch() -> None:
         np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["exit", "exit-state", "exit-latent"])
+def test_exits_show_the_confidence_of_those_they_asked(variant) -> None:
+    model = tiny_model(variant, 1)
+    routed = route(model, torch.arange(1, 25).view(2, 12), None, "causal")
+    asked = routed.depth[..., None] >= np.arange(3)
+    assert np.array_equal(np.isnan(routed.scores), ~asked)
+    assert np.nanmin(routed.scores) >= 0 and np.nanmax(routed.scores) <= 1
+
+
 def test_token_choice_scores_are_probabilities_of_depths() -> None:
     routed = route(tiny_model("token-shared"), ids_of(2, 16), None, "causal")
     np.testing.assert_allclose(routed.scores.sum(-1), 1.0, atol=1e-5)
