@@ -11,7 +11,8 @@ EXTRAS ?= prepare,serve,evaluate,gguf,test,lint
 OPTIONS ?=
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup compare test test-fast test-explore test-plain test-oldest lint bench-model bench-reference bench-inference bench-data bench-scale gpu-check null-gpu
+.PHONY: setup compare test test-fast test-explore test-plain test-oldest lint bench-model bench-reference \
+	bench-inference bench-serve bench-data bench-scale gpu-check null-gpu
 
 setup: $(VENV)/.complete
 
@@ -70,8 +71,12 @@ bench-reference: setup
 bench-inference: setup
 	$(BIN)/python tests/benchmarks/bench_inference.py
 
+bench-serve: setup
+	$(BIN)/python -m tests.benchmarks.bench_serve
+
 bench-data: setup
 	$(BIN)/python tests/benchmarks/bench_tokenize.py
+	$(BIN)/python tests/benchmarks/bench_corpus.py
 	$(BIN)/python tests/benchmarks/bench_loader.py
 
 # On a machine with a GPU: is it right, how fast is it? Under ten minutes; results in GPU_OUT.

@@ -12,10 +12,12 @@ from __future__ import annotations
 import bisect
 import functools
 import hashlib
+import json
 import re
 import sys
+import time
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.config import DataSettings
-from data_prep.files import sync
+from data_prep.files import sync, write_json
 from data_prep.settings import UserError
 
 SPLITS = ("train", "validation")
@@ -36,7 +38,8 @@ DROPPED = np.dtype([("part", "<i8"), ("row", "<i8")])
 # A document that occurs several times: where it does first, and how often.
 REPEATED = np.dtype([("part", "<i8"), ("row", "<i8"), ("times", "<i8")])
 MOST_REPEATED = 20  # of them are told
-RANGE_ROWS = 1 << 22  # documents whose digests are sorted at once, about
+SAVE_SECONDS = 30.0
+RANGE_ROWS = 1 << 20  # documents whose digests are sorted at once, about
 
 
 @dataclass(frozen=True)
@@ -137,17 +140,48 @@ def bounded(records: Iterable[Record], settings: DataSettings, counts: DocumentC
         yield Record(record.where, record.raw[start:], continues)
 
 
-def spill(records: Iterable[Record], settings: DataSettings, target: Path) -> DocumentCounts:
+class Reading:
+    """How far the reading of one part is, kept now and then, for a source that can go on from there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.written: Callable[[], dict[str, Any]] = dict  # counts and lengths of files; `spill` sets it
+        self._saved = time.monotonic()
+
+    def between(self, row: int, state: Callable[[], dict[str, Any]]) -> None:
+        """Told by the source between two records, when all before is spilled: the row that comes, and its state."""
+        if time.monotonic() - self._saved >= SAVE_SECONDS:
+            write_json(self.path, {"row": row, "state": state(), **self.written()})
+            self._saved = time.monotonic()
+
+
+def spill(
+    records: Iterable[Record], settings: DataSettings, target: Path, reading: Reading | None = None
+) -> DocumentCounts:
     """Clean the records of one part into `target`.bin, .index and .order; return what was counted.
 
-    Raises UserError for too many undecodable bytes.
+    reading: what was spilled before an interruption stays, and `records` go on from there. Raises UserError for too
+    many undecodable bytes.
     """
-    counts = DocumentCounts()
+    kept = reading.kept if reading else {}
+    counts = DocumentCounts(**kept.get("counts", {}))
     threshold = int(settings.validation_fraction * 2**64)
     salt = settings.seed.to_bytes(8, "little")
     row = np.zeros(1, INDEX_ROW)
     validation = False
-    with target.with_suffix(".bin").open("wb") as texts, target.with_suffix(".index").open("wb") as index:
+    mode = "r+b" if kept else "wb"
+    with target.with_suffix(".bin").open(mode) as texts, target.with_suffix(".index").open(mode) as index:
+        for file, name in ((texts, "texts"), (index, "index")):
+            file.seek(file.truncate(kept.get(name, 0)))
+
+        def written() -> dict[str, Any]:
+            sync(texts)
+            sync(index)
+            return {"counts": asdict(counts), "texts": texts.tell(), "index": index.tell()}
+
+        if reading:
+            reading.written = written
         for record in bounded(records, settings, counts):
             text, skipped = decode(record.raw)
             counts.undecodable += skipped
@@ -162,8 +196,7 @@ def spill(records: Iterable[Record], settings: DataSettings, target: Path) -> Do
             row[0] = (len(data), digest, validation)
             texts.write(data)
             index.write(row.tobytes())
-        sync(texts)
-        sync(index)
+        written()
     digests = open_rows(target.with_suffix(".index"), INDEX_ROW)["digest"]
     with target.with_suffix(".order").open("wb") as order:
         order.write(np.lexsort((digests[:, 0], digests[:, 1])).astype("<i8").tobytes())

@@ -39,12 +39,13 @@ class EncoderFiles:
 class Encoder:
     """Encodes documents of one spilled text file, on the thread that calls it."""
 
-    def __init__(self, files: EncoderFiles) -> None:
+    def __init__(self, files: EncoderFiles, form: Tokenizer | None = None) -> None:
+        """form: of the tokenizer, as it encodes, where another encoder has it already."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self.files = files
         self.texts = np.memmap(files.texts, np.uint8, "r") if files.texts.stat().st_size else np.zeros(0, np.uint8)
         # The only end-of-text tokens are those written here.
-        self.tokenizer = encoding_form(Tokenizer.from_file(str(files.tokenizer)), files.eos_token_id)
+        self.tokenizer = form or encoding_form(Tokenizer.from_file(str(files.tokenizer)), files.eos_token_id)
 
     def __call__(self, spans: np.ndarray) -> np.ndarray:
         """Tokens of the documents at `spans` ([documents] of SPAN), each ended by end-of-text: [tokens]."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,8 +27,9 @@ from data_prep.progress import say, watching
 from data_prep.settings import UserError
 from data_prep.stages import STAGES, Stage, cores
 
+JOBS = "jobs.json"  # numbers of the jobs of Slurm that prepare a folder, in its work
 SMALL = 4 << 20  # bytes, documents or tokens that are done sooner than processes start
-GRACE = 20.0  # seconds in which tasks that have ended are told
+GRACE = 10.0  # seconds in which tasks that have ended are told
 TASKS_PER_WORKER = 8  # short tasks, so that workers end at about the same time
 
 
@@ -114,10 +118,10 @@ def _local(stage: Stage, workers: int) -> None:
     seen: set[int] = set()
     try:
         while not told.poll(0.5) and leader.is_alive():
-            living = {task.pid for task in _below(leader.pid)}
-            if seen - living and not told.poll(GRACE) and leader.is_alive() and stage.missing():
+            present = {task.pid for task in _below(leader.pid)}
+            if seen - present and not told.poll(GRACE) and leader.is_alive() and stage.missing():
                 break
-            seen |= living
+            seen |= present
         error = (
             told.recv()
             if told.poll()
@@ -229,3 +233,28 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def check_jobs(folder: Path) -> None:
+    """Raise UserError where jobs of Slurm, other than this one, wait for work on `folder` or are at it."""
+    path = folder / "work" / JOBS
+    if not path.exists():
+        return
+    numbers = json.loads(path.read_text(encoding="utf-8")).values()
+    if os.environ.get("SLURM_ARRAY_JOB_ID") in numbers:
+        return
+    alive = living(numbers)
+    if alive:
+        raise UserError(f"{folder}: job{'s' * (len(alive) > 1)} {', '.join(alive)} prepare it; scancel them first")
+
+
+def living(numbers: Iterable[str]) -> list[str]:
+    """Those of these jobs that wait or run."""
+    alive = []
+    for number in numbers:
+        with contextlib.suppress(FileNotFoundError):
+            command = ["squeue", "--noheader", f"--jobs={number}", "--format=%T"]
+            done = subprocess.run(command, text=True, capture_output=True, check=False)
+            if done.returncode == 0 and done.stdout.strip():
+                alive.append(number)
+    return alive

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 CHUNK = 1 << 20
 
@@ -33,7 +33,7 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.close(descriptor)
 
 
-def sync(file: BinaryIO) -> None:
+def sync(file: IO[Any]) -> None:
     """Bring everything written to `file` to the disk."""
     file.flush()
     os.fsync(file.fileno())

@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 from data_prep.changes import check_unchanged, differing, other_configuration
 from data_prep.config import DataSettings, SourceSettings, TokenizerSettings
 from data_prep.documents import SPLITS
-from data_prep.engine import run_stage
+from data_prep.engine import check_jobs, run_stage
 from data_prep.estimate import check_room
 from data_prep.files import write_json
 from data_prep.inputs import names_of
@@ -75,6 +75,7 @@ def prepare(settings: DataSettings) -> dict[str, Any]:
             manifest = _finished(settings, folder)  # perhaps by the process that held the lock
             if manifest is not None:
                 return manifest
+            check_jobs(folder)
             corpus = begin(settings, settings.workers or cores())
             try:
                 for stage in ORDER:
@@ -140,13 +141,13 @@ def begin(settings: DataSettings, workers: int | None = None) -> Corpus:
         raise UserError(f"{folder}: holds files but no prepared data; choose another folder or empty it")
     given = _check_tokenizer(settings)
     corpus = open_corpus(settings)
+    path = work / "state.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     size = settings.tokenizer.vocab_size if given is None else vocab_size(given)
-    room = check_room(settings, corpus.parts, size or 0, workers)
+    room = check_room(settings, corpus.parts, size or 0, workers) if before is None else None
     for line in [*corpus.remarks, *([room] if room else [])]:
         say(line)
     work.mkdir(exist_ok=True)
-    path = work / "state.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     state: dict[str, Any] = {
         "settings": settings.content(),
         "signature": corpus.signature,
@@ -295,7 +296,9 @@ def status(folder: Path) -> str:
         raise UserError(f"{folder}: nothing is prepared here, and nothing is being prepared")
     content = json.loads(state.read_text(encoding="utf-8"))["settings"]
     parts: dict[str, type[Settings]] = {"source": SourceSettings, "tokenizer": TokenizerSettings}
-    values = {key: parts[key].model_construct(**value) if key in parts else value for key, value in content.items()}
+    values: dict[str, Any] = {
+        key: parts[key].model_construct(**value) if key in parts else value for key, value in content.items()
+    }
     settings = DataSettings.model_construct(folder=str(folder), **values)
     lines = []
     for name in ORDER:

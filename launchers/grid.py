@@ -429,6 +429,12 @@ def plan_round(compare: CompareSettings, number: int, gpus: bool | None = None) 
     return with_configurations(compare, [run for cell in cells for run in round_runs(compare, cell, number)], gpus)
 
 
+def round_size(compare: CompareSettings, number: int) -> int:
+    """Runs of a round, known before the round before it has run."""
+    rounds = [rounds_of(compare, cell) for cell in cells_of(compare)]
+    return sum(found[number][0] for found in rounds if len(found) > number) * len(compare.sweep_seeds)
+
+
 def round_count(compare: CompareSettings) -> int:
     """Rounds of the longest sweep."""
     return max((len(rounds_of(compare, cell)) for cell in cells_of(compare)), default=0)

@@ -6,10 +6,10 @@ python launchers/submit.py --prepare configs/data/ONE.yaml configs/data/TWO.yaml
 python launchers/submit.py --prepare configs/data/LARGE.yaml --tasks 256 --nodes 4 [--dry-run] [key=value ...]
 python launchers/submit.py --status configs/compare/NAME.yaml [key=value ...]
 
-Jobs that depend on each other: the data's preparation where the data is missing; the run, or an array with a task for
-each run of the comparison that is not finished; the comparison's report. `--dry-run` prints the commands, as a shell
-script that would submit the same. Refused, with the numbers: a batch that does not divide among the ranks, and a model
-that does not fit into the GPUs.
+Jobs that depend on each other: the data's preparation where the data is missing; an array for each round of the
+comparison's sweeps; the run, or an array with a task for each run of the comparison that is not finished; the report.
+`--dry-run` prints the commands, as a shell script that would submit the same. Refused, with the numbers: a batch that
+does not divide among the ranks, and a model that does not fit into the GPUs.
 
 CPUs and memory are asked for in proportion to the GPUs, as sinfo describes the partition's nodes. The preparation and
 the report need no GPU: they go to --cpu-partition, and --sbatch, where constraints on GPUs stand, is not for them.
@@ -33,11 +33,25 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from data_prep.settings import UserError, run_command
 from launchers import corpus, status
-from launchers.grid import CompareSettings, PlannedRun, data_shape, plan_runs, read_compare, shown_apart
+from launchers.grid import (
+    CompareSettings,
+    PlannedRun,
+    cells_of,
+    data_shape,
+    plan_noise,
+    plan_round,
+    plan_runs,
+    read_compare,
+    round_count,
+    round_size,
+    shown_apart,
+    winner,
+)
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
 from pretrain.data import accumulation_steps
@@ -91,6 +105,7 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
     report += ["--allow-mixed"] if shown_apart(compare) else []
     named = [f"--job-name={compare.output.name}", f"--output={LOGS}/%x-%A_%a.log"]
     tasks = ",".join(map(str, missing)) + (f"%{options.at_once}" if options.at_once else "")
+    report += [f"--evidence={path}" for path in compare.evidence]
     jobs = prepare_jobs(runs[0].settings, options) if missing else []
     if missing:
         arguments = ["--compare", options.compare, *options.overrides, f"overrides.{world_size(options)}"]
@@ -98,18 +113,56 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
         if len(decided) == 1:  # here and once, not on each task's node
             arguments.append(f"overrides.precision={decided.pop()}")
         wanted = resources(options, [runs[number].settings for number in missing])
+        sweeps = sweep_jobs(compare, jobs, [*named, *wanted], arguments, options)
+        waits = ("afterany", sweeps[-1].name) if sweeps else after(jobs)
+        jobs += sweeps
         array = [*named, f"--array={tasks}", *wanted, "launchers/compare_array.sbatch", *arguments]
-        jobs.append(Job("compare", array, after(jobs)))
+        jobs.append(Job("compare", array, waits))
     # afterany: a run that failed is missing from the report, and no reason to have none
     named = [f"--job-name={compare.output.name}-report", f"--output={LOGS}/%x-%j.log"]
     command = [*named, *cpu_resources(options, 2), "launchers/report.sbatch", str(compare.output), *report]
     return [*jobs, Job("report", command, ("afterany", "compare") if missing else ())]
 
 
+def sweep_jobs(
+    compare: CompareSettings,
+    before: Sequence[Job],
+    request: Sequence[str],
+    arguments: Sequence[str],
+    options: argparse.Namespace,
+) -> list[Job]:
+    """An array for each round of the sweeps that is not over. Which runs a round has, its tasks learn when they start.
+
+    A run that failed comes last in its round and holds up no other, so that a round waits for the end of the one before
+    it, however that came; the first one for the data.
+    """
+    jobs: list[Job] = []
+    for number in range(round_count(compare)):
+        with suppress(UserError):  # the round before it has still to run
+            if all(run.finished() for run in plan_round(compare, number, options.gpus_per_node > 0)):
+                continue
+        last = round_size(compare, number) - 1
+        tasks = f"--array=0-{last}" + (f"%{options.at_once}" if options.at_once else "")
+        command = [*request, tasks, "launchers/compare_array.sbatch", f"--round={number}", *arguments]
+        jobs.append(Job(f"sweep{number}", command, ("afterany", jobs[-1].name) if jobs else after(before)))
+    return jobs
+
+
 def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[PlannedRun]]:
     """The comparison and its runs; the place of a run in the list is its task in the array."""
-    compare = read_compare(Path(options.compare), options.overrides)
-    return compare, plan_runs(compare, options.gpus_per_node > 0)
+    compare, gpus = read_compare(Path(options.compare), options.overrides), options.gpus_per_node > 0
+    if options.round is not None:
+        return compare, plan_round(compare, options.round, gpus)
+    return compare, [*plan_runs(compare, gpus), *plan_noise(compare, gpus)]
+
+
+def run_of_task(options: argparse.Namespace) -> PlannedRun:
+    """The run of a task. Raises UserError where a sweep that decides its settings has not ended."""
+    compare, runs = read_comparison(options)
+    open_ones = [cell.label for cell in cells_of(compare) if winner(compare, cell) is None]
+    if options.round is None and open_ones:
+        raise UserError(f"{options.compare}: the sweep of {', '.join(open_ones)} has no winner yet; submit it again")
+    return runs[options.print_run]
 
 
 def prepare_jobs(settings: ExperimentSettings, options: argparse.Namespace) -> list[Job]:
@@ -423,6 +476,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="of --config: begin the run anew; its old one is kept in RUN_DIR/before/",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
+    parser.add_argument("--round", type=int, metavar="N", help="with --print-run: of round N of the sweeps, from 0")
     parser.add_argument("--print-run", type=int, metavar="N", help="print the arguments of --compare's run N, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     options = parser.parse_intermixed_args(arguments)
@@ -446,7 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     os.chdir(REPOSITORY)  # paths in configurations are relative to it
     if options.print_run is not None:
-        print(*read_comparison(options)[1][options.print_run].arguments, sep="\n")
+        print(*run_of_task(options).arguments, sep="\n")
     elif options.status:
         settings = read_compare(Path(options.status), options.overrides)
         status.show(settings, plan_runs(settings, options.gpus_per_node > 0), REPOSITORY / LOGS)

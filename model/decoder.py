@@ -333,6 +333,7 @@ class Run:
         """[B, T], False for padding; None: no padding."""
         return self.batch.real
 
+    threshold: float | None = None  # of exits, in place of the model's own
     hidden: Tensor | None = None  # [B, T, D] of everyone, while a gate scores
     all_in = False  # whether every token takes all of the depth there is
 

@@ -499,6 +499,47 @@ def decode_flops(config: MoRConfig, context_length: int) -> float:
     return float(sum(forward_flops(config, Work(1, tuple(passes), tuple(offered), heads)).values()))
 
 
+@dataclass(frozen=True)
+class ExitCost:
+    """Forward FLOPs of one token at an exit, by the `exact` convention, at the mean context of a sequence.
+
+    layer: layers passed there. check: of asking how sure the model is, also in `layers` of the model. saved: what a
+    token does not take any more that leaves there; its keys above are still made. pays_from: share of the tokens asked
+    that must leave for the check to pay; None where it cannot.
+    """
+
+    layer: int
+    check: float
+    layers: float
+    saved: float
+    pays_from: float | None
+
+
+def exit_costs(config: MoRConfig, sequence_length: int) -> list[ExitCost]:
+    """What each exit costs and saves outside training; empty for models without exits."""
+    method = method_of(config)
+    if "full" not in method.modes(config):
+        return []
+    gates, context = gates_of(config), Fraction(sequence_length + 1, 2)
+
+    def cost(stages: Sequence[Stage], queries: int, asked: int | None = None) -> Number:
+        passes = tuple(Pass(stage, queries, 1, queries * context, queries * context) for stage in stages)
+        offered = tuple(int(gate == asked) for gate in range(gates))
+        return sum(forward_flops(config, Work(0, passes, offered, method.checks(config, offered))).values())
+
+    stages, found = method.stages(config), []
+    layer_cost = Fraction(cost(stages, 1), config.num_hidden_layers)
+    for gate in range(gates):
+        below, above = stages[: gate + 1], stages[gate + 1 :]
+        check, saved = cost((), 0, gate), cost(above, 1) - cost(above, 0)
+        share = float(check / saved)
+        layers = sum(len(stage.uses) for stage in below)
+        found.append(
+            ExitCost(layers, float(check), float(check / layer_cost), float(saved), share if share <= 1 else None)
+        )
+    return found
+
+
 # --- parameters -----------------------------------------------------------------------------------------------------
 
 

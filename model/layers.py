@@ -305,7 +305,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         rows = chunk_rows(weight.shape[0], x.device)
         total = x.new_zeros((), dtype=torch.float32)
-        change = _compiled_change() if compiled and x.is_cuda else _loss_and_change
+        compiled = compiled and x.is_cuda
+        change: Callable[..., tuple[Tensor, Tensor]] = _compiled_change() if compiled else _loss_and_change
         grads_x: list[Tensor] = []
         grad_weight: Tensor | None = None
         scales = targets if weights is None else weights
@@ -355,7 +356,7 @@ def _loss_and_change_to_compile(logits: Tensor, target: Tensor, weights: Tensor 
 
 
 @functools.cache
-def _compiled_change() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled_change() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_loss_and_change_to_compile)
 
 

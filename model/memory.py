@@ -136,13 +136,18 @@ def activation_bytes(
     size = BF16 if precision == "bf16" else FP32
     q, kv = attention_widths(config)
     method = method_of(config)
-    saved, stretches = 0, [0]
+    saved, stretches, shares = 0, [0], method.shares(config)
     for passed in work.passes:
         if passed.stage.gate is not None and not work.offered[passed.stage.gate]:  # a gate that is open in training
             passed = replace(passed, stage=replace(passed.stage, gate=None))
         packed = passed.stage.selects and not method.fixed and not on_gpu
+        # Some are left out whose keys are made all the same.
+        gate, of_all = passed.stage.gate, passed.stage.uses[0].keys == "everyone"
+        around = gate is not None and not passed.stage.whole and of_all and shares[gate] < 1
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
         layer += 0 if on_gpu else mask_bytes(passed, precision, document_masking)
+        if around:
+            layer += tokens * (h * (FP32 + 2 * size) + FP32)  # the norm of the states that keys are made of
         inputs = round(passed.queries * h * size)
         products = round(passed.queries * (2 * q + 2 * h + 2 * config.intermediate_size) + passed.keys * 2 * kv) * size
         whole = (
@@ -157,7 +162,10 @@ def activation_bytes(
             "recursion": inputs if whole else passed.layers * inputs,
         }[recompute]
         if passed.stage.gate is not None:
-            saved += round(passed.queries) * h * size  # the block's output, for the gradient of its gate
+            saved += method.merged(config) * round(passed.queries) * h * size
+        if around:
+            # The states of everyone, that keys are made of, before the stage, and of each stretch's recomputation.
+            saved += tokens * h * size * (1 if recompute == "none" else 2 if whole else 1 + passed.layers)
     shared_keys = 0
     if recompute != "none":  # keys that later stages read outlive their stretch, then their gradients do
         sources = {use.source for passed in work.passes for use in passed.stage.uses if use.source is not None}
@@ -165,8 +173,12 @@ def activation_bytes(
     saved += shared_keys
     # fp32 inputs of the scorers. In fp32 the first one's is the first layer's, and detached copies are no more.
     gates = [scorer.gate for scorer in method.scorers(config)]
-    copied = gates if precision == "bf16" else {gate for gate in gates if gate > 0}
+    whole = any(passed.stage.gate == 0 and passed.queries == tokens for passed in work.passes)
+    copied = gates if precision == "bf16" else {gate for gate in gates if gate > 0 or not whole}
     saved += round(sum(work.offered[gate] for gate in copied)) * h * FP32
+    for scorer in method.scorers(config):  # inner layers: before and after their function, which takes a copy on a CPU
+        saved += round(work.offered[scorer.gate]) * 4 * sum(inner for _, inner in scorer.shapes[:-1]) * FP32
+    saved += len(shares) * tokens + 12 * round(sum(work.offered))  # the record: who passed; scores and positions
     saved += tokens * h * (FP32 + size) + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
     if work.heads:  # the same of exits, whose states their next layer keeps, and one more gradient of the head's weight
         saved += round(work.heads) * 2 * h * FP32 + config.vocab_size * h * size

@@ -113,8 +113,9 @@ def go_together(projections: tuple[nn.Linear, ...]) -> bool:
 
 def project_together(projections: tuple[nn.Linear, ...], x: Tensor) -> list[Tensor]:
     """One product in place of several."""
-    biases = [projection.bias for projection in projections if projection.bias is not None]
-    y = F.linear(x, torch.cat([projection.weight for projection in projections]), torch.cat(biases) if biases else None)
+    weights: list[Tensor] = [projection.weight for projection in projections]
+    biases: list[Tensor] = [projection.bias for projection in projections if projection.bias is not None]
+    y = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
     return list(y.split([projection.out_features for projection in projections], -1))
 
 

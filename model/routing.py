@@ -262,6 +262,7 @@ class RoutingRecord:
     scores: raw fp32 logits per gate, over its candidates; one entry for token-choice.
     selected: positions [B, K] of the tokens selected per gate (by top-k). heads: tokens read out before the end
         (where padding is left out of the layers, losses at exits count it).
+    passed: [B, T, G] bool, which gates each token passed; padding passes none.
     """
 
     depth: Tensor
@@ -274,6 +275,7 @@ class RoutingRecord:
     scores: list[Tensor] = field(default_factory=list)
     selected: list[Tensor] = field(default_factory=list)
     heads: int = 0
+    passed: Tensor | None = None
 
 
 def make_record(entered: Tensor, offered: Tensor, real: Tensor | None, layout: Sequence[Stage]) -> RoutingRecord:
@@ -293,4 +295,5 @@ def make_record(entered: Tensor, offered: Tensor, real: Tensor | None, layout: S
     load = entered.sum((0, 1)) / exists.sum().clamp(min=1)
     reached, there = entered[..., -1].any(0), exists.any(0)
     dead = 1.0 - (reached & there).sum() / there.sum().clamp(min=1)
-    return RoutingRecord(depth, entered.sum(1), offered.sum(1), counts, pairs, load, {"dead_token_share": dead})
+    statistics = {"dead_token_share": dead}
+    return RoutingRecord(depth, entered.sum(1), offered.sum(1), counts, pairs, load, statistics, passed=entered)

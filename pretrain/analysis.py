@@ -259,6 +259,62 @@ def fit_scaling_law(
     )
 
 
+@dataclass(frozen=True)
+class JointLaw:
+    """The scaling law with its five constants shared by all methods, and what a recurrence is worth in each.
+
+    phi: method -> (phi, low, high), the interval a bootstrap over runs. residual: as for `ScalingLaw`.
+    """
+
+    irreducible: float
+    parameter_exponent: float
+    data_exponent: float
+    phi: dict[str, tuple[float, float, float]]
+    residual: float
+    num_runs: int
+
+
+def fit_joint_law(
+    once: Sequence[float],
+    recurrent: Sequence[float],
+    recursions: Sequence[float],
+    tokens: Sequence[float],
+    losses: Sequence[float],
+    methods: Sequence[str],
+    confidence: float = 0.95,
+    samples: int = 100,
+    seed: int = 0,
+) -> JointLaw:
+    """Fit one law to the runs of several methods, a phi for each; arguments as for `fit_scaling_law`.
+
+    methods: [n] the method of each run; those without a recurrence, as vanilla's, tell the shared constants alone.
+    Raises ValueError where the runs cannot tell the constants apart, or a method has fewer than two looped runs.
+    """
+    columns = [np.asarray(column, float) for column in (once, recurrent, recursions, tokens, losses)]
+    _check_identifiable(columns)
+    looped = (columns[2] > 1) & (columns[1] > 0)
+    names = [str(name) for name in dict.fromkeys(np.asarray(methods)[looped])]
+    which = np.array([names.index(name) if name in names else 0 for name in methods])
+    few = [name for index, name in enumerate(names) if (which[looped] == index).sum() < 2]
+    if few:
+        raise ValueError(f"methods: {', '.join(few)} with fewer than 2 looped runs")
+    units = [float(np.exp(np.log(columns[0] + columns[1]).mean())), float(np.exp(np.log(columns[3]).mean()))]
+    scaled = [columns[0] / units[0], columns[1] / units[0], columns[2], columns[3] / units[1], columns[4]]
+    scaled.append(which)
+    starts = [np.append(start, np.full(len(names) - 1, start[5])) for start in _STARTS]
+    tried = sorted((_fit_from(scaled, start, 30) for start in starts), key=lambda fit: fit.cost)
+    best = min((_fit_from(scaled, fit.x) for fit in tried[:4]), key=lambda fit: fit.cost)
+    random = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(samples):
+        rows = random.integers(0, len(which), len(which))
+        drawn.append(_fit_from([column[rows] for column in scaled], best.x).x[5:])
+    lows, highs = np.quantile(drawn, _tails(confidence), axis=0)
+    phis = {name: (float(best.x[5 + i]), float(lows[i]), float(highs[i])) for i, name in enumerate(names)}
+    residual = float(np.sqrt(np.mean(_residuals(best.x, scaled) ** 2)))
+    return JointLaw(float(np.exp(best.x[0])), float(best.x[2]), float(best.x[4]), phis, residual, len(which))
+
+
 def _check_identifiable(columns: Sequence[Array]) -> None:
     once, recurrent, recursions, tokens, _ = columns
     looped = (recursions > 1) & (recurrent > 0)
@@ -275,8 +331,9 @@ def _check_identifiable(columns: Sequence[Array]) -> None:
 
 
 def _residuals(x: Array, columns: Sequence[Array]) -> Array:
-    once, recurrent, recursions, tokens, losses = columns
-    ln_e, ln_a, a, ln_b, b, phi = x
+    once, recurrent, recursions, tokens, losses, *which = columns
+    ln_e, ln_a, a, ln_b, b = x[:5]
+    phi = x[5:][which[0]] if which else x[5]  # of each run's method, where there are several
     effective = once + recursions**phi * recurrent
     return np.log(np.exp(ln_e) + np.exp(ln_a) * effective**-a + np.exp(ln_b) * tokens**-b) - np.log(losses)
 
@@ -284,7 +341,9 @@ def _residuals(x: Array, columns: Sequence[Array]) -> Array:
 def _fit_from(columns: Sequence[Array], start: Array, evaluations: int = 2000) -> optimize.OptimizeResult:
     from scipy import optimize
 
-    inside = np.clip(start, _LOWER + 1e-6, _UPPER - 1e-6)
+    more = len(start) - len(_LOWER)  # a phi for each further method
+    lower, upper = (np.append(bound, np.full(more, bound[5])) for bound in (_LOWER, _UPPER))
+    inside = np.clip(start, lower + 1e-6, upper - 1e-6)
     return optimize.least_squares(
-        _residuals, inside, bounds=(_LOWER, _UPPER), loss="huber", f_scale=1e-3, args=(columns,), max_nfev=evaluations
+        _residuals, inside, bounds=(lower, upper), loss="huber", f_scale=1e-3, args=(columns,), max_nfev=evaluations
     )

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from data_prep.settings import UserError, read_yaml, run_command
 from model.config import MoRConfig
-from model.flops import CONVENTIONS, training_flops
+from model.flops import CONVENTIONS, exit_costs, training_flops
 from pretrain.config import check_model_fields, make_model_config
 
 
@@ -218,9 +218,27 @@ def _print(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         table.add_column(name, justify="left" if name == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(formats[name].format(row[name]) for name in columns))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(table)
+    for path in options.models:
+        _print_exits(Path(path), options.sequence_length, console)
     if options.rate is not None:
         print(f"Hours: executed FLOPs (`exact`) at {options.rate:.4g} FLOP/s per GPU on {options.gpus} GPU(s).")
+
+
+def _print_exits(path: Path, length: int, console: Console) -> None:
+    """Which exits pay: what a check costs, what leaving saves, and how many of those asked have to leave."""
+    costs = exit_costs(read_model(path), length)
+    if not costs:
+        return
+    title = f"Exits of {path.stem}: forward FLOPs (`exact`) of a token at the mean context of {length} tokens"
+    table = Table(
+        "after layer", "a check", "in layers", "leaving saves", "pays if so many of those asked leave", title=title
+    )
+    for cost in costs:
+        share = "never" if cost.pays_from is None else f"{cost.pays_from:.1%}"
+        table.add_row(str(cost.layer), f"{cost.check:.4g}", f"{cost.layers:.2f}", f"{cost.saved:.4g}", share)
+    console.print(table)
 
 
 def _whole(text: str) -> int:

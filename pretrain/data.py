@@ -724,3 +724,40 @@ def fixed_batches(
             return MicroBatch(ids, torch.full_like(ids, -100), documents, 0, error)
 
     return read_ahead(load, range(0, total, at_once), depth=2, workers=1)
+
+
+BIGRAM_VOCABULARY, BIGRAM_TOKENS = 4096, 50_000_000  # beyond which counting pairs would hold up a run's start
+
+
+def bigram_loss(manifest: Manifest) -> float | None:
+    """Mean -log p over validation targets, in nats per token, of the best smoothed bigram model of the training split.
+
+    p(b | a) = (count(ab) + k p(b)) / (count(a) + k), p(b) as for `unigram_loss`, k the best of some powers of 4 on
+    these very targets: a line that a model has to stay below cannot be too strong. None for a mixture, a vocabulary
+    above `BIGRAM_VOCABULARY` and more than `BIGRAM_TOKENS` to count.
+    """
+    size = manifest.vocab_size
+    if isinstance(manifest, Mixture) or size > BIGRAM_VOCABULARY or manifest.split("train").tokens > BIGRAM_TOKENS:
+        return None
+    pairs = np.zeros(size * size, np.int64)
+    for first, second in _pairs(manifest, "train"):
+        pairs += np.bincount(first * size + second, minlength=size * size)
+    counts = pairs.reshape(size, size).astype(np.float64)
+    unigram = counts.sum(0) + 1.0
+    unigram /= unigram.sum()
+    before = counts.sum(1)
+    losses, total = np.zeros(8), 0
+    for first, second in _pairs(manifest, "validation"):
+        for power in range(len(losses)):
+            k = 4.0**power / 4
+            losses[power] -= np.log((counts[first, second] + k * unigram[second]) / (before[first] + k)).sum()
+        total += len(first)
+    return float(losses.min() / total)
+
+
+def _pairs(manifest: Manifest, split: str) -> Iterator[tuple[Indices, Indices]]:
+    """Every (token, target) of a split, some thousand sequences at a time."""
+    blocks = Blocks(manifest, split)
+    for start in range(0, len(blocks), 4096):
+        rows = np.asarray(blocks.gather(list(range(start, min(start + 4096, len(blocks))))), dtype=np.int64)
+        yield rows[:, :-1].ravel(), rows[:, 1:].ravel()

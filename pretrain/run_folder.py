@@ -18,7 +18,7 @@ from model.config import MoRConfig
 from model.flops import effective_parameters, unique_parameters
 from pretrain.checkpoint import committed
 from pretrain.config import ExperimentSettings, differing_keys, noted_changes, refusal
-from pretrain.data import Manifest, Mixture
+from pretrain.data import Manifest, Mixture, bigram_loss
 from pretrain.lock import LOCK, owner_of
 from pretrain.metrics import METRICS, last_step
 from pretrain.parallel import Parallel
@@ -149,6 +149,7 @@ def describe_run(
         "tokenizer_fingerprint": manifest.tokenizer_fingerprint,
         "vocab_size": manifest.vocab_size,
         "unigram_loss": manifest.unigram_loss,
+        "bigram_loss": before["bigram_loss"] if "bigram_loss" in before else bigram_loss(manifest),
         "document_masking": settings.data.document_masking,
         "sequence_length": manifest.sequence_length,
         "batch_size": settings.batch.size,

@@ -83,6 +83,7 @@ def build_results(
         "noise": noise_rows(groups, repeats),
         "isoflop": isoflop_rows(own),
         "scaling_law": scaling_law_rows(own),
+        "joint_law": joint_law(own),
     }
     checks = checks_of(results, evidence, command)
     for row in differences:
@@ -365,36 +366,56 @@ def isoflop_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
     return rows
 
 
+def law_points(groups: Sequence[Variant]) -> list[tuple[float, float, float, float, float]]:
+    """(parameters applied once, of the shared block, mean recursions, tokens, loss) of every run that has a loss."""
+    points = []
+    for group in groups:
+        config = MoRConfig.from_dict(group.model)
+        layer = flops.layer_parameters(config)
+        once = layer * flops.unshared_layers(config)
+        shared = layer * flops.recursion_layers(config) if config.num_recursions > 1 else 0
+        for run in group.runs:
+            loss = run.last_validation["validation_loss"]
+            if loss is not None:
+                points.append((once, shared, group.mean_recursions(), run.last["tokens"], loss))
+    return points
+
+
 def scaling_law_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
     """The joint law for each looped architecture together with the vanilla runs; a note where they cannot tell it."""
-    rows: list[Results] = []
     groups = [group for members in matched for group in members]
-    budgets = sum(any(group.architecture != "vanilla" for group in members) for members in matched)
-    if budgets < 2:
-        note = f"losses: {budgets} FLOP budget of looped models (at least 2) tells no law"
-        looped = dict.fromkeys(group.architecture for group in groups if group.architecture != "vanilla")
+    looped = dict.fromkeys(group.architecture for group in groups if group.architecture != "vanilla")
+    if (note := _too_few_budgets(matched)) is not None:
         return [{"architecture": architecture, "fit": None, "note": note} for architecture in looped]
-    vanilla = [group for group in groups if group.architecture == "vanilla"]
-    for architecture in dict.fromkeys(g.architecture for g in groups if g.architecture != "vanilla"):
-        points = []
-        for group in [*vanilla, *(g for g in groups if g.architecture == architecture)]:
-            config = MoRConfig.from_dict(group.model)
-            layer = flops.layer_parameters(config)
-            once = layer * flops.unshared_layers(config)
-            shared = layer * flops.recursion_layers(config) if config.num_recursions > 1 else 0
-            for run in group.runs:
-                loss = run.last_validation["validation_loss"]
-                if loss is None:
-                    continue
-                points.append((once, shared, group.mean_recursions(), run.last["tokens"], loss))
+    rows: list[Results] = []
+    for architecture in looped:
+        points = law_points([group for group in groups if group.architecture in ("vanilla", architecture)])
         try:
-            n_once, n_recurrent, recursions, tokens, losses = (list(column) for column in zip(*points))
-            fit = analysis.fit_scaling_law(n_once, n_recurrent, recursions, tokens, losses)
+            once, recurrent, recursions, tokens, losses = (list(column) for column in zip(*points))
+            fit = analysis.fit_scaling_law(once, recurrent, recursions, tokens, losses)
         except ValueError as error:
             rows.append({"architecture": architecture, "fit": None, "note": str(error)})
         else:
             rows.append({"architecture": architecture, "fit": asdict(fit), "note": ""})
     return rows
+
+
+def joint_law(matched: Sequence[Sequence[Variant]]) -> Results | None:
+    """One law for all architectures, with phi of each; None where the runs cannot tell it, or of one alone."""
+    groups = [group for members in matched for group in members]
+    if _too_few_budgets(matched) or len({g.architecture for g in groups if g.model.get("num_recursions", 1) > 1}) < 2:
+        return None
+    points = [(*point, group.architecture) for group in groups for point in law_points([group])]
+    try:
+        return asdict(analysis.fit_joint_law(*(list(column) for column in zip(*points))))
+    except ValueError:
+        return None
+
+
+def _too_few_budgets(matched: Sequence[Sequence[Variant]]) -> str | None:
+    """Why no law is fitted to runs of one budget: size and tokens would be one variable."""
+    budgets = sum(any(group.architecture != "vanilla" for group in members) for members in matched)
+    return None if budgets > 1 else f"losses: {budgets} FLOP budget of looped models (at least 2) tells no law"
 
 
 def merge_sets(sets: Sequence[Results]) -> Results:

@@ -35,6 +35,7 @@ from pretrain.config import read_data
 from pretrain.data import Mixture, fixed_batches, number_documents
 from pretrain.document import Block, Heading, Markup, Picture, Table, Text
 from pretrain.evaluate import Checkpoint, has_causal_decision, open_checkpoint
+from pretrain.fonts import NO_GLYPH, families_for, note_on
 
 END_OF_TEXT, PARTIAL = "end of text", "part of a character"
 CLASSES = ("word start", "word continuation", "digit", "punctuation", "whitespace", PARTIAL, END_OF_TEXT)
@@ -50,12 +51,13 @@ class Routed:
 
     ids, depth: [B, T] token and recursions that it executed. scores: [B, T, Nr] in 0..1, the gate's sigmoid at each
     recursion that a token was offered to (expert-choice) or the probability of each depth (token-choice); NaN where
-    there is none.
+    there is none. passed: [B, T, Nr] which gates it passed.
     """
 
     ids: Ints
     depth: Ints
     scores: Floats
+    passed: npt.NDArray[np.bool_]
 
 
 # --- what was routed ----------------------------------------------------------------------------------------------
@@ -67,9 +69,10 @@ def route(model: MoRForCausalLM, ids: torch.Tensor, documents: torch.Tensor | No
     inputs = ids.to(model.device)
     documents = None if documents is None else documents.to(model.device)
     output = model(inputs, document_ids=documents, routing_mode=mode, use_cache=False, logits_to_keep=1)
-    assert output.routing is not None
-    scores = token_scores(output.routing, model.config, mode)
-    return Routed(ids.numpy(), output.routing.depth.cpu().numpy(), scores)
+    routing = output.routing
+    assert routing is not None and routing.passed is not None
+    scores = token_scores(routing, model.config, mode)
+    return Routed(ids.numpy(), routing.depth.cpu().numpy(), scores, routing.passed.cpu().numpy())
 
 
 def token_scores(record: RoutingRecord, config: MoRConfig, mode: str) -> Floats:
@@ -83,7 +86,7 @@ def token_scores(record: RoutingRecord, config: MoRConfig, mode: str) -> Floats:
     result = torch.full(offered.shape, torch.nan, dtype=torch.float64, device=record.depth.device)
     for r, logits in enumerate(record.scores):
         values = torch.sigmoid(logits).double()
-        if mode == "causal":  # packed, in order, the tokens that executed the recursion before
+        if mode == "causal" or not method.fixed:  # packed, in order, the tokens that executed the recursion before
             places = offered[..., r].flatten().nonzero().squeeze(1)
             result[..., r].view(-1)[places] = values[: len(places)]  # one token too many where none is left
         else:
@@ -152,12 +155,14 @@ def heat_map(parts: Sequence[str], routed: Routed) -> Figure:
         if "\n" in part:
             line, column = line + 1, 0
     lines = boxes[-1][0] + 1
+    family, missing = families_for(text for _, _, text, _ in boxes)
     figure = Figure(figsize=(0.088 * HEAT_MAP_COLUMNS + 0.3, 0.2 * lines + 0.5), layout="constrained")
     axes = figure.subplots()
     for line, column, text, colour in boxes:
         axes.add_patch(matplotlib.patches.Rectangle((column, line), len(text), 0.92, color=colour, lw=0))
         for offset, character in enumerate(text):  # one by one: the grid holds whatever the font's width
-            axes.text(column + offset + 0.5, line + 0.48, character, family="monospace", fontsize=9, ha="center",
+            character = NO_GLYPH if character in missing else character
+            axes.text(column + offset + 0.5, line + 0.48, character, family=family, fontsize=9, ha="center",
                       va="center_baseline", parse_math=False)  # fmt: skip
     axes.set(xlim=(0, HEAT_MAP_COLUMNS), ylim=(lines, 0))
     axes.axis("off")
@@ -198,7 +203,7 @@ def score_histograms(routed: Routed, config: MoRConfig) -> Figure:
     figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
     for r, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
         scores = routed.scores[..., r]
-        taken = depth == r + 1 if token else depth > r
+        taken = depth == r + 1 if token else routed.passed[..., r]
         groups = [scores[~taken & ~np.isnan(scores)], scores[taken & ~np.isnan(scores)]]
         labels = [f"other depth ({len(groups[0]):,})", f"this depth ({len(groups[1]):,})"]
         if not token:
@@ -308,12 +313,13 @@ def view(checkpoint: Checkpoint, text: str, output: Path, data: Sequence[str] | 
     name = f"{checkpoint.run.name}/{checkpoint.folder.name}" if checkpoint.run else checkpoint.folder.name
     about = f"`{name}`, {config.architecture}, {mode} routing.{cut}"
     blocks: list[Block] = [Text(about), Heading("The text"), Markup(token_html(parts, routed))]
-    blocks.append(Picture("heat_map", "Recursions executed by each token.", heat_map(parts, routed)))
+    caption = "Recursions executed by each token." + note_on(families_for(map(visible, parts))[1])
+    blocks.append(Picture("heat_map", caption, heat_map(parts, routed)))
     source = "the text above"
     if data is not None:
         rows, documents = sequences(checkpoint, data, count)
         batches = [route(model, rows[i : i + 1], documents[i : i + 1], mode) for i in range(len(rows))]
-        routed = Routed(*(np.concatenate([getattr(b, key) for b in batches]) for key in ("ids", "depth", "scores")))
+        routed = Routed(*(np.concatenate([getattr(b, key) for b in batches]) for key in Routed.__annotations__))
         source = f"{len(rows)} validation sequences of {', '.join(data)}"
     classes = []
     for row in routed.ids:

@@ -63,8 +63,9 @@ class Flex(Backend):
 
 def _flex() -> Callable[..., Any]:
     """flex_attention, compiled by itself where its caller is not."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention import flex_attention as module
 
+    flex_attention: Callable[..., Any] = module.flex_attention
     if torch.compiler.is_compiling():
         return flex_attention
     if not _compiled:

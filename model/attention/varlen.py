@@ -63,7 +63,8 @@ class Varlen(Backend):
 def kernel(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, longest: int) -> Tensor:
     """query: [N, H, Dh], key and value: [N, Hkv, Dh], lengths: [segments + 1] -> [N, H, Dh]."""
     groups = _GROUPS if query.shape[1] != key.shape[1] else {}
-    return varlen_attn(query, key, value, lengths, lengths, longest, longest, window_size=(-1, 0), **groups)
+    mixed: Any = varlen_attn(query, key, value, lengths, lengths, longest, longest, window_size=(-1, 0), **groups)
+    return mixed
 
 
 def _take_fa3() -> None:

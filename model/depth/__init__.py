@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pkgutil
 import re
 from typing import TYPE_CHECKING
@@ -46,7 +47,7 @@ def all_settings() -> dict[str, Setting]:
 def architectures() -> dict[str, str]:
     """What models are called in reports, in their order, with the colour of each."""
     kinds = {kind: colour for m in METHODS.values() for kind, colour in (m.kinds or {m.name: None}).items()}
-    free = iter(_FREE * len(kinds))
+    free = itertools.cycle(colour for colour in _FREE if colour not in kinds.values())
     return {kind: colour or next(free) for kind, colour in kinds.items()}
 
 

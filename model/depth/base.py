@@ -7,9 +7,9 @@ The rules on tokens: `begin`, then for each gate `prepare`, `score`, `admit` (or
 Shapes: states x are [..., D] and scores [...] of the same leading shape: rows [B, T], slots [B, C], or packed [N].
 What tokens carry from gate to gate is a name for each tensor [..., *] of that leading shape. G gates count from 0.
 `run` is a `model.decoder.Run`, or the engine's likeness of one: rules ask it for `mode`, `step`, `input_ids`,
-`positions`, `prompt` (of each text: how many positions were given; None: unknown), `real`, `load`, `last` (the last
-gate), `cached`, `all_in` (every token takes all of the depth), `norm`, `readout` (norm and head); they give it `loss`,
-`exit`, `scored`, `figure`.
+`positions`, `prompt` (of each text: how many positions were given; None: unknown), `threshold` (asked for in place of
+the configured one), `real`, `load`, `last` (the last gate), `cached`, `all_in` (every token takes all of the depth),
+`norm`, `readout` (norm and head), `keep_exits`; they give it `loss`, `exit`, `scored`, `figure`.
 """
 
 from __future__ import annotations
@@ -153,6 +153,11 @@ class DepthMethod(nn.Module):
     def selected(cls, config: MoRConfig, gate: int, length: int) -> Fraction | int:
         """Tokens of a sequence that a gate is expected to let in, in whole tokens where the method counts them."""
         return cls.shares(config)[gate] * length
+
+    @classmethod
+    def merged(cls, config: MoRConfig) -> int:
+        """States of those let in that `merge` keeps for the backward pass."""
+        return 1
 
     @classmethod
     def levels(cls, config: MoRConfig) -> int:

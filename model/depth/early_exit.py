@@ -228,7 +228,13 @@ class EarlyExit(DepthMethod):
 
     @classmethod
     def shown(cls, config: MoRConfig, record: Any) -> Tensor | None:
-        return None
+        """Confidences of the tokens that each exit asked, NaN elsewhere; of changes, exp(-change)."""
+        result = torch.full((*record.depth.shape, len(cls.exits_of(config))), torch.nan, device=record.depth.device)
+        for gate, scores in zip(_judging(cls, config), record.scores, strict=False):
+            asked = (record.depth >= gate).flatten().nonzero().squeeze(1)
+            values = scores.clamp(0.0, 1.0) if cls.confident(config) else torch.exp(-scores)
+            result[..., gate].view(-1)[asked] = values[: len(asked)]
+        return result
 
     # --- rules --------------------------------------------------------------------------------------------------------
 
@@ -236,20 +242,21 @@ class EarlyExit(DepthMethod):
         """Every token's threshold; where states are compared, the one at the exit before."""
         if not self._decides(run):
             return {}
-        carry = {"threshold": self.thresholds(run.positions, run.prompt).expand(x.shape[:-1])}
+        carry = {"threshold": self.thresholds(run.positions, run.prompt, run.threshold).expand(x.shape[:-1])}
         return carry | ({"before": x} if self.config.exit_measure in COMPARED else {})
 
-    def thresholds(self, positions: Tensor, prompt: Tensor | None) -> Tensor:
-        """fp32, as positions. prompt: how many positions of the text are the prompt's, who stay at any confidence."""
-        config = self.config
+    def thresholds(self, positions: Tensor, prompt: Tensor | None, threshold: float | None = None) -> Tensor:
+        """fp32, as positions. prompt: how many positions of the text are the prompt's, who stay at any confidence.
+        threshold: None takes the configured one."""
+        config, threshold = self.config, self.config.exit_threshold if threshold is None else threshold
         first = torch.zeros_like(positions) if prompt is None else prompt
         if config.exit_decay == "none":
-            found = torch.full(positions.shape, config.exit_threshold, device=positions.device)
+            found = torch.full(positions.shape, threshold, device=positions.device)
         else:
             # The first token of an output comes from the prompt's last position, and is itself read at position 1.
             place = (positions - first).clamp(min=0) + (0 if prompt is None else 1)
             length, clipped = config.exit_decay_length, config.exit_decay == "paper"
-            found = decayed(config.exit_threshold, place, config.exit_decay_rate, length, clipped)
+            found = decayed(threshold, place, config.exit_decay_rate, length, clipped)
         return torch.where(positions < first, -torch.inf if config.exit_measure in CHANGES else torch.inf, found)
 
     def score(self, gate: int, x: Tensor, carry: Carry, run: Any) -> Tensor | None:

@@ -5,7 +5,8 @@ p_n = sigmoid(w . x_n + b), x_n its state plus the step's embedding. It halts at
 p_1 + .. + p_n > 1 - epsilon, and at the last step in any case. Step n weighs w_n = p_n before N, and the remainder
 R = 1 - sum of p at N; its output is the sum of w_n times the state after step n. The loss adds the mean of N + R.
 
-accumulated  as above. Halted tokens go on through the block, since others look at their keys: every step is computed.
+accumulated  as above. Halted tokens go on through the block, since others look at their keys, until the last token of
+             the batch has halted; with a cache, and in one compiled graph, to the last step.
 basic        y <- w_n s_n + (1 - w_n) y, as in the published results; nobody is forced to halt, so that the weights of a
              token that reaches the last step may add up to less than 1.
 frozen       as accumulated, but a halted token keeps its state, and at later steps gives its keys from that state plus
@@ -77,6 +78,8 @@ class Universal(DepthMethod):
     @classmethod
     def stages(cls, config: MoRConfig) -> tuple[Stage, ...]:
         layout = looped(config, gated=True, first_takes_all=True)
+        if config.act_combine != "frozen":  # those who enter a step are all of the batch, or none
+            return layout
         return tuple(replace(s, uses=tuple(replace(use, keys="everyone") for use in s.uses)) for s in layout)
 
     @classmethod
@@ -98,11 +101,16 @@ class Universal(DepthMethod):
         return [Fraction(depth - r if config.act_combine == "frozen" else depth, depth) for r in range(depth)]
 
     @classmethod
+    def merged(cls, config: MoRConfig) -> int:
+        return 2 if config.act_combine == "basic" else 1  # the output so far is multiplied as well
+
+    @classmethod
     def shown(cls, config: MoRConfig, record: Any) -> Tensor | None:
-        """Halting probabilities of every step; where tokens dropped out, only of those offered."""
+        """Halting probabilities of every step, NaN after the last; where tokens dropped out, only of those offered."""
         if config.act_combine == "frozen":
             return None
-        return torch.stack([torch.sigmoid(s.view_as(record.depth)) for s in record.scores], -1)
+        known = (s if s.numel() == record.depth.numel() else record.depth * torch.nan for s in record.scores)
+        return torch.stack([torch.sigmoid(s.view_as(record.depth)) for s in known], -1)
 
     # --- rules --------------------------------------------------------------------------------------------------------
 
@@ -118,7 +126,15 @@ class Universal(DepthMethod):
         return self.halt(x)
 
     def admit(self, gate: int, logits: Tensor | None, x: Tensor, carry: Carry, run: Any) -> Tensor | None:
-        return ~carry["halted"] if gate and self.config.act_combine == "frozen" else None
+        if gate == 0:
+            return None
+        running = ~carry["halted"]
+        if self.config.act_combine == "frozen":
+            return running
+        if run.cached:  # tokens to come may take more steps, and look at keys of all there
+            return torch.ones_like(running)
+        # Nobody looks at a step that nobody runs. (A graph of one piece cannot ask.)
+        return None if torch.compiler.is_compiling() or bool(running.any()) else running
 
     def merge(
         self, gate: int, before: Tensor, after: Tensor, logits: Tensor | None, carry: Carry, run: Any

@@ -1,9 +1,10 @@
 """Connections of the server: bounds in time and number, and who may ask.
 
 uvicorn waits for ever for the rest of a request's head and for a client that does not read, and answers what it cannot
-parse as plain text; `guarded` bounds both and speaks JSON. `Gate` lets requests through: by Host, so that a page in a
-browser cannot reach a server on loopback under a name of its own (DNS rebinding), by content type, so that no form can
-post, and by key.
+parse as plain text; `guarded` bounds both and speaks JSON. Where connections are as many as are allowed, the oldest one
+that has not sent a whole request makes room, so that silent ones keep nobody out. `Gate` lets requests through: by
+Host, so that a page in a browser cannot reach a server on loopback under a name of its own (DNS rebinding), by content
+type, so that no form can post, and by key.
 """
 
 from __future__ import annotations
@@ -72,6 +73,8 @@ def _hostname(host: str) -> str:
 def guarded(limits: Limits) -> type[H11Protocol]:
     """uvicorn's protocol with limits on its connections."""
 
+    opened: dict[H11Protocol, None] = {}  # in order of arrival
+
     class Guarded(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
         _unread: asyncio.TimerHandle | None = None
@@ -79,10 +82,26 @@ def guarded(limits: Limits) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            if len(self.connections) > limits.connections:
-                self._answer(503, "Service Unavailable", f"more than {limits.connections} connections; try again later")
-            else:
+            opened[self] = None
+            waits = next((c for c in opened if c._unfinished), self) if len(opened) > limits.connections else None
+            if waits is not None:
+                waits._make_room()
+            if waits is not self:
                 self._watch()
+
+        @property
+        def _unfinished(self) -> bool:
+            """Whether its client has yet to send the rest of a request, or a request at all."""
+            if self._answered or self.transport.is_closing():
+                return False
+            return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+        def _make_room(self) -> None:
+            if self.cycle is None or self.cycle.response_complete:
+                self._answer(503, "Service Unavailable", f"more than {limits.connections} connections; try again later")
+            else:  # within a body: the application learns that its client is gone
+                opened.pop(self, None)
+                self.transport.close()
 
         def data_received(self, data: bytes) -> None:
             if self._answered or self.transport.is_closing():
@@ -91,6 +110,7 @@ def guarded(limits: Limits) -> type[H11Protocol]:
             self._watch()
 
         def connection_lost(self, exc: Exception | None) -> None:
+            opened.pop(self, None)
             self._deadline, self._unread = _cancelled(self._deadline), _cancelled(self._unread)
             super().connection_lost(exc)
 
@@ -119,17 +139,22 @@ def guarded(limits: Limits) -> type[H11Protocol]:
 
         def _answer(self, status: int, phrase: str, message: str) -> None:
             """An error where no request has reached the application."""
-            kind = "server_error" if status == 503 else "invalid_request_error"
-            body = json.dumps(error_body(ServiceError(status, message, kind))).encode()
-            head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-            self.transport.write(f"{head}Connection: close\r\n\r\n".encode() + body)
+            self.transport.write(_error(status, phrase, message))
             self._answered = True
+            opened.pop(self, None)
             # Closed at once, with something unread, the connection would be reset before the client has the answer.
             if self.transport.can_write_eof():
                 self.transport.write_eof()
             self._deadline = self.loop.call_later(1.0, self.transport.close)
 
     return Guarded
+
+
+def _error(status: int, phrase: str, message: str) -> bytes:
+    kind = "server_error" if status == 503 else "invalid_request_error"
+    body = json.dumps(error_body(ServiceError(status, message, kind))).encode()
+    head = f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Connection: close\r\n\r\n".encode() + body
 
 
 def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +26,10 @@ from model.depth.base import DepthMethod
 from model.depth.layout import Stage, Use, last_gate, within
 from model.inference.flight import Carried, Flight, InFlight, Rules
 from model.inference.packed import Norm, PackedLayer, Product, rotary
+from model.inference.policy import DepthPolicy
 from model.inference.pool import CallPlan, PagePool, Reader, Run, Writer
 from model.inference.sampling import SamplingParams, choose, score
-from model.inference.scheduler import DepthPolicy, Event, Request, Scheduler, gate_share
+from model.inference.scheduler import Event, Request, Scheduler, gate_share
 
 if TYPE_CHECKING:
     from model.modeling import MoRForCausalLM
@@ -47,12 +48,18 @@ class Statistics:
     model_seconds: float = 0.0
 
 
+def recursion_of(stage: Stage) -> int:
+    """The recursion or level of a stage, which a token may be kept from; 0 for layers outside of them."""
+    return max(use.recursion or 0 for use in stage.uses) if stage.level is None else stage.level
+
+
 class Engine:
     """Serves requests with one model.
 
     max_batch: requests that run at once. kv_tokens: tokens of text that the pool holds at the expected depth; the pool
     is allocated once. prefill_tokens: prompt tokens that enter in one step. max_waiting: requests that may wait, None
-    for any number. depth: see `DepthPolicy`. To be used from one thread.
+    for any number. depth: see `DepthPolicy`; a request may have its own, of no
+    more recursions. To be used from one thread.
     """
 
     def __init__(
@@ -77,7 +84,8 @@ class Engine:
         config = model.config
         self.model, self.inner, self.config = model.eval(), model.model, config
         # As configured; refuses a model that cannot decide without looking ahead.
-        self.mode = self.inner._mode("full" if config.routing_mode == "full" else "causal")
+        full = "full" in (config.routing_mode, (depth or DepthPolicy()).mode)
+        self.mode = self.inner._mode("full" if full and (depth is None or depth.mode != "exit") else "causal")
         self.policy = (depth or DepthPolicy()).checked(config)
         # A plain attribute: those of a transformers configuration are slow to read.
         self.context = config.max_position_embeddings
@@ -104,8 +112,9 @@ class Engine:
         self.calls: list[list[int]] = []
         for stage in layout:
             before = self.layout[-1] if self.layout else None
-            if before is not None and before.gate is None and stage.gate is None:
-                self.layout[-1] = Stage((*before.uses, *stage.uses), None, call=before.call)  # one call for all of them
+            plain = before is not None and before.gate is None and stage.gate is None
+            if plain and recursion_of(before) == recursion_of(stage):
+                self.layout[-1] = replace(before, uses=(*before.uses, *stage.uses))  # one call for all of them
                 continue
             if before is not None and before.gate is not None and stage.gate is not None and stage.call == before.call:
                 self.calls[-1].append(len(self.layout))
@@ -113,6 +122,8 @@ class Engine:
                 self.calls.append([len(self.layout)])
             self.layout.append(stage)
         self.last_gate = last_gate(layout)
+        recursions = range(self.policy.limit(self.config) + 1)
+        self.last_gates = [last_gate(within(layout, limit)) for limit in recursions]  # of tokens that may take so many
         # Layers of the pool are those of the whole model, whatever the depth policy leaves out.
         uses = [use for stage in self.method.layout for use in stage.uses]
         owned = [use.depth for use in uses if use.keys == "everyone"]
@@ -122,11 +133,21 @@ class Engine:
             use.depth: self.layer_of_use[use.source] for use in uses if use.source is not None
         }
 
+    def _policies_fit(self) -> bool:
+        """Whether a request may have a depth of its own: no call makes several recursions of layers that all pass."""
+        plain = [stage for stage in self.layout if stage.gate is None and stage.level is None]
+        return all(len({use.recursion or 0 for use in stage.uses}) == 1 for stage in plain)
+
     # Requests --------------------------------------------------------------------------------------------------------
 
     def submit(self, prompt: Sequence[int], params: SamplingParams | None = None) -> Request:
         """Queue a request. Raises ValueError for one that cannot be served, QueueFull when too many wait."""
-        return self.scheduler.submit(prompt, params or SamplingParams())
+        params = params or SamplingParams()
+        if params.depth is not None and params.depth != self.policy and not self._policies_fit():
+            raise ValueError(
+                f"depth: {params.depth}: this model repeats layer by layer; only the engine's own depth fits"
+            )
+        return self.scheduler.submit(prompt, params)
 
     def cancel(self, request: Request) -> None:
         """Stop a request and free what it holds; what it generated so far stays."""
@@ -225,19 +246,26 @@ class Engine:
         entering = [flight for flight in entering if flight.request.running]
         if not entering:
             return
-        ids, positions, prompts = [], [], []
+        ids, positions, prompts, allowed = [], [], [], []
         for flight in entering:
+            request = flight.request
+            limits = request.limits(flight.start, flight.count, self.context)
+            allowed.append([limits, np.full_like(limits, request.limit), np.full_like(limits, request.policy.exact)])
             end = flight.start + flight.count
             ids.append(np.array(flight.request.text[flight.start : end]))
             positions.append(np.arange(flight.start, end))
             prompts.append(np.full(flight.count, len(flight.request.prompt)))
             flight.request.runs[0].length = end
             self.statistics.prompt_tokens += flight.count if flight.start < len(flight.request.prompt) else 0
-        self._join(entering, *map(self._indices, (ids, positions, prompts)))
+        known = map(self._indices, (ids, positions, prompts))
+        self._join(entering, *known, np.concatenate(allowed, axis=1))
 
-    def _join(self, entering: list[Flight], ids: Tensor, positions: Tensor, prompts: Tensor) -> None:
-        """Embeddings of new flights, which then stand before the first stage."""
-        fresh = InFlight.new(ids, positions, prompts, self.inner.embed_tokens(ids))
+    def _join(
+        self, entering: list[Flight], ids: Tensor, positions: Tensor, prompts: Tensor, allowed: np.ndarray
+    ) -> None:
+        """Embeddings of new flights, which then stand before the first stage. allowed: see `InFlight.new`."""
+        state = self.inner.embed_tokens(ids)
+        fresh = InFlight.new(ids, positions, prompts, state, self.method.gates, allowed)
         offset = len(self.tokens.ids) if self.air is not None else 0
         for flight in entering:
             flight.offset, offset = offset, offset + flight.count
@@ -257,9 +285,9 @@ class Engine:
         """Bring flights that have passed their stage, or that nobody needs there, before the next one."""
         ending = [flight for flight in flights if self.layout[flight.at].gate == self.last_gate]
         if ending and self.last_gate >= 0 and self.method.mixes:
-            index = self._indices([flight.indices() for flight in ending])
             air = self.tokens
-            air.state.index_copy_(0, index, self.method.end(air.state[index], Carried(air, index), Rules(self, index)))
+            for _, index, rules in self._alike(np.concatenate([flight.indices() for flight in ending])):
+                air.state.index_copy_(0, index, self.method.end(air.state[index], Carried(air, index), rules))
         for flight in flights:
             flight.at += 1
         self._arrive([flight for flight in flights if flight.at < len(self.layout)])
@@ -278,32 +306,46 @@ class Engine:
         if needless:
             self._advance(needless)
 
+    def _alike(self, indices: np.ndarray) -> Iterator[tuple[Tensor | slice, Tensor, Rules]]:
+        """The tokens `indices`, together those that may go as deep: their rows, themselves, their rules."""
+        limit, exact = self.tokens.limit[indices], self.tokens.exact[indices]
+        kinds = 2 * limit + exact
+        if (kinds == kinds[:1]).all():
+            index = self._indices([indices])
+            yield slice(None), index, Rules(self, index, int(limit[0]), bool(exact[0]))
+            return
+        for kind in np.unique(kinds):
+            rows = np.flatnonzero(kinds == kind)
+            index = self._indices([indices[rows]])
+            yield self._indices([rows]), index, Rules(self, index, int(kind) // 2, bool(kind % 2))
+
     def _decide(self, stage: Stage, indices: np.ndarray) -> None:
         """Which of the tokens `indices` pass the gate of a stage, and which take part in it."""
-        air, method, gate = self.tokens, self.method, stage.gate
+        air, method, gate, recursion = self.tokens, self.method, stage.gate, recursion_of(stage)
         if gate is None:
-            air.enters[indices] = air.computes[indices] = True
+            air.enters[indices] = air.computes[indices] = air.most[indices] > recursion
             return
         if gate == 0:
-            index = self._indices([indices])
-            air.bring(index, method.begin(air.state[index], Rules(self, index)))
+            for _, index, rules in self._alike(indices):
+                air.bring(index, method.begin(air.state[index], rules))
             air.offered[indices] = True
-        offered = indices[air.offered[indices]]
+        offered = indices[air.offered[indices] & (air.limit[indices] > recursion)]
         air.enters[indices] = False
-        if len(offered):
-            index = self._indices([offered])
-            own, rules = Carried(air, index), Rules(self, index)
+        air.judged[offered] |= 1 << gate
+        for rows, index, rules in self._alike(offered) if len(offered) else ():
+            own = Carried(air, index)
             x = method.prepare(gate, air.state[index], rules)
             logits = method.score(gate, x, own, rules)
             if logits is not None:
                 air.logits.index_copy_(0, index, logits.to(air.logits.dtype))
+                air.scores[index, gate] = logits.float()
             admitted = None if rules.all_in else method.admit(gate, logits, x, own, rules)
-            air.enters[offered] = True if admitted is None else admitted.cpu().numpy()
+            air.enters[offered[rows]] = True if admitted is None else admitted.cpu().numpy()
         if method.nested:
             air.offered[indices] = air.enters[indices]
         # Others look at keys of every token, made by passing the stage, or from the states with which tokens stopped.
         everyone = stage.whole or stage.uses[0].keys == "everyone"
-        air.computes[indices] = True if everyone else air.enters[indices]
+        air.computes[indices] = (air.most[indices] > recursion) if everyone else air.enters[indices]
 
     # Calls -----------------------------------------------------------------------------------------------------------
 
@@ -365,6 +407,7 @@ class Engine:
         self.statistics.block_tokens += plan.reading
         for at, start, count in groups:
             part = slice(start, start + count)
+            air.passed[indices[part]] |= 1 << self._gate(at)
             self._merge(self._gate(at), indices[part], index[part], before[part], after[part])
 
     def _gate(self, at: int) -> int:
@@ -390,10 +433,11 @@ class Engine:
             indices, index, before, after = indices[enters], index[going], before[going], after[going]
         if not len(indices):
             return
-        own, rules = Carried(air, index), Rules(self, index)
-        state, changes = self.method.merge(gate, before, after, air.logits[index], own, rules)
-        air.state.index_copy_(0, index, state)
-        air.bring(index, changes)
+        for rows, alike, rules in self._alike(indices):
+            own, logits = Carried(air, alike), air.logits[alike]
+            state, changes = self.method.merge(gate, before[rows], after[rows], logits, own, rules)
+            air.state.index_copy_(0, alike, state)
+            air.bring(alike, changes)
         air.depth[indices] += 1
 
     def _plan_gates(self, flights: list[Flight], reading: list[np.ndarray], giving: list[np.ndarray]) -> CallPlan:
@@ -465,6 +509,11 @@ class Engine:
                 self._score_prompt(flight, state[begin:end])
             request.done += flight.count
             request.depths[flight.start :] = air.depth[begin:end].tolist()
+            request.passed[flight.start :] = air.passed[begin:end].tolist()
+            request.judged[flight.start :] = air.judged[begin:end].tolist()
+            request.heads[flight.start :] = air.heads[begin:end].tolist()
+            if request.params.gates:
+                request.gates[flight.start :] = air.scores[begin:end].tolist()
             begin = end
             if flight.ends:
                 ends.append(end - 1)

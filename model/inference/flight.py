@@ -48,7 +48,10 @@ class InFlight:
 
     ids, positions, prompts (length of the request's), state [M, D], logits (of the gate that judged last); carry: what
     the method has them carry, by name; on the host: offered (the next gate sees it), enters (it takes the result of the
-    next stage), computes (it takes part in that stage, be it for its keys alone), depth (gates passed).
+    next stage), computes (it takes part in that stage, be it for its keys alone), depth (gates passed), limit
+    (recursions that it may take), most (that any token of its text may), exact (it takes all that it may), passed and
+    judged (gates behind which it passed layers, and that scored it, as bits); heads (times it was read out on the way);
+    scores [M, G]: raw, of each gate, NaN where there is none.
     """
 
     ids: Tensor
@@ -60,14 +63,28 @@ class InFlight:
     enters: np.ndarray
     computes: np.ndarray
     depth: np.ndarray
+    limit: np.ndarray
+    most: np.ndarray
+    exact: np.ndarray
+    passed: np.ndarray
+    judged: np.ndarray
+    heads: np.ndarray
+    scores: Tensor
     carry: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def new(cls, ids: Tensor, positions: Tensor, prompts: Tensor, state: Tensor) -> InFlight:
+    def new(
+        cls, ids: Tensor, positions: Tensor, prompts: Tensor, state: Tensor, gates: int, allowed: np.ndarray
+    ) -> InFlight:
+        """gates: how many there are; allowed: [3, M] limit, most and exact."""
         count = len(ids)
         offered, enters, computes = (np.zeros(count, dtype=bool) for _ in range(3))
+        depth, passed, judged, heads = (np.zeros(count, dtype=np.int64) for _ in range(4))
         logits = torch.zeros(count, device=state.device)
-        return cls(ids, positions, prompts, state, logits, offered, enters, computes, np.zeros(count, dtype=np.int64))
+        scores = torch.full((count, gates), torch.nan, device=state.device)
+        limit, most, exact = allowed
+        flags = offered, enters, computes, depth, limit, most, exact.astype(bool), passed, judged, heads
+        return cls(ids, positions, prompts, state, logits, *flags, scores)
 
     def select(self, index: np.ndarray) -> InFlight:
         """The tokens `index`, in this order."""
@@ -117,10 +134,11 @@ class Rules:
 
     step, load, real, routing_only, keep_exits, cached = None, None, None, False, False, True
 
-    def __init__(self, engine: Engine, index: Tensor):
-        self.engine, self.index, self.last = engine, index, engine.last_gate
-        self.all_in = engine.policy.mode == "uniform"
-        self.mode = engine.mode
+    def __init__(self, engine: Engine, index: Tensor, limit: int | None = None, exact: bool = False):
+        """limit, exact: of the tokens `index`; None where a rule asks for neither."""
+        self.engine, self.index, self.all_in, self.mode = engine, index, exact, engine.mode
+        self.last = engine.last_gate if limit is None else engine.last_gates[limit]
+        self.threshold = engine.policy.threshold
 
     @cached_property
     def input_ids(self) -> Tensor:
@@ -140,6 +158,7 @@ class Rules:
 
     def readout(self, x: Tensor) -> Tensor:
         """Norm and head: [N, D] -> [N, V]."""
+        self.engine.tokens.heads[self.index.cpu().numpy()] += 1
         return self.engine.head(self.norm(x))
 
     def norm(self, x: Tensor) -> Tensor:
@@ -149,4 +168,9 @@ class Rules:
     def nothing(self, *args: Any, **kwargs: Any) -> None:
         """Losses and figures are of training."""
 
-    loss = exit = scored = figure = nothing
+    loss = exit = figure = nothing
+
+    def scored(self, logits: Tensor, used: Tensor | None = None, *, outputs: bool = False) -> None:
+        """Note the scores [N, G] of all gates; those of one gate the engine knows."""
+        if outputs:
+            self.engine.tokens.scores[self.index] = logits.float()

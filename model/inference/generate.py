@@ -25,8 +25,9 @@ from tokenizers import Tokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from model.inference.engine import Engine
+from model.inference.policy import FORMS, DepthPolicy
 from model.inference.sampling import SamplingParams
-from model.inference.scheduler import DepthPolicy, Request
+from model.inference.scheduler import Request
 from model.inference.text import TextStream, end_of_text, load_checkpoint, pieces
 
 # From one recursion to many: cold to warm.
@@ -88,7 +89,7 @@ def _drafts(text: str) -> tuple[int, int]:
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every command that serves a checkpoint."""
     add = parser.add_argument
-    add("--depth", default="adaptive", help="adaptive (the router decides), uniform:N or cap:N recursions per token")
+    add("--depth", default="adaptive", help=f"recursions per token: {FORMS} (default: adaptive, the router decides)")
     add("--max-batch", type=int, default=32, help="requests that run at once (default %(default)s)")
     add("--kv-tokens", type=int, default=16384, help="tokens that keys and values are held for (default %(default)s)")
     add("--tokenizer", metavar="FILE", help="tokenizer.json, or a folder with one, in place of the checkpoint's")

@@ -19,6 +19,7 @@ label { margin-right: 1rem; } input[type=number] { width: 5rem; font: inherit; }
 <p><textarea id="prompt" rows="4" aria-label="prompt" autofocus>The state of the</textarea></p>
 <p><label>tokens <input id="tokens" type="number" min="1" value="48"></label>
 <label>temperature <input id="temperature" type="number" min="0" max="2" step="0.1" value="0"></label>
+<label>depth <input id="depth" size="12" value="adaptive" title="adaptive, cap:N, uniform:N or progressive:A-B"></label>
 <label>key <input id="key" type="password" autocomplete="off" size="8"></label>
 <button>Complete</button></p>
 </form>
@@ -34,11 +35,12 @@ const headers = () => {
   if ($("key").value) all.Authorization = "Bearer " + $("key").value;
   return all;
 };
-function add(text, depth, prompt) {
+function add(text, depth, scores, prompt) {
   const span = document.createElement("span");
   span.textContent = text;
   span.style.background = colour(depth);
-  if (depth !== undefined) span.title = depth + (depth === 1 ? " recursion" : " recursions");
+  const listed = (scores || []).map(score => score === null ? "–" : score.toFixed(3)).join(", ");
+  if (depth !== undefined) span.title = depth + (depth === 1 ? " recursion" : " recursions") + ", scores " + listed;
   if (prompt) span.className = "prompt";
   $("answer").append(span);
 }
@@ -46,20 +48,24 @@ $("form").addEventListener("submit", async event => {
   event.preventDefault();
   $("answer").replaceChildren(); $("legend").replaceChildren(); $("error").textContent = "";
   const asked = {prompt: $("prompt").value, max_tokens: +$("tokens").value, temperature: +$("temperature").value,
-    echo: true, logprobs: 0, return_depth: true};
+    depth: $("depth").value.trim() || null, echo: true, logprobs: 0, return_depth: true, return_scores: true,
+    return_flops: true};
   try {
     const got = await fetch("v1/completions", {method: "POST", headers: headers(), body: JSON.stringify(asked)});
     const body = await got.json();
     if (!got.ok) throw new Error(body.error.message);
     const choice = body.choices[0], offsets = [...choice.logprobs.text_offset, choice.text.length];
     const depths = [...choice.mor.prompt_depths, ...choice.mor.depths], prompt = body.usage.prompt_tokens;
-    choice.logprobs.tokens.forEach((_, i) => add(choice.text.slice(offsets[i], offsets[i + 1]), depths[i], i < prompt));
+    const scores = [...choice.mor.prompt_scores, ...choice.mor.scores];
+    choice.logprobs.tokens.forEach((_, i) =>
+      add(choice.text.slice(offsets[i], offsets[i + 1]), depths[i], scores[i], i < prompt));
     const seen = [...new Set(depths)].sort((a, b) => a - b);
     $("legend").append("recursions: ", ...seen.map(depth => {
       const span = document.createElement("span");
       span.textContent = depth; span.style.background = colour(depth);
       return span;
-    }), "(prompt underlined)");
+    }), "(prompt underlined) ",
+      (100 * choice.mor.flops / choice.mor.full_depth_flops).toFixed(0) + "% of the FLOPs of full depth");
     $("model").textContent = body.model;
   } catch (error) { $("error").textContent = error.message; }
 });

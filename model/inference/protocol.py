@@ -7,28 +7,33 @@ it: a request that will be refused costs little.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from tokenizers import Tokenizer
 
+from model.inference.policy import DepthPolicy
 from model.inference.sampling import SamplingParams
 
 Ids = list[int]
+LARGE = 1 << 16  # bytes of a body that is counted before it is parsed, which nothing interrupts
+_TEXTS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Limits:
     """Sizes beyond which a request is refused, and seconds after which a connection is closed.
 
-    body: bytes; choices: prompts times n or best_of; stops, stop_length: stop texts and characters of each; biases:
-    entries of logit_bias; scores: log-probabilities in one answer; connections: open at once; head_seconds,
-    body_seconds, write_seconds: for a request's head, its body, and a client that does not read; patience: for what
-    runs when the server stops.
+    body: bytes; fields: names in a body; choices: prompts times n or best_of; stops, stop_length: stop texts and
+    characters of each; biases: entries of logit_bias; scores: log-probabilities in one answer; connections: open at
+    once; head_seconds, body_seconds, write_seconds: for a request's head, its body, and a client that does not read;
+    patience: for what runs when the server stops.
     """
 
     body: int = 1 << 20
+    fields: int = 4096
     choices: int = 64
     stops: int = 16
     stop_length: int = 1024
@@ -66,7 +71,8 @@ class StreamOptions(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """OpenAI's fields of a completion, and two of this server: top_k and return_depth.
+    """OpenAI's fields of a completion, and those of this server: top_k, depth (a `DepthPolicy`), and what `mor` in the
+    answer holds: return_depth (recursions of each token), return_scores (of its gates), return_flops.
 
     Null means the default everywhere; a prompt that is null is the start of a document. What cannot be honoured is
     refused by name: suffix, and stream_options.include_obfuscation.
@@ -93,7 +99,10 @@ class CompletionRequest(BaseModel):
     top_p: float = 1.0
     user: str | None = None
     top_k: int = 0
+    depth: str | None = None
     return_depth: bool = False
+    return_scores: bool = False
+    return_flops: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -131,13 +140,33 @@ class Reader:
     def read(self, body: bytes | bytearray) -> Prepared:
         """Raises ServiceError naming the field that is wrong."""
         try:
+            self._counted(body)
             content = json.loads(body)
+        except ServiceError:
+            raise
         except (ValueError, RecursionError) as error:
             raise ServiceError(400, f"body: no JSON object: {error}") from None
         try:
             return self._prepare(self._checked(content))
         except ValueError as error:
             raise ServiceError(400, str(error)) from None
+
+    def _counted(self, body: bytes | bytearray) -> None:
+        """Refuse a large body of more lists or fields than any request has, by their signs outside of texts."""
+        if len(body) < LARGE:
+            return
+        limits = self.limits
+        texts = (body.count(b'"') - body.count(b'\\"')) // 2
+        most = limits.choices + limits.stops + 2 * limits.fields
+        if texts > most:
+            raise ServiceError(400, f"body: {texts} texts; a request has at most {most}")
+        bare = _TEXTS.sub(b"", body)
+        for sign, most, what in (
+            (b"[", limits.choices + limits.stops, "lists"),
+            (b":", limits.fields, "fields"),
+        ):
+            if bare.count(sign) > most:
+                raise ServiceError(400, f"body: {bare.count(sign)} {what}; a request has at most {most}")
 
     def _checked(self, content: Any) -> CompletionRequest:
         if not isinstance(content, dict):
@@ -244,6 +273,8 @@ class Reader:
             frequency_penalty=asked.frequency_penalty,
             logit_bias=bias,
             logprobs=scored,
+            depth=None if asked.depth is None else DepthPolicy.parse(asked.depth),
+            gates=asked.return_scores,
             prompt_logprobs=not asked.max_tokens or (asked.echo and asked.logprobs is not None),
         )
         return [replace(common, stream=i) for i in range(asked.candidates)]

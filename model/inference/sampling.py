@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from model.inference.policy import DepthPolicy
+
 GREEDY_BELOW = 1e-5  # a temperature under which the likeliest token is all that is left
 MAX_LOGPROBS = 20
 # What OpenAI's completions take.
@@ -33,6 +35,7 @@ class SamplingParams:
     logprobs: keep the log-probability of each generated token with this many of the likeliest ones, 0 to 20; None keeps
     nothing. prompt_logprobs: the same of the prompt's tokens. All are the model's own: fp32 log-softmax of its logits,
     before penalties, biases and temperature.
+    depth: how many recursions its tokens take; None: the engine's own policy. gates: keep the gates' raw scores.
     """
 
     max_tokens: int = 64
@@ -47,6 +50,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
     prompt_logprobs: bool = False
+    depth: DepthPolicy | None = None
+    gates: bool = False
 
     def __post_init__(self):
         if self.max_tokens < (0 if self.prompt_logprobs else 1):

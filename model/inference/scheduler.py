@@ -7,49 +7,19 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from model.config import MoRConfig
-from model.depth import method_of, stages_of
+from model.depth import stages_of
 from model.depth.layout import within
 from model.flops import capacities, gates_of
+from model.inference.policy import DepthPolicy
 from model.inference.pool import PagePool, Run
 from model.inference.sampling import SamplingParams, TokenScore
 
 
 class QueueFull(Exception):
     """As many requests wait as the engine takes; try again later."""
-
-
-@dataclass(frozen=True)
-class DepthPolicy:
-    """How many recursions a token executes: as the router says (`adaptive`), exactly n (`uniform`), at most n (`cap`).
-    With exits, 1 is to leave at the first of them.
-
-    Without a router `adaptive` is all of them.
-    """
-
-    mode: str = "adaptive"
-    recursions: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> DepthPolicy:
-        """From `adaptive`, `uniform:N` or `cap:N`. Raises ValueError."""
-        mode, _, number = text.partition(":")
-        if (mode == "adaptive" and not number) or (mode in ("uniform", "cap") and number.isdecimal()):
-            return cls(mode, int(number) if number else None)
-        raise ValueError(f"depth: expected adaptive, uniform:N or cap:N, got {text!r}")
-
-    def checked(self, config: MoRConfig) -> DepthPolicy:
-        """Self, if a model of this configuration can follow it. Raises ValueError."""
-        if self.mode == "adaptive":
-            return self
-        levels = method_of(config).levels(config)
-        if self.recursions is None or not 1 <= self.recursions <= levels:
-            raise ValueError(f"depth: {self.mode}:{self.recursions} does not fit 1 to {levels} recursions")
-        return self
-
-    def limit(self, config: MoRConfig) -> int:
-        """Most recursions of a token."""
-        return method_of(config).levels(config) if self.recursions is None else self.recursions
 
 
 def ragged_gates(config: MoRConfig, policy: DepthPolicy) -> list[int]:
@@ -60,8 +30,7 @@ def ragged_gates(config: MoRConfig, policy: DepthPolicy) -> list[int]:
 
 def gate_share(config: MoRConfig, policy: DepthPolicy) -> float:
     """Expected tokens behind those gates for each token of text, by the configured capacities."""
-    uniform = policy.mode == "uniform"
-    return sum(1.0 if uniform else float(capacities(config)[gate]) for gate in ragged_gates(config, policy))
+    return sum(1.0 if policy.exact else float(capacities(config)[gate]) for gate in ragged_gates(config, policy))
 
 
 @dataclass(eq=False)
@@ -71,8 +40,12 @@ class Request:
     text: prompt and generated ids; done: how many of them passed all layers since the last (re)start; depths:
     recursions that each of the `done` executed; tokens: the generated ids without a stop sequence; released: how many
     of those were handed out; runs: pages of all tokens, then one run per gate; places: positions of their tokens.
-    finished: `stop`, `length`, `cancelled` or "" while it lives. scores: position -> log-probability of its token,
-    where the parameters ask for it, a stop sequence's tokens included; the first token of a prompt has none.
+    finished: `stop`, `length`, `cancelled` or "" while it lives. policy: its depth; limit: most recursions of a token;
+    share: expected tokens behind the gates whose keys lie apart (`gate_share`), ragged: how many these are. heads: how
+    often each of the `done` was read out before the end; passed, judged: the gates behind which it passed layers, and
+    those that scored it, as bits; gates: their raw scores [G], NaN where there is none, where the parameters ask for
+    them. scores: position -> token's log-probability, where the parameters ask for it, a stop sequence's tokens
+    included; the first token of a prompt has none.
     """
 
     order: int
@@ -82,6 +55,10 @@ class Request:
     text: list[int]
     runs: list[Run]
     places: list[list[int]]
+    policy: DepthPolicy = DepthPolicy()  # noqa: RUF009 - frozen
+    limit: int = 1
+    share: float = 0.0
+    ragged: int = 0
     tokens: list[int] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
     done: int = 0
@@ -89,7 +66,16 @@ class Request:
     running: bool = False
     finished: str = ""
     preemptions: int = 0
+    passed: list[int] = field(default_factory=list)
+    judged: list[int] = field(default_factory=list)
+    heads: list[int] = field(default_factory=list)
+    gates: list[list[float]] = field(default_factory=list)
     scores: dict[int, TokenScore] = field(default_factory=dict)
+
+    def limits(self, start: int, count: int, context: int) -> np.ndarray:
+        """Recursions that the tokens from position `start` on may take, [count]."""
+        length = min(len(self.prompt) + self.params.max_tokens, context)
+        return self.policy.limits(np.arange(start, start + count), length, self.limit)
 
     def append(self, token: int, context: int) -> list[int]:
         """Take in a generated token; returns the tokens that can be handed out, and sets `finished` at the end."""
@@ -135,8 +121,8 @@ class Scheduler:
         max_batch: int,
         max_waiting: int | None,
     ):
-        self.config, self.everyone, self.recursed = config, everyone, recursed
-        self.share, self.ragged = gate_share(config, policy), ragged_gates(config, policy)
+        self.config, self.everyone, self.recursed, self.policy = config, everyone, recursed, policy
+        self.ragged = ragged_gates(config, policy)
         self.max_batch, self.max_waiting = max_batch, max_waiting
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -160,8 +146,11 @@ class Scheduler:
         biased = [token for token in params.logit_bias if not 0 <= token < vocabulary]
         if biased:
             raise ValueError(f"logit_bias: token id {biased[0]!r} is outside the vocabulary of {vocabulary}")
+        most = self.policy.limit(self.config)
+        policy = self.policy if params.depth is None else params.depth.checked(self.config, most)
+        share, ragged = gate_share(self.config, policy), len(ragged_gates(self.config, policy))
         total = min(len(prompt) + params.max_tokens, context)
-        pages, pages_each = self.everyone.pages_for(total), self.recursed.pages_for(total) * len(self.ragged)
+        pages, pages_each = self.everyone.pages_for(total), self.recursed.pages_for(total) * ragged
         if pages > self.everyone.pages or pages_each > self.recursed.pages:
             raise ValueError(
                 f"max_tokens: prompt and answer of {total} tokens can need more keys and values than the engine holds; "
@@ -171,7 +160,8 @@ class Scheduler:
             raise QueueFull(f"{len(self.waiting)} requests wait already")
         runs = [Run() for _ in range(1 + gates_of(self.config))]
         places: list[list[int]] = [[] for _ in runs]
-        request = Request(next(self._orders), prompt, params, params.generator(), list(prompt), runs, places)
+        depth = (policy, min(most, policy.limit(self.config)), share, ragged)
+        request = Request(next(self._orders), prompt, params, params.generator(), list(prompt), runs, places, *depth)
         self.waiting.append(request)
         return request
 
@@ -193,8 +183,8 @@ class Scheduler:
 
     def _needs(self, request: Request) -> tuple[int, int]:
         length = len(request.text) + 1
-        each = sum(self.recursed.pages_for(length * self.share / len(self.ragged)) for _ in self.ragged)
-        return self.everyone.pages_for(length), each
+        each = self.recursed.pages_for(length * request.share / request.ragged) if request.ragged else 0
+        return self.everyone.pages_for(length), each * request.ragged
 
     def _unclaimed(self) -> tuple[int, int]:
         """Free pages, less what the running requests' texts still need."""

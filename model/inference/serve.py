@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
 import json
 import logging
+import math
 import os
 import queue
 import sys
@@ -28,8 +30,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
@@ -42,6 +46,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from model.inference import scheduler
 from model.inference.connection import Gate, guarded, is_loopback
+from model.inference.cost import of_request
 from model.inference.engine import Engine
 from model.inference.generate import add_engine_arguments, load_engine
 from model.inference.page import PAGE
@@ -65,7 +70,10 @@ class Metrics:
         self.generated_tokens = Counter("mor_generated_tokens", "Tokens generated", **make)
         self.first_token = Histogram("mor_first_token_seconds", "Request to first token", buckets=SECONDS, **make)
         self.duration = Histogram("mor_request_seconds", "Request to last token", buckets=SECONDS, **make)
-        self.depth = Counter("mor_token_depth", "Generated tokens by executed recursions", ["recursions"], **make)
+        depths = range(engine.method.gates + 1)
+        self.depth = Histogram("mor_token_depth", "Recursions that generated tokens executed", buckets=depths, **make)
+        self.flops = Counter("mor_flops", "Forward FLOPs of prompts and answers, exact", **make)
+        self.saved = Counter("mor_saved_flops", "FLOPs that all of the depth for every token would have added", **make)
         for name, text, function in (
             ("mor_running", "Requests that run", lambda: len(engine.scheduler.running)),
             ("mor_waiting", "Requests that wait", lambda: len(engine.scheduler.waiting)),
@@ -283,14 +291,36 @@ class Choice:
 
     def body(self, text: str, whole: bool) -> dict[str, Any]:
         answer = {"text": text, "finish_reason": self.reason, "logprobs": self.logprobs(whole)}
-        if self.asked.return_depth and (whole or self.reason):
-            answer["mor"] = self._depths()
+        if whole or self.reason:
+            answer |= self.extension()
         return answer
 
-    def _depths(self) -> dict[str, Any]:
-        """Recursions that each token executed: prompt and answer; the last token has not been run and has none."""
-        start, depths = len(self.request.prompt), self.request.depths
-        return {"prompt_depths": depths[:start], "depths": depths[start : start + len(self.stream.ids)]}
+    def extension(self) -> dict[str, Any]:
+        """`mor`: what was asked for of depths, scores and FLOPs. The last token has not been run and has none."""
+        asked, request, engine = self.asked, self.request, self.service.engine
+        start, end = len(request.prompt), len(request.prompt) + len(self.stream.ids)
+        found: dict[str, Any] = {}
+        if asked.return_depth:
+            found |= {"prompt_depths": request.depths[:start], "depths": request.depths[start:end]}
+        if asked.return_scores:
+            scores = shown_scores(engine, request.gates)
+            found |= {"prompt_scores": scores[:start], "scores": scores[start:end]}
+        if asked.return_flops:
+            took, whole = of_request(engine.config, request)
+            found |= {"flops": took, "full_depth_flops": whole}
+        return {"mor": found} if found else {}
+
+
+def shown_scores(engine: Engine, gates: list[list[float]]) -> list[list[float | None]]:
+    """Scores in 0..1 of each token: of each depth where a token chooses one, else of each gate that it met."""
+    if not gates or not gates[0]:
+        return [[] for _ in gates]
+    raw = torch.tensor(gates)
+    method = engine.method
+    values = torch.sigmoid(raw)
+    if method.chooses_depth and (shown := method.shown(engine.config, SimpleNamespace(scores=[raw]))) is not None:
+        values = shown
+    return [[None if math.isnan(value) else round(value, 6) for value in row] for row in values.tolist()]
 
 
 class Completion:
@@ -335,10 +365,13 @@ class Completion:
         usage = self.usage()
         metrics.prompt_tokens.inc(usage["prompt_tokens"])
         metrics.generated_tokens.inc(usage["completion_tokens"])
-        if self.service.engine.method.gates:
-            for request in self.requests:
-                for depth in request.depths[len(request.prompt) :]:
-                    metrics.depth.labels(depth).inc()
+        engine = self.service.engine
+        for request in self.requests:
+            took, whole = of_request(engine.config, request)
+            metrics.flops.inc(took)
+            metrics.saved.inc(max(0, whole - took))
+            for depth in request.depths[len(request.prompt) :] if engine.method.gates else ():
+                metrics.depth.observe(depth)
 
     def usage(self) -> dict[str, int]:
         prompt = sum(len(request.prompt) for request in self.requests[:: self.asked.candidates])
@@ -541,6 +574,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Behind another address a name of the network is as good as any, unless names are given.
     hosts = options.allowed_host if local or options.allowed_host else None
     app = build_app(engine, tokenizer, options.model_name or model_name(options.checkpoint), limits, hosts, key or None)
+    # What stands now stays for good; looked through at every collection it would stop everyone for a second.
+    gc.collect()
+    gc.freeze()
     uvicorn.run(
         app,
         host=options.host,

@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from data_prep import estimate, stages
+from data_prep import documents, estimate, stages
 from data_prep import prepare as prepare_module
 from data_prep.files import fingerprint
 from data_prep.manifest import read_manifest, unigram_loss, verify
@@ -281,6 +281,35 @@ def test_a_ready_made_configuration_reads_the_layout_of_its_data_set(tmp_path, n
     manifest = prepare(load(prepare_module.DataSettings, f"configs/data/{name}.yaml", changes))
     assert (manifest["documents"]["train"] + manifest["documents"]["validation"]) == 79
     assert manifest["licence"] != "unknown" and len(manifest["inputs"]) == 2
+
+
+def test_a_streamed_data_set_goes_on_within_a_shard(tmp_path, monkeypatch):
+    texts = [f"{number}: {text}" for number, text in enumerate(synthetic_documents(90, seed=0))]
+    texts[20] = "long " * 1000  # cut into several documents
+    for number in range(2):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[45 * number : 45 * (number + 1)])
+        (tmp_path / f"{number}.jsonl").write_text(rows)
+    source = {"kind": "datasets", "name": "json", "data_files": [str(tmp_path / "*.jsonl")]}
+    changes = {"source": source, "max_document_bytes": 2048, "long_documents": "split"}
+    prepare(tiny_settings(tmp_path / "whole", **changes))
+    monkeypatch.setattr("data_prep.documents.SAVE_SECONDS", 0.0)
+    original, seen = documents.decode, []
+
+    def dies(raw):
+        seen.append(raw)
+        if len(seen) in (30, 60):  # in the first shard, and in the second
+            raise KeyboardInterrupt
+        return original(raw)
+
+    monkeypatch.setattr(documents, "decode", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare(tiny_settings(tmp_path / "killed", **changes))
+    prepare(tiny_settings(tmp_path / "killed", **changes))
+    assert bytes_of(tmp_path / "killed") == bytes_of(tmp_path / "whole")
+    documents_of = read_manifest(tmp_path / "whole")["documents"]
+    assert documents_of["split_long"] == 1
+    assert len(seen) == documents_of["train"] + documents_of["validation"] + documents_of["dropped_duplicate"] + 2
 
 
 def test_the_smollm_corpus_is_a_mixture_of_ready_made_configurations():

@@ -139,9 +139,9 @@ def _peak_memory(corpus: Path, folder: Path) -> int:
     """Largest private memory, in bytes, of a preparation by one process (mapped files are not private)."""
     script = (
         "import sys, threading, time, psutil\n"
-        "from data_prep import shuffle\n"
+        "from data_prep import documents, shuffle\n"
         "from data_prep.prepare import main\n"
-        "shuffle.BUCKET_BYTES = 2 << 20\n"
+        "shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 1 << 20, 1 << 12\n"  # small as these corpora
         "peak = 0\n"
         "def watch():\n"
         "    global peak\n"
@@ -154,7 +154,7 @@ def _peak_memory(corpus: Path, folder: Path) -> int:
         "print('peak', peak)\n"
     )
     arguments = [f"folder={folder}", "source.kind=jsonl", f"source.paths=[{corpus}]", "corpus=x", "sequence_length=256"]
-    arguments.append("shard_bytes=4000000")
+    arguments.append("shard_bytes=1000000")
     config = corpus.parent / "config.yaml"
     config.write_text("tokenizer: {vocab_size: 600, train_bytes: 500000}\npart_bytes: 1000000\n")
     result = subprocess.run(

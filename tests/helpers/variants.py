@@ -116,6 +116,8 @@ SEEING = [
     "exit-latent",
     "expert-aux-propagated",
 ]
+# Those that run as many steps as some token of the batch needs, so that a row's count hangs on the others.
+BY_BATCH = ["ut", "ut-basic"]
 # Laws of training: recomputation, accumulation, saving.
 TRAINING = [
     "vanilla",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -197,6 +198,33 @@ def test_comparison_is_an_array_of_what_is_missing_and_a_report(
     assert main([*arguments, "--print-run", "2"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == SMOKE and "seed=1" in printed and f"run_dir={tmp_path}/out/small-seed1" in printed
+
+
+def test_a_sweep_is_an_array_for_each_round_and_its_winner_is_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: list[str]
+) -> None:
+    """Each round waits for the one before it, the report's runs for the last; what they are, tasks learn by then."""
+    path = comparison(tmp_path)
+    swept = "sweep.optimizer.learning_rate=[1e-3, 2e-3, 4e-3, 8e-3]"
+    arguments = ["--compare", str(path), "--gpus-per-node=0", f"overrides.{data[0]}", "overrides.precision=fp32", swept]
+    first, second, array, _ = dry_run(capsys, *arguments)
+    assert "--array=0-7" in first and "--array=0-3" in second and "--round=1" in second
+    assert "--dependency=afterany:$sweep0" in second and "--dependency=afterany:$sweep1" in array
+    assert not any("dependency" in word for word in first)
+    with pytest.raises(UserError, match="sweep of small, other has no winner yet"):
+        main([*arguments, "--print-run", "0"])
+    for number, count in ((0, 8), (1, 4)):
+        for task in range(count):
+            assert main([*arguments, f"--round={number}", "--print-run", str(task)]) == 0
+            given = dict(line.partition("=")[::2] for line in capsys.readouterr().out.splitlines())
+            loss = abs(float(given["optimizer.learning_rate"]) - 4e-3)
+            folder = Path(given["run_dir"])
+            folder.mkdir(parents=True)
+            line = {"step": 1, "event": "finished", "validation_loss": loss}
+            (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    assert main([*arguments, "--print-run", "0"]) == 0
+    assert "optimizer.learning_rate=0.004" in capsys.readouterr().out.splitlines()
+    assert len(dry_run(capsys, *arguments)) == 2  # the sweeps are over
 
 
 def test_an_array_is_told_the_precision_that_was_decided_for_all(

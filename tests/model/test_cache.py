@@ -105,7 +105,7 @@ def test_memory_is_what_was_entered(variant):
     ragged = [use.keys == "entered" and gate is not None for gate, use in uses]
     by_hand = sum(entered[gate or 0] if own else 23 for (gate, _), own in zip(uses, ragged, strict=True))
     assert cache.memory_bytes() == by_hand * 2 * 2 * 8 * 8
-    if any(ragged):
+    if any(ragged) and min(entered) < 23:  # of ACT, all enter a step, or none
         assert by_hand < 23 * config.num_hidden_layers
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model import MoRConfig, MoRForCausalLM
 from tests.helpers import variants
-from tests.helpers.variants import EXPERT, SEEING, VARIANTS
+from tests.helpers.variants import BY_BATCH, EXPERT, SEEING, VARIANTS
 
 BASE = {
     "vocab_size": 61,
@@ -108,8 +108,11 @@ def test_padding_changes_nothing(name, mode, seed, lengths, data):
             torch.testing.assert_close(padded.logits[row, place], alone.logits[0], **CLOSE)
             if alone.routing is not None:
                 assert torch.equal(padded.routing.depth[row, place], alone.routing.depth[0])
-                assert torch.equal(padded.routing.counts[row], alone.routing.counts[0])
-                assert torch.equal(padded.routing.pairs[row], alone.routing.pairs[0])
+                if name in BY_BATCH:
+                    assert (padded.routing.counts[row] >= alone.routing.counts[0]).all()
+                else:
+                    assert torch.equal(padded.routing.counts[row], alone.routing.counts[0])
+                    assert torch.equal(padded.routing.pairs[row], alone.routing.pairs[0])
                 assert padded.routing.depth[row].sum() == alone.routing.depth.sum()
     finally:
         model.eval()

@@ -302,3 +302,28 @@ def test_criteria_of_loops(folder: Path):
             below = values[measure] < float(threshold)
             first = [int(row.int().argmax()) + 1 if row.any() else -1 for row in below.T]
             assert first == run["exit_step"], name
+
+
+@pytest.mark.parametrize("folder", folders("o"))
+def test_learned_exits_of_loops(folder: Path):
+    """Ouro's exit distribution, the step at which it adds up, and the losses of both its stages, with gradients."""
+    case = Case.read(folder)
+    weights = {n: v.clone().requires_grad_() for n, v in case.prefixed("param.").items() if "layers" not in n}
+    gate = [weights[f"model.early_exit_gate.{name}"] for name in ("weight", "bias")]
+    hidden, objective, figures = case.tensors["hidden_per_step"], case.info["objective"], case.info["train"]
+    gates = torch.sigmoid(torch.nn.functional.linear(hidden, *gate)).squeeze(-1)
+    torch.testing.assert_close(gates, case.tensors["gate_probability"], rtol=0, atol=1e-6)
+    p = exits.exit_distribution(gates)
+    torch.testing.assert_close(p, case.tensors["exit_distribution"], rtol=0, atol=1e-6)
+    for quantile in case.info["exit"]:
+        assert torch.equal(exits.exit_step(p, float(quantile)), case.tensors[f"exit_step.{quantile}"].long())
+    losses = case.tensors["loss_per_step_and_token"]
+    stage_1 = exits.expected_exit_loss(losses, p[..., :-1], objective["beta"])
+    assert stage_1.item() == pytest.approx(figures["stage1"], **LOSSES)
+    labels = exits.improvement_labels(losses, objective["k"], objective["gamma"])
+    torch.testing.assert_close(labels, case.tensors["improvement_label"], rtol=0, atol=1e-6)
+    stage_2 = exits.improvement_loss(gates[..., :-1], labels)
+    assert stage_2.item() == pytest.approx(figures["stage2"], **LOSSES)
+    for stage, loss in (("stage1", stage_1), ("stage2", stage_2)):
+        for name, ours in zip(("weight", "bias"), torch.autograd.grad(loss, gate, retain_graph=True), strict=True):
+            torch.testing.assert_close(ours, case.tensors[f"{stage}.grad.model.early_exit_gate.{name}"], **GRADIENTS)

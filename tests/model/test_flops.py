@@ -1,6 +1,7 @@
 """The accountant: against the paper's figures, against counts done by hand, against laws that hold for any batch, and
 against what torch measures in a real forward and backward pass (test_flops_measured.py)."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from model.flops import (
     StepFlops,
     decode_flops,
     effective_parameters,
+    exit_costs,
     flops_per_token,
     recursion_layers,
     training_flops,
@@ -282,3 +284,29 @@ def test_other_methods_against_vanilla_at_360m(name, fields, paper, exact, steps
         ratio = flops_per_token(config, 2048, convention) / flops_per_token(vanilla, 2048, convention)
         assert ratio == pytest.approx(expected, abs=6e-4)
     assert steps is None or abs(16.5e18 / training_flops(config, 2048, 1024, convention="paper") - steps) < 1
+
+
+def test_exits_cost_what_was_published():
+    """Training with CALM's exits against vanilla, a check in layers, steps at equal FLOPs; 360M unless it says so."""
+
+    def ratio(size: str, **fields) -> float:
+        vanilla = load(f"{size}_vanilla")
+        exits = MoRConfig(**(vanilla.to_dict() | {"routing": "early_exit"} | fields))
+        return training_flops(exits, 2048, 1) / training_flops(vanilla, 2048, 1)
+
+    assert [round(ratio(size), 2) for size in ("135m", "360m", "730m", "1.7b")] == [5.83, 4.44, 3.33, 2.28]
+    assert round(ratio("360m", exit_layers=list(range(4, 32, 4))), 2) == 1.78
+    assert round(1 / ratio("360m", num_recursions=3), 2) == 0.82  # exits skip the unshared last layer
+    assert 1 / ratio("360m", exit_rotation=8) == pytest.approx(0.69, abs=0.01)  # 31 exits in eights: 3.9 a step
+    checks = {}
+    for size in ("135m", "360m", "730m", "1.7b"):
+        config = MoRConfig(**(load(f"{size}_vanilla").to_dict() | {"routing": "early_exit"}))
+        costs = exit_costs(config, 2048)
+        checks[size] = round(costs[0].layers, 1)
+        assert costs[0].check == 2 * config.hidden_size * config.vocab_size
+        assert costs[-1].pays_from is None or size == "1.7b"  # the last exit saves one layer's queries
+        assert all(a.saved > b.saved for a, b in itertools.pairwise(costs))
+    assert checks == {"135m": 6.0, "360m": 4.0, "730m": 2.7, "1.7b": 1.4}
+    free = exit_costs(load("360m_early_exit"), 2048)
+    assert [cost.layer for cost in free] == [8, 16, 24] and all(cost.check == 0 == cost.pays_from for cost in free)
+    assert exit_costs(load("360m_vanilla"), 2048) == []

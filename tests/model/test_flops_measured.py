@@ -9,7 +9,7 @@ from model.config import MoRConfig
 from model.depth import method_of
 from model.flops import Work, breakdown, dora_norm_flops, expected_work, measured_flops, unique_parameters, work_of
 from model.modeling import MoRForCausalLM
-from tests.helpers.variants import COUNTED, EXIT, EXPERT, PROJECTIONS, TOKEN
+from tests.helpers.variants import COUNTED, EXIT, EXPERT, MOD, PROJECTIONS, PROPAGATED, TOKEN, UT
 
 BATCH, LENGTH = 2, 14
 
@@ -25,7 +25,7 @@ def build(fields: dict) -> MoRForCausalLM:
     return model
 
 
-def executed(config: MoRConfig, record) -> Work:
+def executed(config: MoRConfig, record, ragged: bool = False) -> Work:
     """The work of a forward pass from its routing, with attention over the slots to which ragged rows are padded."""
     if config.routing == "none":
         return expected_work(config, LENGTH, BATCH)
@@ -38,7 +38,7 @@ def executed(config: MoRConfig, record) -> Work:
         record.offered.sum(0).tolist(),
         record.heads,
     )
-    if method_of(config).fixed:
+    if method_of(config).fixed and not ragged:
         return work
     slots = record.counts.amax(0).tolist()
     padded = []
@@ -71,6 +71,25 @@ def test_counted_flops_and_parameters_equal_the_measured(fields):
     assert sum(part.forward + part.backward for part in parts.values()) + dora_norm_flops(model.config) == measured
 
 
+PREDICTED = MOD | {"selection": "predictor"}
+EVALUATED = [{}, EXPERT, EXPERT | {"kv_strategy": "shared"}, EXPERT | PROPAGATED, TOKEN, TOKEN | PROPAGATED, MOD]
+EVALUATED += [PREDICTED, *(UT | {"act_combine": combine} for combine in ("accumulated", "basic", "frozen"))]
+
+
+@pytest.mark.parametrize("fields", EVALUATED, ids=lambda f: "-".join(map(str, f.values())) or "vanilla")
+def test_counted_flops_of_evaluation_equal_the_measured(fields):
+    """Without looking ahead, where every selection is ragged."""
+    model, records = build(fields).eval(), []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "router" in name or "predictor" in name:  # so that some tokens enter and some do not
+                parameter.mul_(50.0)
+        tokens = torch.randint(0, 97, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+        measured = measured_flops(lambda: records.append(model(tokens[:, :-1], targets=tokens[:, 1:]).routing))
+    work = executed(model.config, records[0], ragged=True)
+    assert sum(part.forward for part in breakdown(model.config, work, attention="full").values()) == measured
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["block", "recursion", "selective"])
 @pytest.mark.parametrize(
@@ -90,6 +109,24 @@ def test_counted_recomputation_equals_the_measured(fields, policy):
     model.set_recompute(policy)
     parts = breakdown(model.config, executed(model.config, records[0]), attention="full", recompute=policy)
     assert sum(part.recompute for part in parts.values()) == measured_flops(step_of(model, records)) - plain
+
+
+@pytest.mark.parametrize("combine", ["accumulated", "basic"])
+def test_steps_that_no_token_of_the_batch_needs_are_neither_run_nor_counted(combine):
+    """All halt at the first of three steps: one token stands in at the others, so that every rank runs every module."""
+    model, records = build(UT | {"act_combine": combine}), []
+    torch.nn.init.constant_(model.model.depth.halt.bias, 100.0)
+    measured = measured_flops(step_of(model, records))
+    assert records[0].counts.sum(0).tolist() == [BATCH * LENGTH, 0, 0]
+    work = executed(model.config, records[0])
+    stand_in = [
+        dataclasses.replace(p, queries=1, keys=1, dense=BATCH) if p.stage.gate else p for p in work.passes
+    ]  # a slot in each row
+    offered = [BATCH * LENGTH, BATCH * LENGTH, 1]
+    assert work.offered == (BATCH * LENGTH, BATCH * LENGTH, 0)
+    work = dataclasses.replace(work, passes=tuple(stand_in), offered=tuple(offered))
+    parts = breakdown(model.config, work, attention="full")
+    assert sum(part.forward + part.backward for part in parts.values()) == measured
 
 
 def test_counted_per_batch_flops_are_those_of_the_expected_routing_for_expert_choice():

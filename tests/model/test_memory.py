@@ -5,15 +5,15 @@ import torch
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from model.config import MoRConfig
-from model.flops import decode_flops, layer_parameters, unique_parameters
+from model.flops import Work, decode_flops, layer_parameters, unique_parameters, work_of
 from model.memory import activation_bytes, communication, kv_cache_bytes_per_token, training_memory, unit_parameters
 from model.modeling import MoRForCausalLM
+from tests.helpers.variants import EXPERT, MOD, PROPAGATED, RECURSIVE, TOKEN, UT
 
 BATCH, LENGTH = 4, 128
-RECURSIVE = {"num_recursions": 3}
-EXPERT, TOKEN = RECURSIVE | {"routing": "expert_choice"}, RECURSIVE | {"routing": "token_choice"}
 EXIT = {"routing": "early_exit", "exit_layers": [2, 4, 6]}
 SHARED = {"kv_strategy": "shared"}
+PREDICTED = MOD | {"routed_capacity": 0.125, "selection": "predictor"}
 
 
 def small(**changes) -> MoRConfig:
@@ -22,8 +22,9 @@ def small(**changes) -> MoRConfig:
     return MoRConfig(**fields | changes)
 
 
-def measured(config: MoRConfig, recompute: str, bf16: bool, masked: bool) -> tuple[int, int]:
-    """(activations after the forward pass, peak of everything) in the second of two training steps, in bytes."""
+def measured(config: MoRConfig, recompute: str, bf16: bool, masked: bool) -> tuple[int, int, Work | None]:
+    """(activations after the forward pass, peak of everything) in the second of two training steps, in bytes; and what
+    was routed in it."""
     torch.manual_seed(0)
     model = MoRForCausalLM(config).train()
     model.set_recompute(recompute)
@@ -41,12 +42,14 @@ def measured(config: MoRConfig, recompute: str, bf16: bool, masked: bool) -> tup
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            routed = output.routing and [
+                value.sum(0).tolist() for value in (output.routing.counts, output.routing.pairs, output.routing.offered)
+            ]
             del output
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     named = {str(getattr(kind, "value", kind)): size for kind, size in after.items()}
-    return named["Activation"], next(
-        size for kind, size in peak.items() if str(getattr(kind, "value", kind)) == "Total"
-    )
+    total = next(size for kind, size in peak.items() if str(getattr(kind, "value", kind)) == "Total")
+    return named["Activation"], total, routed and work_of(config, LENGTH, BATCH, *routed)
 
 
 @pytest.mark.slow
@@ -66,6 +69,16 @@ def measured(config: MoRConfig, recompute: str, bf16: bool, masked: bool) -> tup
         (EXPERT | SHARED, "recursion", False, False),
         (TOKEN, "none", False, False),
         (TOKEN | SHARED, "none", False, True),
+        (EXPERT | {"router": "mlp"}, "none", False, False),
+        (EXPERT | PROPAGATED, "none", False, False),
+        (TOKEN | PROPAGATED, "block", False, False),
+        (MOD, "block", False, False),
+        (PREDICTED, "none", False, False),
+        (PREDICTED, "block", False, False),
+        (UT, "none", False, True),
+        (UT | {"act_combine": "basic"}, "block", False, False),
+        (UT | {"act_combine": "frozen"}, "none", False, False),
+        (UT | {"act_combine": "frozen"}, "recursion", False, False),
         (EXIT, "none", False, False),
         (EXIT, "block", True, False),
         (RECURSIVE | {"routing": "early_exit"}, "recursion", False, False),
@@ -74,9 +87,12 @@ def measured(config: MoRConfig, recompute: str, bf16: bool, masked: bool) -> tup
 def test_estimates_stay_close_to_the_measured_activations_and_peak(fields, recompute, bf16, masked):
     config, precision = small(**fields), "bf16" if bf16 else "fp32"
     options = {"precision": precision, "recompute": recompute, "document_masking": masked}
-    activations, peak = measured(config, recompute, bf16, masked)
-    assert activation_bytes(config, LENGTH, BATCH, **options).saved == pytest.approx(activations, rel=0.1)
-    assert 0.97 < training_memory(config, LENGTH, BATCH, **options).total / peak < 1.15
+    activations, peak, work = measured(config, recompute, bf16, masked)
+    routed, expected = (activation_bytes(config, LENGTH, BATCH, work=of, **options) for of in (work, None))
+    assert routed.saved == pytest.approx(activations, rel=0.1)
+    estimate = training_memory(config, LENGTH, BATCH, **options).total
+    estimate += routed.saved + routed.working - expected.saved - expected.working
+    assert 0.97 < estimate / peak < 1.15
 
 
 def test_states_by_strategy():

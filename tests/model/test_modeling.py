@@ -307,7 +307,11 @@ def test_loss_free_bias_moves_against_the_load():
 
 
 @pytest.mark.parametrize(
-    "name", ["vanilla", "recursive-norms", "expert-z", "expert-z-update", "token-z", "token-z-shared"]
+    "name",
+    [
+        *("vanilla", "recursive-norms", "expert-z", "expert-z-update", "token-z", "token-z-shared"),
+        *("expert-propagated", "token-propagated", "mod-z", "mod-predictor", "ut", "ut-frozen"),
+    ],
 )
 def test_bf16_autocast_trains(name):
     model = build(name)
@@ -331,7 +335,13 @@ def test_generation_sees_only_the_past():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vanilla", "recursive-norms", "recursive-shared", "expert-z", "expert-z-update"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("vanilla", "recursive-norms", "recursive-shared", "expert-z", "expert-z-update"),
+        *("expert-propagated", "mod-z", "mod-predictor", "ut"),
+    ],
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_without_graph_breaks(name, packed):
     """One graph at fixed shapes, with and without documents, whatever the step."""

@@ -4,8 +4,17 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from pretrain.analysis import fit_isoflop, fit_scaling_law, paired_difference
+from pretrain.analysis import (
+    fit_isoflop,
+    fit_joint_law,
+    fit_scaling_law,
+    holm,
+    noise_of_pairs,
+    paired_difference,
+    seeds_needed,
+)
 
 CONSTANTS = {"irreducible": 1.7, "parameter_scale": 400.0, "parameter_exponent": 0.34, "data_scale": 410.0,
              "data_exponent": 0.28, "phi": 0.46}  # fmt: skip
@@ -38,6 +47,27 @@ def test_one_seed_has_no_interval():
     result = paired_difference({4: 3.0, 5: 1.0}, {4: 3.1})
     assert (result.low, result.high, result.within_noise, result.verdict) == (None, None, None, "one seed")
     assert result.mean == pytest.approx(-0.1)
+
+
+def test_holm_corrects_for_the_number_of_comparisons():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])  # 3 x 0.01, 2 x 0.03, no less than that
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == [] and holm([0.02]) == [0.02]
+
+
+def test_the_noise_of_pairs_is_that_of_one_loss():
+    random = np.random.default_rng(0)
+    pairs = random.normal(3.0, 0.02, (4000, 2)).tolist()
+    assert noise_of_pairs(pairs) == pytest.approx(0.02, rel=0.05)
+
+
+def test_seeds_needed_are_those_of_students_interval():
+    differences = [0.01, -0.01, 0.02, 0.0]
+    spread = np.std(differences, ddof=1)
+    count = seeds_needed(differences, 0.01)
+    for seeds, wide in ((count - 1, True), (count, False)):
+        half = stats.t.ppf(0.975, seeds - 1) * spread / math.sqrt(seeds)
+        assert (half > 0.01) == wide
+    assert seeds_needed([0.1, 0.1], 1e-9) == 2
 
 
 def test_no_common_seed_is_refused():
@@ -105,6 +135,34 @@ def test_scaling_law_recovers_its_constants():
     for name, value in CONSTANTS.items():
         assert getattr(fit, name) == pytest.approx(value, rel=1e-3), name
     assert fit.loss(*runs[:4]) == pytest.approx(runs[4])
+
+
+def test_one_law_for_all_methods_recovers_the_phi_of_each():
+    """Vanilla, and two methods that loop at another mean depth with another phi, under noise."""
+    c, planted = CONSTANTS, {"recursive": 0.46, "mor_expert": 0.8}
+    rows = [
+        (n if name == "vanilla" else 0.1 * n, 0.0 if name == "vanilla" else 0.3 * n, depth, d, name)
+        for name, depth in (("vanilla", 1.0), ("recursive", 3.0), ("mor_expert", 2.0))
+        for n in (1e6, 3e6, 1e7, 3e7)
+        for d in (2e7, 1e8, 5e8)
+    ]
+    once, recurrent, depths, tokens = (np.array([row[i] for row in rows]) for i in range(4))
+    names = [row[4] for row in rows]
+    phi = np.array([planted.get(name, 0.0) for name in names])
+    losses = (
+        c["irreducible"]
+        + c["parameter_scale"] * (once + depths**phi * recurrent) ** -c["parameter_exponent"]
+        + c["data_scale"] * tokens ** -c["data_exponent"]
+    )
+    noisy = losses * np.exp(np.random.default_rng(2).normal(0, 0.001, len(losses)))
+    law = fit_joint_law(once, recurrent, depths, tokens, noisy, names, samples=12)
+    for name, value in planted.items():
+        found, low, high = law.phi[name]
+        assert found == pytest.approx(value, abs=0.08) and low < high < low + 0.5, name
+    assert law.phi["mor_expert"][1] > law.phi["recursive"][2], "the two are told apart"
+    assert law.irreducible == pytest.approx(c["irreducible"], rel=0.1) and law.num_runs == 36
+    with pytest.raises(ValueError, match="mor_expert with fewer than 2 looped runs"):
+        fit_joint_law(once[:25], recurrent[:25], depths[:25], tokens[:25], noisy[:25], names[:25])
 
 
 def test_scaling_law_interval_covers_phi_under_noise():

@@ -133,6 +133,14 @@ def test_json_of_the_command_line():
     assert last["residual"] == last["budget"] - last["steps"] * round(last["flops_per_token"] * 2048 * 1024)
 
 
+def test_the_planner_tells_which_exits_pay(tmp_path, capsys):
+    path = tmp_path / "all.yaml"
+    path.write_text(Path("configs/model/360m_vanilla.yaml").read_text() + "routing: early_exit\n")
+    assert main(["--models", str(path), "configs/model/360m_vanilla.yaml", "--budgets", "2e18"]) == 0
+    printed = capsys.readouterr().out
+    assert "Exits of all" in printed and "4.00" in printed and "never" in printed and "Exits of 360m" not in printed
+
+
 def test_table_names_its_convention_and_hours(capsys):
     arguments = ["--models", "configs/model/360m_mor_expert_nr3.yaml", "--budgets", "2e18", "16.5e18"]
     assert main([*arguments, "--convention", "paper", "--rate", "2e14", "--gpus", "8"]) == 0

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,9 @@ RUNS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "token_ddp_4": ("mor_token", 4, {"strategy": "ddp"}),
     "token_zero2": ("mor_token", 2, {"strategy": "zero2"}),
     "token_fsdp2_4": ("mor_token", 4, {"strategy": "fsdp2", "reshard_after_forward": False}),
+    "exit_ddp": ("early_exit", 2, {"strategy": "ddp"}),
+    "exit_zero2": ("early_exit", 2, {"strategy": "zero2"}),
+    "exit_fsdp2": ("early_exit", 2, {"strategy": "fsdp2"}),
 }
 
 
@@ -404,6 +408,38 @@ def test_same_losses_as_one_process(runs: Runs, name: str):
     assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
     norms = [[line["gradient_norm"] for line in lines if "loss" in line] for lines in (expected, found)]
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+# Of halting by `accumulated`, at a threshold where sequences, and so ranks, end at different steps.
+ACCUMULATED = {"act_combine": "accumulated", "act_epsilon": 0.1, "initializer_range": 0.1}
+# architecture, changes of its model, ranks and strategies
+OTHERS: list[tuple[str, dict[str, Any], list[tuple[int, str]]]] = [
+    ("mod", {}, [(4, "ddp"), (2, "zero1"), (2, "zero3"), (4, "fsdp2")]),
+    ("ut", {}, [(4, "ddp"), (2, "zero2"), (2, "fsdp2")]),
+    ("ut", ACCUMULATED, [(4, "ddp"), (2, "zero3"), (2, "fsdp2")]),
+    ("mor_expert", {"kv_strategy": "propagated"}, [(2, "fsdp2")]),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("architecture", "model", "strategies"), OTHERS)
+def test_other_ways_of_spending_depth_train_alike_on_ranks(
+    data: Path, tmp_path: Path, architecture: str, model: dict[str, Any], strategies: list[tuple[int, str]]
+):
+    """A few steps, one sequence a rank and pass, so that ranks differ in how many tokens go on, or whether any do."""
+    changes = {"budget": {"steps": 6}, "batch": {"size": 4, "micro_size": 1}, "model": model}
+    expected = train_on_ranks(tmp_path / "alone", data, architecture, changes | {"parallel": {"strategy": "single"}})
+    if model == ACCUMULATED:
+        spent = [line["flops"] for line in expected if "loss" in line]
+        assert len({after - before for before, after in pairwise(spent)}) > 2  # of four sequences, how many went on
+    for ranks, strategy in strategies:
+        arguments = (tmp_path / strategy, data, architecture, changes | {"parallel": {"strategy": strategy}})
+        found = run_ranks(train_on_ranks, ranks, *arguments)[0]
+        assert [line["loss"] for line in found if "loss" in line] == pytest.approx(
+            [line["loss"] for line in expected if "loss" in line], rel=1e-5
+        )
+        assert found[-1]["flops"] == expected[-1]["flops"]
+        assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
 
 
 BF16_CHANGES: dict[str, Any] = {

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from data_prep.settings import UserError, read_yaml
-from pretrain import document, figures, report, summary
+from pretrain import analysis, document, figures, report, summary
 from pretrain.runs import comparable_sets, read_metrics, read_run, read_runs, variants
 from tests.helpers.runs import make_run
 
@@ -186,6 +186,29 @@ def test_isoflop_and_scaling_law_from_runs(tmp_path):
     assert law["architecture"] == "recursive" and law["fit"]["num_runs"] == 18 and law["fit"]["phi"] < 1
     kinds = [type(block).__name__ for block in report.fit_blocks(results, "")]
     assert kinds == ["Heading", "Table", "Picture", "Heading", "Text", "Table"]
+
+
+def test_one_law_takes_the_runs_of_all_methods(tmp_path, monkeypatch):
+    """With the mean depth that happened, a phi for each, and a table of them; controls are no models of a method."""
+    for name in ("vanilla", "recursive_nr3", "mor_expert_nr3"):
+        for budget in (1e12, 2e12):
+            make_run(tmp_path / f"{name}-{budget}", name, budget=budget)
+    make_run(tmp_path / "dice", "mor_expert_nr3", model={"router": "random"}, name="dice")
+    seen = []
+
+    def fit(*columns):
+        seen.append(columns)
+        phi = {"recursive": (0.5, 0.4, 0.6), "mor_expert": (0.8, 0.7, 0.9)}
+        return analysis.JointLaw(1.7, 0.3, 0.3, phi, 1e-3, 6)
+
+    monkeypatch.setattr(analysis, "fit_joint_law", fit)
+    results = numbers(tmp_path)
+    once, shared, depths, _, _, methods = seen[0]
+    assert sorted(methods) == ["mor_expert"] * 2 + ["recursive"] * 2 + ["vanilla"] * 2
+    assert {m: round(d, 2) for m, d in zip(methods, depths)} == {"vanilla": 1.0, "recursive": 3.0, "mor_expert": 2.0}
+    assert all((part > 0) == (name != "vanilla") for part, name in zip(shared, methods)) and min(once) > 0
+    *_, text, table = report.fit_blocks(results, "")
+    assert "0.46" in text.text and table.rows[1] == ["mor_expert", "0.800 [0.700, 0.900]"]
 
 
 def test_too_few_runs_for_a_law_are_said(four):

@@ -98,6 +98,21 @@ def test_a_run_that_died_goes_on_to_the_same_figures(
     assert_same(tmp_path, whole)
 
 
+@pytest.mark.parametrize("architecture", ["mod", "ut"])
+def test_other_ways_of_spending_depth_go_on_to_the_same_figures(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+) -> None:
+    run = RUN | {"budget": {"steps": 8}}
+    train(settings_for(tmp_path / "whole", data, architecture, **run))
+    settings = settings_for(tmp_path / "died", data, architecture, **run)
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsFile, "write", die(7)(MetricsFile.write))
+        with pytest.raises(Killed):
+            trainer_for(settings).run()
+    assert trainer_for(settings).run() == 0
+    assert_same(tmp_path / "died", tmp_path / "whole")
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, data: Path, whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import signal
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from model.flops import training_flops
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
 from pretrain.checklist import LOOK_AHEAD
-from pretrain.data import Manifest
+from pretrain.data import Blocks, Manifest, bigram_loss
 from pretrain.plan import RunState, make_plans
 from pretrain.trainer import Trainer, make_optimizer
 from tests.helpers.corpus import prepare_tiny
@@ -61,6 +63,24 @@ def test_a_run_leaves_its_whole_record(tmp_path: Path, data: Path, architecture:
     assert facts["data_fingerprint"] == manifest.fingerprint
     model = MoRForCausalLM.from_pretrained(tmp_path / "run/final")
     assert sum(p.numel() for p in model.parameters()) == facts["unique_parameters"]
+
+
+def test_the_bigram_line_is_that_of_counted_pairs(data: Path) -> None:
+    manifest = Manifest.read(data)
+    rows = {split: Blocks(manifest, split) for split in ("train", "validation")}
+    pairs = {
+        split: [pair for i in range(len(blocks)) for pair in itertools.pairwise(blocks[i].tolist())]
+        for split, blocks in rows.items()
+    }
+    counts, firsts = Counter(pairs["train"]), Counter(first for first, _ in pairs["train"])
+    targets, total = Counter(second for _, second in pairs["train"]), len(pairs["train"]) + manifest.vocab_size
+    losses = []
+    for k in (4.0**power for power in range(-1, 7)):
+        chances = [
+            (counts[pair] + k * (targets[pair[1]] + 1) / total) / (firsts[pair[0]] + k) for pair in pairs["validation"]
+        ]
+        losses.append(-sum(map(math.log, chances)) / len(chances))
+    assert bigram_loss(manifest) == pytest.approx(min(losses)) and min(losses) < manifest.unigram_loss
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

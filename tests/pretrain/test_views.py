@@ -45,6 +45,15 @@ def test_scores_do_not_depend_on_what_else_is_in_the_batch() -> None:
         np.testing.assert_allclose(alone.scores[0], together.scores[row], atol=1e-6)
 
 
+@pytest.mark.parametrize("variant", ["exit", "exit-state", "exit-latent"])
+def test_exits_show_the_confidence_of_those_they_asked(variant) -> None:
+    model = tiny_model(variant, 1)
+    routed = route(model, torch.arange(1, 25).view(2, 12), None, "causal")
+    asked = routed.depth[..., None] >= np.arange(3)
+    assert np.array_equal(np.isnan(routed.scores), ~asked)
+    assert np.nanmin(routed.scores) >= 0 and np.nanmax(routed.scores) <= 1
+
+
 def test_token_choice_scores_are_probabilities_of_depths() -> None:
     routed = route(tiny_model("token-shared"), ids_of(2, 16), None, "causal")
     np.testing.assert_allclose(routed.scores.sum(-1), 1.0, atol=1e-5)
@@ -77,7 +86,8 @@ def test_shares() -> None:
 
 def routed_by_hand() -> Routed:
     scores = np.array([[[0.9, 0.2, np.nan], [0.8, 0.7, 0.6], [0.7, 0.1, np.nan]]])
-    return Routed(np.array([[5, 6, 7]]), np.array([[1, 3, 1]]), scores)
+    depth = np.array([[1, 3, 1]])
+    return Routed(np.array([[5, 6, 7]]), depth, scores, depth[..., None] > np.arange(3))
 
 
 def test_the_page_escapes_text_and_tells_depth_and_scores_on_hover() -> None:
@@ -91,7 +101,7 @@ def test_the_page_escapes_text_and_tells_depth_and_scores_on_hover() -> None:
 def test_the_heat_map_has_a_box_per_token_and_breaks_lines() -> None:
     axes = heat_map(["a$b", " c", "x\n"], routed_by_hand()).axes[0]
     assert [(box.get_x(), box.get_y(), box.get_width()) for box in axes.patches] == [(0, 0, 3), (3, 0, 2), (5, 0, 2)]
-    long = Routed(np.zeros((1, 90), int), np.ones((1, 90), int), np.full((1, 90, 3), 0.5))
+    long = Routed(np.zeros((1, 90), int), np.ones((1, 90), int), np.full((1, 90, 3), 0.5), np.ones((1, 90, 3), bool))
     boxes = heat_map(["word\n"] * 90, long).axes[0].patches
     assert len(boxes) == 60  # the rest is in the HTML
 
@@ -104,6 +114,26 @@ def test_score_histograms_tell_who_entered() -> None:
         ["left out (2)", "entered (1)"],
         ["left out (0)", "entered (1)"],
     ]
+
+
+@pytest.mark.parametrize("mode", ["causal", "topk"])
+@pytest.mark.parametrize("variant", ["mod", "mod-predictor", "ut", "ut-basic", "ut-frozen", "expert-propagated"])
+def test_every_way_of_spending_depth_can_be_looked_at(variant, mode) -> None:
+    """Depths in 0 .. G, scores at the tokens that gates judged, pictures that count who passed each."""
+    model, ids = tiny_model(variant), ids_of(2, 20)
+    routed = route(model, ids, None, mode)
+    gates = routed.scores.shape[-1]
+    assert routed.passed.shape == routed.scores.shape and gates == model.model.depth.gates
+    assert routed.depth.min() >= 0 and routed.depth.max() <= gates and len(np.unique(routed.depth)) > 1
+    known = ~np.isnan(routed.scores)
+    assert known[..., 0].all() and (routed.scores[known] >= 0).all() and (routed.scores[known] <= 1).all()
+    assert known[routed.passed].all()
+    if variant == "mod" and mode == "causal":  # gates of the middle know no nesting
+        assert (routed.passed == (routed.scores >= 0.5)).all() and known.all()
+    counted = [axes.get_legend().get_texts()[1].get_text() for axes in score_histograms(routed, model.config).axes]
+    assert counted == [f"entered ({count})" for count in routed.passed.sum((0, 1))]
+    parts = ["a"] * 20
+    assert heat_map(parts, routed).axes and "recursions executed" in token_html(parts, routed)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from model.inference.engine import Engine
+from model.inference.policy import DepthPolicy
 from model.inference.sampling import SamplingParams
-from model.inference.scheduler import DepthPolicy, QueueFull, Request
+from model.inference.scheduler import QueueFull, Request
 from tests.helpers.tiny import VOCABULARY, tiny_model
 from tests.helpers.variants import GENERATING
 
@@ -158,10 +159,13 @@ def test_a_cap_is_a_pass_with_at_most_as_many_recursions(variant):
 @pytest.mark.parametrize(
     ("text", "variant", "message"),
     [
-        ("deep", "recursive", "expected adaptive, uniform:N or cap:N"),
+        ("deep", "recursive", "expected adaptive, uniform:N, cap:N, progressive:A-B"),
         ("uniform:", "recursive", "expected adaptive"),
         ("cap:4", "recursive", "does not fit 1 to 3"),
         ("uniform:0", "expert-shared", "does not fit"),
+        ("progressive:2-4", "expert-shared", "does not fit 1 to 3"),
+        ("progressive:3-2", "token-shared", "does not fit"),
+        ("progressive:1-3", "recursive", "use cap:N"),
     ],
 )
 def test_impossible_depths_are_refused(text, variant, message):
@@ -285,3 +289,25 @@ def test_ten_thousand_requests_leave_nothing_behind():
     assert engine.everyone.moves > 1000
     assert objects[-1] - objects[1] < 100
     assert memory[-1] - memory[1] < 16 * 2**20
+
+
+def test_exits_take_another_threshold_or_are_closed():
+    prompts, params = random_prompts(4, 9), SamplingParams(max_tokens=6)
+
+    def tokens(depth: str | None, **fields) -> list[list[int]]:
+        policy = None if depth is None else DepthPolicy.parse(depth)
+        return [r.tokens for r in Engine(tiny_model("exit", 1, **fields), depth=policy).generate(prompts, params)]
+
+    assert tokens("exit:0.02") == tokens(None, exit_threshold=0.02) != tokens(None)
+    assert tokens("full") == tokens(None, routing_mode="full") == tokens("exit:2", routing_mode="full")
+    for depth, of_prompt in (
+        ("exit:0", 3),
+        ("uniform:1", 0),
+    ):  # prompts do not leave, but can be cut
+        for request in Engine(tiny_model("exit", 1), depth=DepthPolicy.parse(depth)).generate(prompts, params):
+            start = len(request.prompt)
+            assert set(request.depths[start:]) == {0} and set(request.depths[:start]) == {of_prompt}
+    with pytest.raises(ValueError, match="needs exits, and this is a recursive model"):
+        Engine(tiny_model("recursive"), depth=DepthPolicy.parse("exit:0.5"))
+    with pytest.raises(ValueError, match=r"expected adaptive.*'exit:high'"):
+        DepthPolicy.parse("exit:high")

@@ -58,6 +58,19 @@ def test_prompts_become_answers_and_jsonl(capsys, checkpoint, tmp_path):
     assert json.loads(single.read_text()) == lines[0]
 
 
+@pytest.mark.parametrize(
+    ("variant", "most"), [("mod-predictor", 2), ("ut", 3), ("ut-frozen", 3), ("token-propagated", 3)]
+)
+def test_every_way_of_spending_depth_answers(capsys, tmp_path, variant, most):
+    save_tiny(tmp_path / "in", variant)
+    shown = run(
+        capsys, "--checkpoint", str(tmp_path / "in"), "--prompt", "the sea", "--output", str(tmp_path / "out.jsonl")
+    )
+    (line,) = results(tmp_path / "out.jsonl")
+    assert line["prompt"] + line["text"] in shown and len(line["prompt_depths"]) == len("the sea")
+    assert set(line["prompt_depths"] + line["depths"]) <= set(range(most + 1))
+
+
 def test_depth_and_stop_options_change_the_answer_as_they_say(capsys, checkpoint, tmp_path):
     output = tmp_path / "out.jsonl"
     common = ["--checkpoint", checkpoint, "--prompt", "hello there", "--output", str(output), "--max-tokens", "10"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import socket
 import threading
 import time
@@ -12,10 +13,12 @@ from contextlib import contextmanager
 import httpx
 import openai
 import pytest
+import torch
 import uvicorn
 from tokenizers import Tokenizer
 
 from model.inference.connection import guarded
+from model.inference.cost import of_request
 from model.inference.engine import Engine
 from model.inference.protocol import CompletionRequest, Limits
 from model.inference.sampling import SamplingParams
@@ -110,6 +113,18 @@ def test_openai_client_whole_and_streamed(client):
     assert len(chunks) > 4 and chunks[-1].usage.total_tokens == 13
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == expected("hello")
     assert [m.id for m in client.models.list()] == ["tiny"]
+
+
+@pytest.mark.parametrize("variant", ["mod", "ut", "ut-frozen"])
+def test_every_way_of_spending_depth_is_served(variant):
+    """Two clients at once get what each prompt gets alone."""
+    model = tiny_model(variant, 1)
+    with serving(Engine(model, max_batch=4, kv_tokens=600), tiny_tokenizer()) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=60)
+        options = {"model": "tiny", "max_tokens": 6, "temperature": 0}
+        together = [choice.text for choice in client.completions.create(prompt=["the sea", "a dog"], **options).choices]
+        alone = [client.completions.create(prompt=prompt, **options).choices[0].text for prompt in ("the sea", "a dog")]
+    assert together == alone and all(together)
 
 
 def test_openai_client_choices_seeds_stops_and_token_prompts(client):
@@ -248,7 +263,8 @@ def test_health_and_metrics(server):
     assert values["mor_kv_bytes"] == engine.kv_bytes()
     assert values["mor_generated_tokens_total"] >= 4 and values["mor_prompt_tokens_total"] >= 3
     assert values["mor_running"] == 0 and values["mor_kv_free_share"] == 1
-    assert sum(value for name, value in values.items() if name.startswith("mor_token_depth_total")) >= 3
+    assert values['mor_token_depth_bucket{le="3.0"}'] == values["mor_token_depth_count"] >= 3
+    assert values["mor_flops_total"] > 0 and values["mor_saved_flops_total"] > 0
 
 
 def test_shutdown_lets_running_requests_finish():
@@ -338,13 +354,16 @@ FIELDS = {
 }
 
 
+OWN_FIELDS = {"top_k", "depth", "return_depth", "return_scores", "return_flops"}
+
+
 def test_every_field_of_openai_is_in_the_table():
     import inspect
 
     documented = set(inspect.signature(openai.resources.completions.Completions.create).parameters)
     documented -= {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
     assert set(FIELDS) == documented
-    assert set(CompletionRequest.model_fields) == documented | {"top_k", "return_depth"}
+    assert set(CompletionRequest.model_fields) == documented | OWN_FIELDS
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -400,6 +419,28 @@ def test_depths_come_where_they_are_asked_for(server):
     choice = HTTP.post(f"{server[0]}/v1/completions", json=body).json()["choices"][0]
     assert choice["mor"] == {"prompt_depths": request.depths[:5], "depths": request.depths[5:]}
     assert "mor" not in HTTP.post(f"{server[0]}/v1/completions", json=body | {"return_depth": None}).text
+
+
+def test_scores_flops_and_depth_policies_by_request(server):
+    def mor(**fields):
+        body = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "return_depth": True, "return_flops": True}
+        return HTTP.post(f"{server[0]}/v1/completions", json=body | fields).json()["choices"][0]["mor"]
+
+    free, capped = mor(return_scores=True), mor(depth="cap:1")
+    assert "scores" not in capped and set(capped["depths"]) == {1}
+    assert capped["flops"] < free["flops"] < free["full_depth_flops"] == capped["full_depth_flops"]
+    request = reference("hello", max_tokens=4, gates=True, prompt_logprobs=False)
+    assert (free["flops"], free["full_depth_flops"]) == of_request(server[1].config, request)
+    raw_scores = torch.tensor(request.gates, dtype=torch.float64)
+    given = [[math.nan if x is None else x for x in row] for row in free["prompt_scores"] + free["scores"]]
+    torch.testing.assert_close(torch.tensor(given).double(), raw_scores.sigmoid(), equal_nan=True, atol=2e-6, rtol=0)
+    for row, depth in zip(given, free["prompt_depths"] + free["depths"], strict=True):
+        assert sum(score >= 0.5 for score in row[1:]) == depth - 1 and not math.isnan(row[0])
+    rising = mor(depth="progressive:1-3")
+    assert rising["prompt_depths"] + rising["depths"] == [1 + 3 * place // 9 for place in range(8)]
+    for wrong in ("cap:4", "deep", "progressive:3-1"):
+        answer = HTTP.post(f"{server[0]}/v1/completions", json={"prompt": "a", "depth": wrong})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "depth"
 
 
 # --- errors and safety ------------------------------------------------------------------------------------------------
@@ -472,13 +513,33 @@ def test_half_sent_requests_end_and_connections_are_counted():
             head, _, body = answer.partition(b"\r\n\r\n")
             assert b" 408 " in head and json.loads(body)["error"]["code"] == 408
         silent = [socket.create_connection((host, int(port)), timeout=30) for _ in range(12)]
-        refused = json.loads(raw(address, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n").partition(b"\r\n\r\n")[2])
-        assert refused["error"]["code"] == 503
+        assert HTTP.get(f"{address}/health").status_code == 200  # the oldest of them makes room
+        first = silent[0].recv(65536)
+        assert json.loads(first.partition(b"\r\n\r\n")[2])["error"]["code"] == 503
         for connection in silent:
             while connection.recv(65536):
                 pass
             connection.close()
         assert HTTP.get(f"{address}/health").status_code == 200
+
+
+def test_a_half_sent_body_makes_room_and_a_whole_request_does_not(monkeypatch):
+    with running(Limits(body=20_000, connections=1, body_seconds=120)) as (address, engine):
+        host, port = address.removeprefix("http://").split(":")
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: time.sleep(0.1) or step())
+        half = socket.create_connection((host, int(port)), timeout=60)
+        half.sendall(request_head(100) + b'{"prompt"')
+        time.sleep(0.3)
+        body = {"prompt": "a", "max_tokens": 240, "logit_bias": {"0": -100}, "stream": True}
+        with HTTP.stream("POST", f"{address}/v1/completions", json=body) as whole:
+            lines = whole.iter_lines()  # kept: without it the connection is closed
+            next(lines)
+            assert half.recv(100) == b""
+            refused = raw(address, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert json.loads(refused.partition(b"\r\n\r\n")[2])["error"]["code"] == 503
+        half.close()
+        wait_until_idle(engine)
 
 
 def test_a_client_that_leaves_in_its_body_is_one_line(server, caplog):
