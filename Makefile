@@ -1,31 +1,36 @@
-# make setup | compare | test | test-explore | lint: each builds the environment in .venv first if it is missing.
+# make setup | compare | test | test-explore | test-plain | test-oldest | lint: each builds its environment first if it
+# is missing, .venv or, with the oldest versions allowed, .venv-oldest.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # A pip index that carries CPU builds of torch; on Linux the default index brings the CUDA build. See README.
 TORCH_INDEX ?=
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= prepare,serve,evaluate,gguf,test,lint
+# Of pytest, for instance --durations=25.
+OPTIONS ?=
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup compare test test-fast test-explore lint bench-model bench-reference bench-inference bench-serve \
-	bench-data bench-scale gpu-check null-gpu
+.PHONY: setup compare test test-fast test-explore test-plain test-oldest lint bench-model bench-reference \
+	bench-inference bench-serve bench-data bench-scale gpu-check null-gpu
 
 setup: $(VENV)/.complete
 
-$(VENV)/.complete: pyproject.toml constraints.txt
+$(VENV)/.complete: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name it with PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[prepare,serve,evaluate,gguf,test,lint]'
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $@
 
 compare: setup
 	$(BIN)/python launchers/compare.py --config configs/compare/cpu.yaml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIONS)
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm' $(OPTIONS)
 
 # Property tests with draws of their own, in place of the fixed ones that CI keeps to; SEED=N draws the same again.
 SEED ?=
@@ -33,6 +38,22 @@ TESTS ?=
 test-explore: setup
 	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm' \
 		$(if $(SEED),--hypothesis-seed=$(SEED)) $(TESTS)
+
+# The fast suite with all hidden that a CPU has beyond plain instructions. The switch changes attention, packed products
+# and what `auto` takes: preparing data multiplies nothing, and training tests name their precision, fp32.
+PLAIN := tests/model $(addprefix tests/pretrain/test_,precision.py doctor.py evaluate.py views.py) tests/launchers/test_compare.py
+test-plain: setup
+	MOR_PLAIN_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm' \
+		$(OPTIONS) $(PLAIN)
+
+# The fast suite, and all that holds checkpoints, faults and resumes, with the oldest versions that pyproject.toml allows.
+OLDEST ?= .venv-oldest
+OLDEST_SETUP := VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt EXTRAS=prepare,serve,evaluate,gguf,test
+SLOW := $(addprefix tests/pretrain/test_,checkpoint.py faults.py resume.py)
+test-oldest:
+	$(MAKE) setup $(OLDEST_SETUP)
+	$(MAKE) test-fast $(OLDEST_SETUP) OPTIONS='$(OPTIONS)'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m slow $(OPTIONS) $(SLOW)
 
 lint: setup
 	$(BIN)/ruff check .

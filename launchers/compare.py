@@ -56,7 +56,6 @@ from pretrain.lock import RunLock
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.precision import refused_or_slow
-from pretrain.report import write_report
 from pretrain.runs import shown
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
 from pretrain.summary import Results
@@ -339,6 +338,8 @@ def report(
     done = [folder for run in runs if run.finished() for folder in run.folders()]
     if not done:
         return None, 0
+    from pretrain.report import write_report
+
     try:
         results = write_report(
             done,

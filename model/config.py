@@ -8,9 +8,10 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub.dataclasses import strict, type_validator
+from huggingface_hub.dataclasses import as_validated_field, strict, type_validator
 from huggingface_hub.errors import StrictDataclassError
-from transformers import LlamaConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
 
 from .depth import METHODS, all_settings, method_of
 
@@ -22,9 +23,37 @@ UNUSED = {"router_activation": "sigmoid", "router_alpha": 0.1}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
+@as_validated_field
+def _share(value: float) -> None:
+    """A field from 0 to 1."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"must lie between 0 and 1, got {value}")
+
+
 @strict
-class MoRConfig(LlamaConfig):
-    """Everything of `LlamaConfig`, and the fields below.
+class LlamaFields(PreTrainedConfig):
+    """The fields of transformers' Llama, by its names and with its meanings.
+
+    Not its `LlamaConfig` itself: importing that brings attention kernels and compilers along, which takes longer than
+    all of torch, and whoever only reads a configuration needs none of it.
+    """
+
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = _share(default=0.02)
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    pretraining_tp: int | None = 1
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+    head_dim: int | None = None
+
+
+@strict
+class MoRConfig(LlamaFields):
+    """Everything of transformers' Llama (`LlamaFields`), and the fields below.
 
     `num_hidden_layers` is the effective depth L: the number of layers that a token of full depth passes.
 
@@ -51,9 +80,6 @@ class MoRConfig(LlamaConfig):
     model_type = "mor"
     # What the outputs hold beside tensors: the Trainer's `evaluate` and `predict` leave it out.
     keys_to_ignore_at_inference = ["past_key_values", "losses", "routing"]  # noqa: RUF012
-    # Llama's plans name its modules and what goes between them; none was made for shared layers and routed tokens.
-    base_model_tp_plan = None  # type: ignore[assignment]
-    base_model_pp_plan = None  # type: ignore[assignment]
 
     vocab_size: int = 49152
     hidden_size: int = 960
@@ -95,6 +121,10 @@ class MoRConfig(LlamaConfig):
         for name, value in (UNUSED | method.resolved(self)).items():
             if getattr(self, name, None) is None:
                 setattr(self, name, value)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
         self.validate_architecture()
 

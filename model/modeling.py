@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
@@ -486,3 +486,10 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
             raise ValueError(f"recompute: expected one of {', '.join(get_args(RecomputePolicy))}, got {policy!r}")
         self._set_gradient_checkpointing(policy == "block", functools.partial(checkpoint, use_reentrant=False))
         self.model.recompute = policy
+
+
+# The Auto classes find the installed models by this; copies in an exported folder by `auto_map` in its config.json.
+if __package__ == "model":
+    AutoConfig.register(MoRConfig.model_type, MoRConfig, exist_ok=True)
+    AutoModel.register(MoRConfig, MoRModel, exist_ok=True)
+    AutoModelForCausalLM.register(MoRConfig, MoRForCausalLM, exist_ok=True)

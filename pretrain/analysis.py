@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import optimize, stats
+
+if TYPE_CHECKING:  # imported where something is fitted: it is slow to import
+    from scipy import optimize
 
 Array = NDArray[np.float64]
 MATCHED_SHARE = 0.01  # FLOPs of two variants that differ by less are called matched
@@ -54,6 +56,8 @@ def paired_difference(
     mean = float(differences.mean())
     if len(seeds) == 1:
         return PairedDifference(mean, None, None, 1, None)
+    from scipy import stats
+
     error = float(differences.std(ddof=1) / np.sqrt(len(seeds)))
     half = float(stats.t.ppf((1 + confidence) / 2, len(seeds) - 1)) * error
     p_value = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1)) if error > 0 else float(mean == 0)
@@ -88,6 +92,8 @@ def seeds_needed(differences: Sequence[float], half_width: float, confidence: fl
 
     differences: at least two, one per seed.
     """
+    from scipy import stats
+
     spread = float(np.std(differences, ddof=1))
     for count in range(2, most):
         if float(stats.t.ppf((1 + confidence) / 2, count - 1)) * spread / np.sqrt(count) <= half_width:
@@ -333,6 +339,8 @@ def _residuals(x: Array, columns: Sequence[Array]) -> Array:
 
 
 def _fit_from(columns: Sequence[Array], start: Array, evaluations: int = 2000) -> optimize.OptimizeResult:
+    from scipy import optimize
+
     more = len(start) - len(_LOWER)  # a phi for each further method
     lower, upper = (np.append(bound, np.full(more, bound[5])) for bound in (_LOWER, _UPPER))
     inside = np.clip(start, lower + 1e-6, upper - 1e-6)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -28,13 +28,13 @@ from model.flops import training_flops
 from model.hardware import PRECISIONS, auto_precision, describe, require_bf16
 from model.memory import training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
-from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
 from pretrain.plan import Plan, make_plans
 from pretrain.precision import decided, expected, product_rate, recorded, settle
-from pretrain.run_folder import versions
 from pretrain.timing import duration
-from pretrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    from pretrain.parallel import Parallel
 
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 STEPS = 5  # real steps that the duration of an experiment is told from
@@ -123,6 +123,8 @@ def check_clock(parallel: Parallel) -> Finding:
 
 def check_versions(parallel: Parallel) -> Finding:
     """The same packages on every rank."""
+    from pretrain.run_folder import versions
+
     own = {"python": platform.python_version()} | versions()
     everywhere = parallel.gather(own)
     differing = sorted(name for name in own if len({found.get(name) for found in everywhere}) > 1)
@@ -222,6 +224,8 @@ def check_duration(parallel: Parallel, settings: ExperimentSettings, folder: Pat
     from its FLOPs and the speed of matrix products. Validation, checkpoints and the start come on top."""
     if not settings.data.prepared or steps == 0:
         return Finding("duration", True, duration_by_flops(parallel, settings))
+    from pretrain.trainer import Trainer
+
     trainer = Trainer(settle(settings, parallel), settings.data.read(), parallel)
     planned = whole_steps(trainer.plans, settings)
     seconds = trainer.rehearse(steps + 1, folder)[1:]  # the first one warms up
@@ -289,6 +293,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment")
     options: Any = parser.parse_intermixed_args(arguments)
     settings = read_settings(options.config, options.overrides) if options.config else None
+    from pretrain.parallel import Parallel
+
     parallel = Parallel.start(settings.parallel if settings else ParallelSettings.model_validate({}))
     findings = examine(parallel, options.folder, settings, options.steps)
     parallel.finish()

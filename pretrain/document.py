@@ -12,11 +12,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import rich.table
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ def write(blocks: Sequence[Block], folder: Path, title: str, results: dict[str, 
 
 def close(blocks: Sequence[Block]) -> None:
     """Release the figures' memory."""
+    import matplotlib.pyplot as plt
+
     for block in blocks:
         if isinstance(block, Picture):
             plt.close(block.figure)

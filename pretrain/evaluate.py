@@ -19,32 +19,32 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.table
 import torch
 from pydantic import Field
 from rich.console import Console
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from data_prep.settings import Settings, UserError, load, run_command
 from model.config import MoRConfig
 from model.depth import method_of
 from model.hardware import Precision, device_here
 from model.inference.text import load_checkpoint
-from model.modeling import MoRForCausalLM
 from pretrain import exits
-from pretrain.checkpoint import MARKER, committed, export, random_state, set_random_state, verify
 from pretrain.config import ExperimentSettings, read_data, read_settings
 from pretrain.data import fixed_batches
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
-from pretrain.parallel import Parallel
 from pretrain.parallel_settings import ParallelSettings
 from pretrain.perplexity import measure
 from pretrain.precision import for_evaluation
-from pretrain.run_folder import versions
 from pretrain.validation import Validation
+
+if TYPE_CHECKING:  # what reads the arguments alone does not wait for models and checkpoints
+    from transformers import PreTrainedTokenizerFast
+
+    from model.modeling import MoRForCausalLM
 
 PRESETS = Path(__file__).resolve().parents[1] / "configs" / "evaluation"
 BOOTSTRAP_ITERATIONS = 1000  # for the standard errors of figures that are no means, such as perplexity
@@ -96,6 +96,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     run = next((path for path in (folder, folder.parent, folder.parent.parent) if (path / "run.json").is_file()), None)
     settings = read_settings(run / "config.yaml") if run is not None else None
     if folder == run:
+        from pretrain.checkpoint import committed
+
         steps = committed(folder / "checkpoints")
         if not (folder / "final" / "config.json").is_file() and not steps:
             raise UserError(f"{folder}: this run has no checkpoint yet")
@@ -112,12 +114,16 @@ def wrap_tokenizer(tokenizer: Tokenizer, config: MoRConfig) -> PreTrainedTokeniz
     """The tokenizer as transformers knows it, with the model's end-of-text token."""
     eos = config.eos_token_id
     token = tokenizer.id_to_token(eos) if isinstance(eos, int) else None
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
 
 
 @contextlib.contextmanager
 def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Path]:
     """The folder itself, or a training checkpoint in the form that `from_pretrained` reads, for as long as it takes."""
+    from pretrain.checkpoint import MARKER, export, verify
+
     if not (folder / MARKER).is_file():
         yield folder
         return
@@ -157,6 +163,8 @@ def make_validation(
 
 def losses(validation: Validation, model: MoRForCausalLM, precision: Precision, depths: bool) -> dict[str, Any]:
     """`validation`: the loss at the model's own depth; with `depths`, the losses with depth capped at 1 .. Nr too."""
+    from pretrain.parallel import Parallel
+
     parallel = Parallel.start(ParallelSettings.model_validate({"strategy": "single"}), precision)
     module: torch.nn.Module = model
     parallel.module = parallel.model = module.to(parallel.device)
@@ -199,6 +207,8 @@ def run_tasks(
             raise UserError("--batch-size: routing of selection 'none' sees a row's padding too; give --batch-size 1")
         model.config.routing_mode = "topk"
     manager = _task_manager(tuple(task.name for task in tasks), folder)
+    from pretrain.checkpoint import random_state, set_random_state
+
     random_numbers = random_state()
     mixed = "bfloat16" if precision == "bf16" else None
     wrapped = HFLM(model, "causal", tokenizer=tokenizer, batch_size=batch_size, mixed_precision_dtype=mixed)
@@ -341,6 +351,8 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     """Everything that the command line asks for; what `evaluation.json` holds."""
+    from pretrain.run_folder import versions
+
     tasks = chosen_tasks(given.tasks, given.preset)
     checkpoint = open_checkpoint(given.checkpoint.resolve())
     validation = make_validation(checkpoint, given.data, given.batch_size, given.limit)
@@ -387,6 +399,8 @@ def calibrate(given: argparse.Namespace) -> dict[str, Any]:
     validation = make_validation(checkpoint, given.data, given.batch_size, given.calibration_prompts)
     if validation is None:
         raise UserError(f"{given.checkpoint}: belongs to no run; give --data FOLDER")
+    from pretrain.run_folder import versions
+
     model, manifest = checkpoint.model, validation.manifest
     folder = given.output or (checkpoint.run or checkpoint.folder) / "calibrated"
     results: dict[str, Any] = {"checkpoint": str(given.checkpoint), "corpus": manifest.corpus, "versions": versions()}

@@ -19,10 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from scipy import stats
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -31,7 +30,9 @@ from model.depth import method_of
 from model.depth.exits import classifier_loss
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams
-from model.modeling import MoRForCausalLM
+
+if TYPE_CHECKING:
+    from model.modeling import MoRForCausalLM
 
 # --- calibration --------------------------------------------------------------------------------------------------
 
@@ -40,6 +41,8 @@ Kind = Literal["text", "risk"]
 
 def hoeffding_bentkus(mean: float, count: int, delta: float) -> float:
     """p-value of "the expected distance is above `delta`", from the mean of `count` distances within 0 and 1."""
+    from scipy import stats  # slow to import
+
     low = min(mean, delta)
     near = low * math.log(low / delta) if low > 0 else 0.0
     far = (1.0 - low) * math.log((1.0 - low) / (1.0 - delta))

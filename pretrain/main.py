@@ -23,10 +23,7 @@ if __name__ == "__main__":  # run by path: import from the repository, not from 
 
 from data_prep.settings import UserError, run_command
 from pretrain.config import DataSettings, ExperimentSettings, print_config, read_settings
-from pretrain.parallel import Parallel, RunFailed
-from pretrain.precision import settle
 from pretrain.stop import CANNOT_WRITE, disk_error
-from pretrain.trainer import Trainer
 
 
 def main() -> int:
@@ -45,6 +42,8 @@ def main() -> int:
     if arguments.print_config:
         print_config(settings)
         return 0
+    from pretrain.parallel import RunFailed
+
     try:
         return train(settings, arguments.restart and not _starts_again(os.environ))
     except RunFailed as error:  # on every rank alike
@@ -60,6 +59,10 @@ def main() -> int:
 
 def train(settings: ExperimentSettings, restart: bool = False) -> int:
     """Start the ranks and train; returns the exit code. Raises RunFailed on every rank where the run cannot go on."""
+    from pretrain.parallel import Parallel, RunFailed
+    from pretrain.precision import settle
+    from pretrain.trainer import Trainer
+
     parallel = Parallel.start(
         settings.parallel, settings.precision, settings.seed, first=lambda: prepare_data(settings.data)
     )

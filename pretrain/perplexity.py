@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import rich.table
 import torch
@@ -24,7 +24,9 @@ from data_prep.settings import UserError
 from model.depth import method_of
 from model.hardware import Precision, device_here
 from model.inference.text import end_of_text
-from model.modeling import MoRForCausalLM
+
+if TYPE_CHECKING:
+    from model.modeling import MoRForCausalLM
 
 
 @dataclass

@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
@@ -18,7 +18,9 @@ from data_prep.settings import UserError, read_yaml
 from model import hardware
 from model.hardware import DTYPES, Precision
 from pretrain.config import ExperimentSettings
-from pretrain.parallel import Parallel
+
+if TYPE_CHECKING:
+    from pretrain.parallel import Parallel
 
 CPU = torch.device("cpu")
 PRODUCT = (64, 512, 512)  # rows, inputs, outputs of the products that are timed: a tenth of a second at worst

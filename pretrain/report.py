@@ -17,17 +17,20 @@ import argparse
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 
 from data_prep.settings import UserError, read_yaml, run_command
 from model.flops import CONVENTIONS
-from pretrain import analysis, document, figures
+from pretrain import analysis, document
 from pretrain.document import Block, Heading, Picture, Table, Text
 from pretrain.runs import Run, Variant, comparable_sets, read_runs, shown
 from pretrain.summary import Results, build_results, merge_sets, ordered_variants
 from pretrain.sweep import TIE
+
+if TYPE_CHECKING:  # where a figure is drawn: matplotlib is slow to import
+    from pretrain import figures
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "configs" / "report" / "published.yaml"
 REPORT_FILES = ("report.html", "report.md", "results.json")
@@ -46,6 +49,8 @@ def set_blocks(results: Results, runs: Sequence[Run], published: Results | None,
     blocks += parent_blocks(results)
     if not groups:
         return [*blocks, conventions_table(results), runs_table(results)]
+    from pretrain import figures
+
     note = f" ({results['convention']} convention)"
     lines = {"unigram model": results["unigram_loss"], "bigram model": results["bigram_loss"]}
     counted = {name: loss for name, loss in lines.items() if loss is not None}
@@ -316,6 +321,8 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
         blocks.append(Table("Noise floor", header, told))
     baselines = {row["baseline"] for row in rows}
     if len(baselines) == 1:
+        from pretrain import figures
+
         fields = analysis.PairedDifference.__dataclass_fields__
         drawn = [
             (row["name"], row["architecture"], analysis.PairedDifference(**{k: row[k] for k in fields})) for row in rows
@@ -332,6 +339,8 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
 
 def cost_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> list[Block]:
     """Loss against what inference costs."""
+    from pretrain import figures
+
     by_name = {row["name"]: row for row in results["variants"]}
     labels = {
         "inference_flops_per_token": "forward FLOPs per token (exact)",
@@ -367,6 +376,8 @@ def fit_blocks(results: Results, prefix: str) -> list[Block]:
     """IsoFLOP parabolas and the scaling law, where there are runs enough for them."""
     blocks: list[Block] = []
     if results["isoflop"]:
+        from pretrain import figures
+
         rows = []
         panels: dict[str, list[figures.IsoflopCurve]] = {}
         for row in results["isoflop"]:
@@ -424,6 +435,8 @@ def fit_blocks(results: Results, prefix: str) -> list[Block]:
 
 def published_blocks(results: Results, published: Results, prefix: str) -> list[Block]:
     """The paper's figures beside these runs': differences to vanilla, and its isoFLOP curves."""
+    from pretrain import figures
+
     matched = published["matched"]
     reference = next(row["loss"] for row in matched["rows"] if row["architecture"] == "vanilla")
     theirs = {row["name"]: row["loss"] - reference for row in matched["rows"] if row["loss"] != reference}

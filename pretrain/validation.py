@@ -6,7 +6,7 @@ Shapes: m micro-batch (sequences), T tokens of a sequence, Nr recursions.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,9 @@ from model.flops import gates_of
 from model.routing import depth_counts
 from pretrain.data import Manifest, Mixture, fixed_batches
 from pretrain.metrics import Sums
-from pretrain.parallel import Parallel
+
+if TYPE_CHECKING:
+    from pretrain.parallel import Parallel
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,7 +30,9 @@ from model.inference.policy import DepthPolicy
 from model.inference.pool import CallPlan, PagePool, Reader, Run, Writer
 from model.inference.sampling import SamplingParams, choose, score
 from model.inference.scheduler import Event, Request, Scheduler, gate_share
-from model.modeling import MoRForCausalLM
+
+if TYPE_CHECKING:
+    from model.modeling import MoRForCausalLM
 
 
 @dataclass

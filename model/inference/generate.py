@@ -28,7 +28,6 @@ from model.inference.engine import Engine
 from model.inference.policy import FORMS, DepthPolicy
 from model.inference.sampling import SamplingParams
 from model.inference.scheduler import Request
-from model.inference.speculate import Speculated, Speculator
 from model.inference.text import TextStream, end_of_text, load_checkpoint, pieces
 
 # From one recursion to many: cold to warm.
@@ -295,6 +294,8 @@ def speculate_all(
         if wrong:
             raise ValueError(f"{name}: {fault}")
     model, tokenizer = load_checkpoint(options.checkpoint, options.dtype, options.device, options.tokenizer)
+    from model.inference.speculate import Speculated, Speculator  # brings the model: not for the arguments alone
+
     speculator = Speculator(model, *options.speculate)
     ends = [token for (token,) in end_of_text(model)]
     total = Speculated()

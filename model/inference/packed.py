@@ -10,15 +10,17 @@ head dimension.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import hardware
-from model.layers import DecoderLayer
 from model.relaxation import RelaxedLinear, project
+
+if TYPE_CHECKING:
+    from model.layers import DecoderLayer
 
 PACKED_ROWS = 32  # the batch that the packed order is chosen for; any other works
 FEW_ROWS = 4  # fp32: below this many rows the plain product reads the weights faster

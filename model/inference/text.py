@@ -7,14 +7,16 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from model import hardware
 from model.config import MoRConfig
-from model.modeling import MoRForCausalLM
+
+if TYPE_CHECKING:
+    from model.modeling import MoRForCausalLM
 
 
 def load_checkpoint(
@@ -50,6 +52,8 @@ def load_checkpoint(
     except Exception as error:  # the library raises nothing more special
         raise ValueError(f"tokenizer: {file} cannot be read: {error}") from None
     place = hardware.device_here() if device is None else torch.device(device)
+    from model.modeling import MoRForCausalLM  # with all that a model brings: not before one is wanted
+
     model = MoRForCausalLM.from_pretrained(folder, dtype=_dtype(folder, dtype, place)).to(place)
     if read.get_vocab_size() > model.config.vocab_size:
         raise ValueError(f"tokenizer: {file} has {read.get_vocab_size()} tokens, the model {model.config.vocab_size}")
@@ -147,6 +151,8 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return f"token_id:{token}"
     if "\ufffd" not in text:
         return text
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     alphabet = {letter: byte for byte, letter in bytes_to_unicode().items()}
     if all(letter in alphabet for letter in name):
         return "bytes:" + "".join(f"\\x{alphabet[letter]:02x}" for letter in name)

@@ -196,7 +196,9 @@ def test_everything_runs_and_is_reported_and_a_second_call_runs_nothing(grid):
 def test_a_failed_run_stops_no_other_and_is_tried_again(grid, monkeypatch):
     settings, use = grid
     reported = []
-    monkeypatch.setattr(compare, "write_report", lambda folders, *_, **__: reported.append([f.name for f in folders]))
+    monkeypatch.setattr(
+        "pretrain.report.write_report", lambda folders, *_, **__: reported.append([f.name for f in folders])
+    )
     use("fail")
     code, text = run(settings)
     assert code == 1
