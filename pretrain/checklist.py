@@ -121,6 +121,7 @@ def _size(results: Results, evidence: Sequence[Results], command: str) -> Check:
             sizes = [("smaller", max(1, layers // 2)), ("larger", 2 * layers)]
             models = [f"'models.{word}={json.dumps(shape | {'num_hidden_layers': n})}'" for word, n in sizes]
             check.needs = f"{command} {' '.join(models)}"
+    told += [f"{name}: {why}" for name, why in check.holds_up.items()]
     check.answer = "; ".join(told) or check.answer
     return check
 
