@@ -24,7 +24,6 @@ from model.hardware import Precision
 from pretrain.budget import Plan, plan
 from pretrain.config import ExperimentSettings, Flops, make_model_config, read_settings
 from pretrain.controls import CONTROLS, METHOD_FIELDS, control_fields, described
-from pretrain.extend import refuse_unless_grown
 from pretrain.lock import LOCK
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison
@@ -506,6 +505,8 @@ def require_same_configuration(run: PlannedRun) -> None:
     path = run.folder / "config.yaml"
     if not path.exists():
         return
+    from pretrain.extend import refuse_unless_grown  # reads checkpoints, and so brings torch's compiler
+
     try:
         refuse_unless_grown(run.settings, read_yaml(path))
     except UserError as error:
