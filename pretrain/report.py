@@ -328,7 +328,7 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
             (row["name"], row["architecture"], analysis.PairedDifference(**{k: row[k] for k in fields})) for row in rows
         ]
         floor = {row["kind"]: row["deviation"] for row in noise}
-        told = [verdict(row) for row in rows]
+        told = ["open" if row["open"] else row["verdict"] for row in rows]
         figure = figures.differences(drawn, next(iter(baselines)), told, floor)
         caption = (
             "Differences to the baseline with 95% intervals; shaded: what noise does to the difference of two runs."
