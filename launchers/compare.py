@@ -396,8 +396,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"before them sweeps, of {cost:.0%} of their FLOPs", highlight=False)
     if compare.scheduler == "slurm":
         dry_run = ["--dry-run"] if given.dry_run else []
-        command = submit_command(compare, given.config, [*dry_run, *given.overrides])
-        return subprocess.run(command, check=False).returncode
+        submission = submit_command(compare, given.config, [*dry_run, *given.overrides])
+        return subprocess.run(submission, check=False).returncode
     if given.dry_run:
         for run in [*(plan_round(compare, 0) if round_count(compare) else ()), *runs, *plan_noise(compare)]:
             console.print(shlex.join(local_command(compare, run)), highlight=False, soft_wrap=True, markup=False)

@@ -398,7 +398,8 @@ def ranked(compare: CompareSettings, cell: Cell, points: Sequence[Values], share
             losses.append(math.inf if any(run.folder.exists() for run in runs) else math.nan)
             continue
         found = [line.get("validation_loss") for line in lines]
-        losses.append(math.inf if None in found else sum(map(float, found)) / len(found))
+        known = [float(loss) for loss in found if loss is not None]
+        losses.append(sum(known) / len(known) if len(known) == len(found) else math.inf)
     if all(math.isnan(loss) for loss in losses):
         raise UserError(f"{cell.label}: a round of its sweep has not run yet; run the rounds in order")
     order = sorted(range(len(points)), key=lambda index: (math.isnan(losses[index]), losses[index]))

@@ -442,8 +442,11 @@ class StepFlops:
         self._config, self._length, self._gates = config, sequence_length, gates
         size = 2 + 3 * gates
         units = [[int(i == j) for j in range(size)] for i in range(size)]
-        cuts = [slice(1 + i * gates, 1 + (i + 1) * gates) for i in range(3)]
-        works = [work_of(config, sequence_length, unit[0], *(unit[cut] for cut in cuts), unit[-1]) for unit in units]
+        counts, pairs, offered = (slice(1 + i * gates, 1 + (i + 1) * gates) for i in range(3))
+        works = [
+            work_of(config, sequence_length, unit[0], unit[counts], unit[pairs], unit[offered], unit[-1])
+            for unit in units
+        ]
         self._coefficients = [int(total(config, work)) for work in works]
 
     def __call__(

@@ -137,7 +137,7 @@ class MoRModel(MoRPreTrainedModel):
         shared = {use.layer for use in uses if use.recursion is not None}
         self.layers = nn.ModuleList(DecoderLayer(config, i in shared) for i in range(num_unique_layers(config)))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)  # type: ignore[arg-type]  # has the fields it reads
         encodings = sum(use.encoding is not None for use in uses) if config.relaxation == "recursion_encoding" else 0
         self.recursion_encoding = nn.Parameter(torch.empty(encodings, config.hidden_size)) if encodings else None
         self.depth = method_of(config)(config)
@@ -410,7 +410,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         given = next((x for x in (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None), None)
         if given is not None:
             kwargs["prompt_length"] = given.shape[1]
-        return super().generate(inputs, *args, **kwargs)
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> Any:
         """`generate` of transformers builds a `MoRCache` in place of its own."""

@@ -163,7 +163,7 @@ def decomposition(variant: Variant, baseline: Variant, controls: Mapping[str, Va
         at = names.index(str(kind)) + 1
         what = " + ".join(STEPS.get(name, name) for name in names[done:at])
         done = at
-        losses = [{seed: member.losses()[seed] for seed in seeds} for member in (after, before)]
-        difference = analysis.paired_difference(*losses)
+        with_step, without = ({seed: member.losses()[seed] for seed in seeds} for member in (after, before))
+        difference = analysis.paired_difference(with_step, without)
         rows.append({"step": what, "from": before.name, "to": after.name, **analysis.plain(difference)})
     return rows

@@ -225,7 +225,7 @@ def decomposition(rows: Sequence[Mapping[str, Any]]) -> Figure:
 def sweeps(rows: Sequence[Mapping[str, Any]], key: str) -> Figure:
     """Loss against one swept key: a colour per model, a curve per round and setting of the other keys."""
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    colours = matplotlib.colormaps["tab10"].colors + matplotlib.colormaps["tab20b"].colors
+    colours = [matplotlib.colormaps[name](i) for name, size in (("tab10", 10), ("tab20b", 20)) for i in range(size)]
     chosen = [row for row in rows if key in row["keys"]]
     for number, row in enumerate(chosen):
         colour = colours[number % len(colours)]

@@ -173,7 +173,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
     texts = read_documents(given.perplexity)
     checkpoint = open_checkpoint(given.checkpoint.resolve())
-    model, config = checkpoint.model.to(device_here()), checkpoint.model.config
+    torch.nn.Module.to(checkpoint.model, device_here())
+    model, config = checkpoint.model, checkpoint.model.config
     stride = given.stride or max(1, config.max_position_embeddings // 2)
     if stride > config.max_position_embeddings:
         raise UserError(f"--stride: {stride} is more than the context of {config.max_position_embeddings}")

@@ -368,7 +368,7 @@ def isoflop_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
 
 def law_points(groups: Sequence[Variant]) -> list[tuple[float, float, float, float, float]]:
     """(parameters applied once, of the shared block, mean recursions, tokens, loss) of every run that has a loss."""
-    points = []
+    points: list[tuple[float, float, float, float, float]] = []
     for group in groups:
         config = MoRConfig.from_dict(group.model)
         layer = flops.layer_parameters(config)
@@ -407,7 +407,8 @@ def joint_law(matched: Sequence[Sequence[Variant]]) -> Results | None:
         return None
     points = [(*point, group.architecture) for group in groups for point in law_points([group])]
     try:
-        return asdict(analysis.fit_joint_law(*(list(column) for column in zip(*points))))
+        once, recurrent, recursions, tokens, losses, methods = (list(column) for column in zip(*points))
+        return asdict(analysis.fit_joint_law(once, recurrent, recursions, tokens, losses, methods))
     except ValueError:
         return None
 

@@ -93,7 +93,9 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:2]))
 def test_what_only_prints_imports_no_model(command: list[str]) -> None:
     served = () if "model.inference.serve" in command else SERVED  # what serves declares its app as it is imported
-    ended = run(WATCHED, json.dumps([*HEAVY, *served]), *command)
+    # Planning a grid asks whether a run can be extended (pretrain/extend.py), which reads checkpoints.
+    heavy = [name for name in HEAVY if name != "torch._dynamo" or not command[0].startswith("launchers/")]
+    ended = run(WATCHED, json.dumps([*heavy, *served]), *command)
     assert ended.returncode == 0 and ended.stdout, ended.stderr
     assert json.loads(ended.stderr.splitlines()[-1]) == []
 

@@ -73,7 +73,7 @@ def _hostname(host: str) -> str:
 def guarded(limits: Limits) -> type[H11Protocol]:
     """uvicorn's protocol with limits on its connections."""
 
-    opened: dict[H11Protocol, None] = {}  # in order of arrival
+    opened: dict[Guarded, None] = {}  # in order of arrival
 
     class Guarded(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None

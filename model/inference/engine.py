@@ -113,7 +113,7 @@ class Engine:
         for stage in layout:
             before = self.layout[-1] if self.layout else None
             plain = before is not None and before.gate is None and stage.gate is None
-            if plain and recursion_of(before) == recursion_of(stage):
+            if before is not None and plain and recursion_of(before) == recursion_of(stage):
                 self.layout[-1] = replace(before, uses=(*before.uses, *stage.uses))  # one call for all of them
                 continue
             if before is not None and before.gate is not None and stage.gate is not None and stage.call == before.call:
@@ -257,8 +257,8 @@ class Engine:
             prompts.append(np.full(flight.count, len(flight.request.prompt)))
             flight.request.runs[0].length = end
             self.statistics.prompt_tokens += flight.count if flight.start < len(flight.request.prompt) else 0
-        known = map(self._indices, (ids, positions, prompts))
-        self._join(entering, *known, np.concatenate(allowed, axis=1))
+        known = [self._indices(parts) for parts in (ids, positions, prompts)]
+        self._join(entering, known[0], known[1], known[2], np.concatenate(allowed, axis=1))
 
     def _join(
         self, entering: list[Flight], ids: Tensor, positions: Tensor, prompts: Tensor, allowed: np.ndarray
