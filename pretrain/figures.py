@@ -215,6 +215,7 @@ def decomposition(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.axvline(0, color="#777777", lw=1, ls=":")
         axes.set(yticks=range(len(steps)), yticklabels=[step["step"] for step in steps], title=found["name"])
         axes.set_ylim(len(steps) - 0.4, -0.8)
+        axes.use_sticky_edges = False  # of bars, which leave no margin
         axes.margins(x=0.2)
         _finish(axes)
     grid[-1, 0].set_xlabel(f"validation loss minus {rows[0]['baseline']}'s (nats per token)")

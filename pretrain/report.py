@@ -241,6 +241,8 @@ def decomposition_blocks(results: Results, prefix: str) -> list[Block]:
     ]
     drawn = [found for found in results["decompositions"] if len(found["steps"]) > 1]
     if drawn:
+        from pretrain import figures
+
         caption = "Steps from the baseline to each model, with 95% intervals."
         blocks.append(Picture(f"{prefix}decomposition", caption, figures.decomposition(drawn)))
     return blocks
@@ -263,6 +265,8 @@ def sweep_blocks(results: Results, prefix: str) -> list[Block]:
         f"half for one twice as long, and so on. Points within {TIE} nats of the winner are told as ties."
     )
     header = ["model", "tried", "won", "loss, last round", "ties", "state"]
+    from pretrain import figures
+
     blocks: list[Block] = [Heading("Sweeps"), Text(text), Table("Sweeps", header, rows)]
     for key in dict.fromkeys(key for found in sweeps for key in found["keys"]):
         if all(isinstance(value, int | float) for found in sweeps for value in found["keys"].get(key, [])):
@@ -328,7 +332,7 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
             (row["name"], row["architecture"], analysis.PairedDifference(**{k: row[k] for k in fields})) for row in rows
         ]
         floor = {row["kind"]: row["deviation"] for row in noise}
-        verdicts = [verdict(row) for row in rows]
+        verdicts = ["open" if row["open"] else row["verdict"] for row in rows]
         figure = figures.differences(drawn, next(iter(baselines)), verdicts, floor)
         caption = (
             "Differences to the baseline with 95% intervals; shaded: what noise does to the difference of two runs."
