@@ -284,6 +284,8 @@ class MoRCache(Cache):
                 layer.keep(chosen)
 
     def reset(self) -> None:
+        # New layers: transformers 5.17 fills what they hold with zeros, and grows it from there.
+        self.layers = [DynamicLayer() if isinstance(layer, DynamicLayer) else layer for layer in self.layers]
         super().reset()
         for r in self.indices:
             self.indices[r].clear()

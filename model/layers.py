@@ -228,6 +228,17 @@ class DecoderLayer(GradientCheckpointingLayer):
         return x + self.mlp(_norm(self.post_attention_layernorm, x, recursion), recursion), key, value
 
 
+if "__call__" in vars(GradientCheckpointingLayer):  # as in transformers 5.17: hooks run again with what they wrap
+
+    def _checkpointed(self, *args, _forward=DecoderLayer.forward, **kwargs):
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(functools.partial(_forward, self, **kwargs), *args)
+        return _forward(self, *args, **kwargs)
+
+    DecoderLayer.forward = functools.wraps(DecoderLayer.forward)(_checkpointed)  # type: ignore[method-assign]
+    DecoderLayer.__call__ = nn.Module.__call__  # type: ignore[method-assign]
+
+
 class RMSNorm(LlamaRMSNorm):
     """RMS norm in fp32, in the precision of x at its end; autocast rounds its weight to that too, as FSDP2 does."""
 

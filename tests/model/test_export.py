@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -154,6 +155,8 @@ def test_gguf_gives_the_same_greedy_tokens(tmp_path: Path, variant: str, fields:
         options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         if dtype is torch.float32:
             assert torch.equal(read.generate(ids, **options), expected.generate(ids, **options))
+    if transformers.__version__.startswith("5.17."):
+        pytest.skip("transformers 5.17 reads no vocabulary that has no token for the beginning of a text")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out", gguf_file="model.gguf")
     assert theirs("the state of 1 sea").input_ids == tokenizer.encode("the state of 1 sea").ids
 
