@@ -28,6 +28,7 @@ import math
 import mmap
 import os
 import tarfile
+import threading
 import weakref
 from bisect import bisect_right
 from collections import deque
@@ -394,11 +395,16 @@ def _starts(tar: tarfile.TarFile, member: tarfile.TarInfo, size: int) -> Iterabl
     return range(member.offset_data + header, member.offset_data + header + math.prod(shape) * dtype.itemsize, size)
 
 
+# Python 3.11 raises a SystemError now and then where two threads parse at once, and numpy parses a file's header.
+_PARSING = threading.Lock()
+
+
 def _read_index(path: Path, shard: Shard, length: int, token_bytes: int) -> Indices:
     """The index at `path`, mapped; raises UserError unless it points at samples of `length` tokens in the shard."""
     sample_bytes = length * token_bytes
     try:
-        array = np.load(path, mmap_mode="r")
+        with _PARSING:
+            array = np.load(path, mmap_mode="r")
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as an index: {error}; prepare the folder anew") from None
     if (
