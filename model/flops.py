@@ -350,7 +350,9 @@ def measured_flops(step: Callable[[], object]) -> int:
 
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         step()
-    tables = [ops for name, ops in counter.get_flop_counts().items() if name.endswith(".rotary_emb")]
+    tables = [
+        ops for name, ops in counter.get_flop_counts().items() if name.endswith((".rotary_emb", "RotaryEmbedding"))
+    ]
     return counter.get_total_flops() - sum(sum(ops.values()) for ops in tables)
 
 

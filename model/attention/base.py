@@ -64,6 +64,11 @@ def as_list(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)
 
 
+def rows_like(key: Tensor, query: Tensor) -> Tensor:
+    """Keys [B, H, S, Dh] as the one row [1, H, B * S, Dh] that a list of queries looks at, where `query` is one."""
+    return key if key.shape[0] == query.shape[0] else as_list(key).transpose(0, 1)[None]
+
+
 def as_rows(x: Tensor, batch: int) -> Tensor:
     """The inverse of `as_list`."""
     return x.unflatten(0, (batch, -1)).transpose(1, 2)

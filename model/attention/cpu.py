@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hardware import cpu
-from .base import Backend, Call, Seen, as_list
+from .base import Backend, Call, Seen, rows_like
 from .sdpa import sdpa
 from .visible import Visible
 
@@ -67,8 +67,7 @@ class CPU(Backend):
         return Seen(self.name, mask, spans_where_useful(mask))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Seen, dropout: float) -> Tensor:
-        if key.shape[0] != query.shape[0]:  # a list of queries over the keys of all rows
-            key, value = (as_list(x).transpose(0, 1)[None] for x in (key, value))
+        key, value = rows_like(key, query), rows_like(value, query)
         mask, spans = seen.mask, seen.spans
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
         if dtype == torch.bfloat16 and not dropout and _operators_wanted():

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Backend, Call, Seen
+from .base import Backend, Call, Seen, rows_like
 from .visible import Visible
 
 
@@ -25,17 +25,10 @@ class Explicit(Backend):
         mask = seen.mask
         if mask is None and query.shape[2] > 1:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-        key, value = (_rows_like(x, query) for x in (key, value))
+        key, value = (rows_like(x, query) for x in (key, value))
         groups = query.unflatten(1, (key.shape[1], -1))
         scores = (groups @ key.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         weights = F.dropout(scores.float().softmax(-1).to(query.dtype), dropout)
         return (weights.unflatten(1, (key.shape[1], -1)) @ value.unsqueeze(2)).flatten(1, 2)
-
-
-def _rows_like(key: Tensor, query: Tensor) -> Tensor:
-    """Keys of several rows as the one row that a list of queries looks at."""
-    if key.shape[0] == query.shape[0]:
-        return key
-    return key.transpose(1, 2).flatten(0, 1).transpose(0, 1)[None]

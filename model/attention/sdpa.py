@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Backend, Call, Seen
+from .base import Backend, Call, Seen, rows_like
 from .visible import Visible
 
 
@@ -29,7 +29,7 @@ class SDPA(Backend):
         return Seen(self.name, visible.mask())
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Seen, dropout: float) -> Tensor:
-        return sdpa(query, key, value, seen.mask, dropout)
+        return sdpa(query, rows_like(key, query), rows_like(value, query), seen.mask, dropout)
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
