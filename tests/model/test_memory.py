@@ -76,7 +76,7 @@ def measured(config: MoRConfig, recompute: str, bf16: bool, masked: bool) -> tup
         (PREDICTED, "none", False, False),
         pytest.param(
             *(PREDICTED, "block", False, False),
-            marks=pytest.mark.xfail(reason="16% above the peak: the last routed layer has freed what it kept (TODO.md)"),
+            marks=pytest.mark.xfail(reason="16% above the peak: a routed last layer has freed what it kept (TODO.md)"),
         ),
         (UT, "none", False, True),
         (UT | {"act_combine": "basic"}, "block", False, False),
