@@ -127,9 +127,14 @@ def with_spread(mean: float | None, spread: float | None) -> str:
     return shown(mean) if spread is None else f"{shown(mean)} ± {shown(spread)}"
 
 
+def has_exits(rows: Sequence[Results]) -> bool:
+    """Whether some model lets tokens leave, so that its loss at full depth is another one."""
+    return any(row["validation_loss_full"] is not None for row in rows)
+
+
 def loss_table(results: Results) -> Table:
     """One row per variant, and the unigram model's."""
-    better = {row["name"]: row for row in results["differences"]}
+    better, full = {row["name"]: row for row in results["differences"]}, has_exits(results["variants"])
     rows = []
     for row in results["variants"]:
         difference = better.get(row["name"])
@@ -144,13 +149,14 @@ def loss_table(results: Results) -> Table:
                 with_spread(row["validation_loss"], row["validation_loss_std"]),
                 "" if difference is None else interval(difference),
                 shown(row["validation_loss_topk"]),
+                *([shown(row["validation_loss_full"])] if full else []),
                 f"{row['mean_recursions']:.2f}",
                 "–" if row["seconds"] is None else f"{row['seconds']:,.0f} s",
             ]
         )
     for name in ("bigram", "unigram"):
         if results[f"{name}_loss"] is not None:
-            rows.append([f"{name} model", "", "", "", "", "", f"{results[f'{name}_loss']:.4f}", "", "", "", ""])
+            rows.append([f"{name} model", *[""] * 5, f"{results[f'{name}_loss']:.4f}", *[""] * (4 + full)])
     header = [
         "model",
         "unique parameters",
@@ -161,6 +167,7 @@ def loss_table(results: Results) -> Table:
         "validation loss, causal",
         "minus baseline",
         "top-k (sees ahead)",
+        *(["full depth (nobody exits)"] if full else []),
         "mean recursions",
         "time per run",
     ]
@@ -492,6 +499,7 @@ def conventions_table(results: Results) -> Table:
 
 def runs_table(results: Results) -> Table:
     """One row per run."""
+    full = has_exits(results["runs"])
     header = [
         "model",
         "seed",
@@ -501,6 +509,7 @@ def runs_table(results: Results) -> Table:
         "steps",
         "validation loss, causal",
         "top-k",
+        *(["full depth"] if full else []),
         "seconds",
         "finished",
     ]
@@ -514,6 +523,7 @@ def runs_table(results: Results) -> Table:
             f"{row['steps']:,}",
             shown(row["validation_loss"]),
             shown(row["validation_loss_topk"]),
+            *([shown(row["validation_loss_full"])] if full else []),
             "–" if row["seconds"] is None else f"{row['seconds']:,.0f}",
             "yes" if row["finished"] else "no",
         ]
@@ -610,7 +620,8 @@ def read_evidence(path: Path) -> list[Results]:
 
 def terminal_tables(results: Results) -> list[Table]:
     """The two tables that matter most, narrow enough for a terminal of 80 columns."""
-    header = ["model", "params", "FLOPs", "tokens", "loss, causal", "top-k"]
+    full = has_exits(results["variants"])
+    header = ["model", "params", "FLOPs", "tokens", "loss, causal", "top-k", *(["full"] if full else [])]
     rows = [
         [
             row["name"] + ("" if row["finished"] else " *"),
@@ -619,12 +630,13 @@ def terminal_tables(results: Results) -> list[Table]:
             f"{row['tokens'] / 1e6:,.1f}M",
             with_spread(row["validation_loss"], row["validation_loss_std"]),
             shown(row["validation_loss_topk"]),
+            *([shown(row["validation_loss_full"])] if full else []),
         ]
         for row in results["variants"]
     ]
     for name in ("bigram", "unigram"):
         if results[f"{name}_loss"] is not None:
-            rows.append([f"{name} model", "", "", "", f"{results[f'{name}_loss']:.4f}", ""])
+            rows.append([f"{name} model", "", "", "", f"{results[f'{name}_loss']:.4f}", *[""] * (1 + full)])
     unfinished = "" if all(row["finished"] for row in results["variants"]) else "; * not finished"
     tables = [Table(f"Validation loss, FLOPs by `{results['convention']}`{unfinished}".replace("`", "'"), header, rows)]
     if results["differences"]:
