@@ -104,9 +104,14 @@ def with_spread(mean: float | None, spread: float | None) -> str:
     return shown(mean) if spread is None else f"{shown(mean)} ± {shown(spread)}"
 
 
+def has_exits(rows: Sequence[Results]) -> bool:
+    """Whether some model lets tokens leave, so that its loss at full depth is another one."""
+    return any(row["validation_loss_full"] is not None for row in rows)
+
+
 def loss_table(results: Results) -> Table:
     """One row per variant, and the unigram model's."""
-    better = {row["name"]: row for row in results["differences"]}
+    better, full = {row["name"]: row for row in results["differences"]}, has_exits(results["variants"])
     rows = []
     for row in results["variants"]:
         difference = better.get(row["name"])
@@ -121,13 +126,14 @@ def loss_table(results: Results) -> Table:
                 with_spread(row["validation_loss"], row["validation_loss_std"]),
                 "" if difference is None else interval(difference),
                 shown(row["validation_loss_topk"]),
+                *([shown(row["validation_loss_full"])] if full else []),
                 f"{row['mean_recursions']:.2f}",
                 "–" if row["seconds"] is None else f"{row['seconds']:,.0f} s",
             ]
         )
     for name in ("bigram", "unigram"):
         if results[f"{name}_loss"] is not None:
-            rows.append([f"{name} model", "", "", "", "", "", f"{results[f'{name}_loss']:.4f}", "", "", "", ""])
+            rows.append([f"{name} model", *[""] * 5, f"{results[f'{name}_loss']:.4f}", *[""] * (4 + full)])
     header = [
         "model",
         "unique parameters",
@@ -138,6 +144,7 @@ def loss_table(results: Results) -> Table:
         "validation loss, causal",
         "minus baseline",
         "top-k (sees ahead)",
+        *(["full depth (nobody exits)"] if full else []),
         "mean recursions",
         "time per run",
     ]
@@ -469,6 +476,7 @@ def conventions_table(results: Results) -> Table:
 
 def runs_table(results: Results) -> Table:
     """One row per run."""
+    full = has_exits(results["runs"])
     header = [
         "model",
         "seed",
@@ -478,6 +486,7 @@ def runs_table(results: Results) -> Table:
         "steps",
         "validation loss, causal",
         "top-k",
+        *(["full depth"] if full else []),
         "seconds",
         "finished",
     ]
@@ -491,6 +500,7 @@ def runs_table(results: Results) -> Table:
             f"{row['steps']:,}",
             shown(row["validation_loss"]),
             shown(row["validation_loss_topk"]),
+            *([shown(row["validation_loss_full"])] if full else []),
             "–" if row["seconds"] is None else f"{row['seconds']:,.0f}",
             "yes" if row["finished"] else "no",
         ]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from data_prep.settings import UserError, read_yaml
 from pretrain.report import document
-from pretrain.report.blocks import half_width, set_blocks, side_by_side, with_spread
+from pretrain.report.blocks import half_width, has_exits, set_blocks, side_by_side, with_spread
 from pretrain.report.document import Block, Heading, Picture, Table, Text
 from pretrain.report.runs import Run, comparable_sets, read_runs, shown
 from pretrain.report.summary import Results, build_results, merge_sets
@@ -92,7 +92,8 @@ def read_evidence(path: Path) -> list[Results]:
 
 def terminal_tables(results: Results) -> list[Table]:
     """The two tables that matter most, narrow enough for a terminal of 80 columns."""
-    header = ["model", "params", "FLOPs", "tokens", "loss, causal", "top-k"]
+    full = has_exits(results["variants"])
+    header = ["model", "params", "FLOPs", "tokens", "loss, causal", "top-k", *(["full"] if full else [])]
     rows = [
         [
             row["name"] + ("" if row["finished"] else " *"),
@@ -101,12 +102,13 @@ def terminal_tables(results: Results) -> list[Table]:
             f"{row['tokens'] / 1e6:,.1f}M",
             with_spread(row["validation_loss"], row["validation_loss_std"]),
             shown(row["validation_loss_topk"]),
+            *([shown(row["validation_loss_full"])] if full else []),
         ]
         for row in results["variants"]
     ]
     for name in ("bigram", "unigram"):
         if results[f"{name}_loss"] is not None:
-            rows.append([f"{name} model", "", "", "", f"{results[f'{name}_loss']:.4f}", ""])
+            rows.append([f"{name} model", "", "", "", f"{results[f'{name}_loss']:.4f}", *[""] * (1 + full)])
     unfinished = "" if all(row["finished"] for row in results["variants"]) else "; * not finished"
     tables = [Table(f"Validation loss, FLOPs by `{results['convention']}`{unfinished}".replace("`", "'"), header, rows)]
     if results["differences"]:

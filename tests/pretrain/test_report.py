@@ -63,6 +63,23 @@ def test_report_states_what_its_numbers_rest_on(four):
         assert stated in text, stated
 
 
+def test_models_with_exits_stand_with_both_their_losses(four, tmp_path):
+    """That of decoding under the exit rule, which is compared, and the teacher-forced one at full depth beside it."""
+    for name, loss in (("vanilla", 2.90), ("calm_nr3", 2.95)):
+        make_run(tmp_path / name, name, loss=loss)
+    results = report.write_report([tmp_path], tmp_path / "report", console=quiet())
+    rows = {row["name"]: row for row in results["variants"]}
+    assert rows["calm_nr3"]["validation_loss"] - rows["calm_nr3"]["validation_loss_full"] == pytest.approx(0.03)
+    assert rows["vanilla"]["validation_loss_full"] is None
+    assert results["differences"][0]["mean"] == pytest.approx(0.05)
+    text = (tmp_path / "report" / "report.md").read_text()
+    header, row = (next(line for line in text.splitlines() if line.startswith(word)) for word in ("| model", "| calm"))
+    cells = dict(zip(header.split("|"), row.split("|"), strict=True))
+    assert cells[" validation loss, causal "] == " 2.9500 " and cells[" full depth (nobody exits) "] == " 2.9200 "
+    assert "of models with exits the causal loss is that of decoding" in text
+    assert "full depth" not in (four / "report" / "report.md").read_text()
+
+
 def test_differences_are_paired_and_judged(four):
     rows = {row["name"]: row for row in numbers(four)["differences"]}
     assert set(rows) == set(LOSSES) - {"vanilla"}
