@@ -67,7 +67,7 @@ def test_models_with_exits_stand_with_both_their_losses(four, tmp_path):
     """That of decoding under the exit rule, which is compared, and the teacher-forced one at full depth beside it."""
     for name, loss in (("vanilla", 2.90), ("calm_nr3", 2.95)):
         make_run(tmp_path / name, name, loss=loss)
-    results = report.write_report([tmp_path], tmp_path / "report", console=quiet())
+    results = write.write_report([tmp_path], tmp_path / "report", console=quiet())
     rows = {row["name"]: row for row in results["variants"]}
     assert rows["calm_nr3"]["validation_loss"] - rows["calm_nr3"]["validation_loss_full"] == pytest.approx(0.03)
     assert rows["vanilla"]["validation_loss_full"] is None
