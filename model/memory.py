@@ -14,8 +14,6 @@ from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Literal
 
-import torch
-
 from .config import MoRConfig
 from .depth import method_of, stages_of
 from .depth.base import DepthMethod
@@ -33,7 +31,7 @@ from .flops import (
     unique_parameters,
     unshared_layers,
 )
-from .layers import chunk_rows
+from .hardware import chunk_rows
 from .sharing import num_unique_layers
 
 Precision = Literal["fp32", "bf16"]
@@ -199,7 +197,7 @@ def _head_bytes(config: MoRConfig, work: Work, size: int, on_gpu: bool) -> int:
     and their gradients."""
     h, v, heads = config.hidden_size, config.vocab_size, round(work.heads)
     rows = max(round(work.tokens), heads)
-    chunk = min(rows, chunk_rows(v, torch.device("cuda" if on_gpu else "cpu")))
+    chunk = min(rows, chunk_rows(v, "cuda" if on_gpu else "cpu"))
     if on_gpu:  # logits and their gradient
         return 2 * (chunk * size + h * FP32) * v + heads * 2 * h * size
     logits = chunk * v * (FP32 if size == FP32 else FP32 + size)  # changed in place
