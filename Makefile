@@ -11,7 +11,7 @@ EXTRAS ?= prepare,serve,evaluate,gguf,test,lint
 OPTIONS ?=
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup compare test test-fast test-explore test-plain test-oldest lint bench-model bench-reference \
+.PHONY: setup setup-oldest compare test test-fast test-explore test-plain test-oldest lint bench-model bench-reference \
 	bench-inference bench-serve bench-data bench-scale gpu-check null-gpu
 
 setup: $(VENV)/.complete
@@ -50,8 +50,10 @@ test-plain: setup
 OLDEST ?= .venv-oldest
 OLDEST_SETUP := VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt EXTRAS=prepare,serve,evaluate,gguf,test
 SLOW := $(addprefix tests/pretrain/test_,checkpoint.py faults.py resume.py)
-test-oldest:
+setup-oldest:
 	$(MAKE) setup $(OLDEST_SETUP)
+
+test-oldest: setup-oldest
 	$(MAKE) test-fast $(OLDEST_SETUP) OPTIONS='$(OPTIONS)'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m slow $(OPTIONS) $(SLOW)
 
