@@ -12,11 +12,11 @@ from model import flops
 from model.config import MoRConfig
 from model.depth import architectures
 from model.memory import kv_cache_bytes_per_token
-from pretrain import analysis
-from pretrain.checklist import checks_of, open_questions
-from pretrain.controls import buildable, decomposition, described, find_controls
-from pretrain.runs import Run, Variant, variants
-from pretrain.sweep import settings_of, sweep_rows
+from pretrain.report import analysis
+from pretrain.report.checklist import checks_of, open_questions
+from pretrain.report.controls import buildable, decomposition, described, find_controls
+from pretrain.report.runs import Run, Variant, variants
+from pretrain.report.sweep import settings_of, sweep_rows
 
 SIGNIFICANT = 0.05
 ISOLATING = ("gate_only", "random_router", "gate_on_vanilla")
@@ -36,7 +36,7 @@ def build_results(
 
     baseline: name of the variant to compare with; without it each budget takes its vanilla variant of the same width.
     sweeps, repeats: runs beside these that tried other settings, and that repeat some of these under noise. evidence:
-    content of other reports' results.json; command: what ran the comparison (pretrain/checklist.py).
+    content of other reports' results.json; command: what ran the comparison (pretrain/report/checklist.py).
     Raises UserError for a baseline that is not among the runs.
     """
     groups = ordered_variants(runs)
