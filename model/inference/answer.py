@@ -22,7 +22,7 @@ from model.inference.protocol import Prepared, ServiceError, error_body
 from model.inference.text import TextStream, pieces
 
 if TYPE_CHECKING:
-    from model.inference.serve import Service
+    from model.inference.app import Service
 
 
 class Choice:

@@ -18,12 +18,13 @@ import torch
 import uvicorn
 from tokenizers import Tokenizer
 
+from model.inference.app import build_app
 from model.inference.connection import guarded
 from model.inference.cost import Prices
 from model.inference.engine import Engine
 from model.inference.protocol import CompletionRequest, Limits
 from model.inference.sampling import SamplingParams
-from model.inference.serve import build_app, model_name
+from model.inference.serve import model_name
 from model.inference.worker import EngineThread
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -263,14 +264,14 @@ def test_a_step_is_handed_out_at_once_for_all_its_requests():
     prompts = [tiny_tokenizer().encode(text).ids for text in ("abc", "de")]
     params = SamplingParams(max_tokens=6, logit_bias={0: -100})
     submitted = [worker.submit(prompts, [params] * 2, sink) for sink in sinks]
-    worker.stop()
     worker.thread.start()
+    requests = [request for done in submitted for request in done.result()]
+    worker.stop()
     worker.thread.join(60)
     assert len(steps) <= engine.statistics.steps and all(set(step) <= set(sinks) for step in steps)
-    for sink, requests in zip(sinks, submitted, strict=True):
-        for request in requests.result():
-            events = [event for step in steps for event in step.get(sink, []) if event.request is request]
-            assert [token for event in events for token in event.tokens] == request.tokens and len(request.tokens) == 6
+    for request, sink in zip(requests, [sinks[0]] * 2 + [sinks[1]] * 2, strict=True):
+        events = [event for step in steps for event in step.get(sink, []) if event.request is request]
+        assert [token for event in events for token in event.tokens] == request.tokens and len(request.tokens) == 6
 
 
 def test_health_and_metrics(server):
@@ -482,7 +483,7 @@ def test_errors_are_json_whatever_goes_wrong(server, monkeypatch):
     missing = HTTP.get(f"{address}/v1/models/other")
     assert missing.status_code == 404 and "not 'other'" in missing.json()["error"]["message"]
     assert HTTP.get(f"{address}/v1/models/tiny").json()["id"] == "tiny"
-    monkeypatch.setattr("model.inference.serve.generate_latest", lambda _: 1 / 0)
+    monkeypatch.setattr("model.inference.app.generate_latest", lambda _: 1 / 0)
     broken = HTTP.get(f"{address}/metrics")
     assert broken.status_code == 500 and broken.json()["error"]["type"] == "server_error"
 
