@@ -14,7 +14,7 @@ from model.depth import stages_of
 from model.depth.layout import within
 from model.flops import capacities, gates_of
 from model.inference.policy import DepthPolicy
-from model.inference.pool import PagePool, Run
+from model.inference.pool import Pool, Run
 from model.inference.sampling import SamplingParams, TokenScore
 
 
@@ -115,8 +115,8 @@ class Scheduler:
     def __init__(
         self,
         config: MoRConfig,
-        everyone: PagePool,
-        recursed: PagePool,
+        everyone: Pool,
+        recursed: Pool,
         policy: DepthPolicy,
         max_batch: int,
         max_waiting: int | None,

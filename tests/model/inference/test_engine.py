@@ -11,11 +11,11 @@ import psutil
 import pytest
 import torch
 
-from model.inference.engine import Engine
+from model.inference.engine import Engine, pageable
 from model.inference.policy import DepthPolicy
 from model.inference.sampling import SamplingParams
 from model.inference.scheduler import QueueFull, Request
-from tests.helpers.tiny import VOCABULARY, tiny_model
+from tests.helpers.tiny import VOCABULARY, tiny_config, tiny_model
 from tests.helpers.variants import GENERATING
 
 CROWDED = {"max_batch": 6, "kv_tokens": 90, "page_size": 4, "prefill_tokens": 7}
@@ -52,6 +52,19 @@ def test_a_crowded_engine_yields_what_decoding_alone_yields(variant):
         with torch.no_grad():
             routed = model(torch.tensor([request.text[:-1]]), prompt_length=len(prompt)).routing
         assert routed is None or routed.depth[0].tolist() == request.depths
+    assert_empty(engine)
+
+
+@pytest.mark.parametrize("variant", [name for name in GENERATING if pageable(tiny_config(name))])
+def test_pages_that_lie_anywhere_change_nothing(variant):
+    model, prompts = tiny_model(variant, 1), random_prompts(7, 4)
+    params = SamplingParams(max_tokens=6, gates=True)
+    engine, whole = Engine(model, **CROWDED, paged=True), Engine(model, **CROWDED)
+    for one, other in zip(engine.generate(prompts, params), whole.generate(prompts, params), strict=True):
+        assert (one.tokens, one.depths, one.heads) == (other.tokens, other.depths, other.heads)
+        assert (one.passed, one.judged) == (other.passed, other.judged)
+        torch.testing.assert_close(torch.tensor(one.gates), torch.tensor(other.gates), equal_nan=True)
+    assert engine.everyone.moves == 0
     assert_empty(engine)
 
 
