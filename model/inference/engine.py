@@ -31,8 +31,9 @@ from model.inference.packed import Norm, PackedLayer, Product, rotary
 from model.inference.paged import KERNEL_PAGE, PagedPlan, PagedPool, kernel_serves, paged_plan
 from model.inference.policy import DepthPolicy
 from model.inference.pool import CallPlan, PagePool, Pool, Reader, Run, Writer
-from model.inference.sampling import SamplingParams, choose, score
+from model.inference.sampling import NOT_FINITE, SamplingParams, choose, score
 from model.inference.scheduler import Event, Request, Scheduler, gate_share
+from model.inference.slots import Slots
 
 if TYPE_CHECKING:
     from model.config import MoRConfig
@@ -121,6 +122,7 @@ class Engine:
         self.everyone = kind(config, len(self.layer_of_use), pages, page_size, model.dtype, model.device)
         self.recursed = kind(config, layers, round(pages * share), page_size, model.dtype, model.device)
         self.scheduler = Scheduler(config, self.everyone, self.recursed, self.policy, max_batch, max_waiting)
+        self.slots = Slots(self, max_batch) if paged else None
         self.prefill_tokens = prefill_tokens
         self.flights: list[Flight] = []
         self.air: InFlight | None = None
@@ -209,6 +211,7 @@ class Engine:
             self._run_call(call)
         done = [flight for flight in self.flights if flight.at == len(self.layout)]
         events = self._leave(done) if done else []
+        events += self._decode() if self.slots is not None else []
         self.statistics.steps += 1
         self.statistics.seconds += time.perf_counter() - began
         return events
@@ -224,11 +227,11 @@ class Engine:
         for flight in kept:
             flight.offset, offset = offset, offset + flight.count
 
-    def _reserve(self, wanted: list[tuple[Flight, Pool, Run, int]]) -> None:
-        """Room in the pool for tokens of these flights, the oldest request first; if there is none, the youngest
-        requests are sent back, perhaps one of these."""
-        for flight, pool, run, tokens in sorted(wanted, key=lambda item: item[0].request.order):
-            while flight.request.running and not pool.reserve(run, tokens):
+    def _reserve(self, wanted: list[tuple[Request, Pool, Run, int]]) -> None:
+        """Room in the pool for tokens of these requests, the oldest first; if there is none, the youngest requests are
+        sent back, perhaps one of these."""
+        for request, pool, run, tokens in sorted(wanted, key=lambda item: item[0].order):
+            while request.running and not pool.reserve(run, tokens):
                 self.scheduler.preempt()
                 self.statistics.preemptions += 1
         self._retain(lambda flight: flight.request.running)
@@ -256,16 +259,27 @@ class Engine:
         """Start the next token of every decoding request, and chunks of prompts within the step's budget."""
         flying = {flight.request for flight in self.flights}
         entering: list[Flight] = []
+        decoding: list[Request] = []
+        if self.slots is not None:
+            self.slots.forget()
         budget = self.prefill_tokens
         for request in self.scheduler.running:
             pending = len(request.text) - request.done
             count = 1 if pending == 1 else min(pending, budget)
             if request in flying or not count:
                 continue
+            if self.slots is not None and pending == 1 and self.slots.serves(request):
+                decoding += [request] if self.slots.waits_for(request) else []
+                continue
             if pending > 1:
                 budget -= count
             entering.append(Flight(request, request.done, count, count == pending))
-        self._reserve([(flight, self.everyone, flight.request.runs[0], flight.count) for flight in entering])
+        wanted = [(flight.request, self.everyone, flight.request.runs[0], flight.count) for flight in entering]
+        self._reserve(wanted + (self.slots.wanted(decoding) if self.slots is not None else []))
+        for request in decoding:
+            if self.slots is not None and request.running:
+                self.slots.enter(request)
+                self.statistics.prompt_tokens += len(request.text) <= len(request.prompt)
         entering = [flight for flight in entering if flight.request.running]
         if not entering:
             return
@@ -382,7 +396,7 @@ class Engine:
             stage = self.layout[flight.at]
             if stage.gate is not None and stage.uses[0].keys == "entered":
                 run, tokens = flight.request.runs[1 + stage.gate], int(computes[flight.place].sum())
-                wanted.append((flight, self.recursed, run, tokens))
+                wanted.append((flight.request, self.recursed, run, tokens))
         if wanted:
             self._reserve(wanted)
         flights = sorted((flight for flight in self.flights if flight.at in call), key=lambda flight: flight.at)
@@ -557,13 +571,42 @@ class Engine:
         self.statistics.model_seconds += time.perf_counter() - began
         params = [request.params for request in requests]
         tokens = choose(logits, params, [r.generator for r in requests], [r.tokens for r in requests])
+        return self._hand_out(requests, tokens, logits)
+
+    def _decode(self) -> list[Event]:
+        """A step of the slots, and the next token of requests whose token is done."""
+        assert self.slots is not None
+        began = time.perf_counter()
+        done = self.slots.step()
+        self.statistics.model_seconds += time.perf_counter() - began
+        if not done:
+            return []
+        requests, tokens = [request for _, request, _ in done], [told["token"] for _, _, told in done]
+        for slot, request, told in done:
+            request.done += 1
+            request.depths[request.done - 1 :] = [told["depth"]]
+            request.passed[request.done - 1 :] = [told["passed"]]
+            request.judged[request.done - 1 :] = [told["judged"]]
+            request.heads[request.done - 1 :] = [told["heads"]]
+            if request.params.gates:
+                request.gates[request.done - 1 :] = self.slots.kept["scores"][slot : slot + 1].tolist()
+        logits, params = None, [request.params for request in requests]
+        if not all(p.greedy and not p.adjusts and p.logprobs is None for p in params):
+            logits = self.slots.head[torch.tensor([slot for slot, _, _ in done], device=self.model.device)]
+            tokens = choose(logits, params, [r.generator for r in requests], [r.tokens for r in requests])
+        elif not all(told["finite"] for _, _, told in done):
+            raise FloatingPointError(NOT_FINITE)
+        return self._hand_out(requests, tokens, logits)
+
+    def _hand_out(self, requests: list[Request], tokens: list[int], logits: Tensor | None) -> list[Event]:
+        """The next token of each request. logits: [len(requests), V], where one wants their scores."""
         events = []
         for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             if not request.params.max_tokens:  # the prompt's scores are all that was asked for
                 self.scheduler.finish(request, "length")
                 events.append(Event(request, [], "length"))
                 continue
-            if request.params.logprobs is not None:
+            if request.params.logprobs is not None and logits is not None:
                 request.scores[len(request.text)] = score(logits[i : i + 1], [token], request.params.logprobs)[0]
             ready = request.append(token, self.context)
             if request.finished:
