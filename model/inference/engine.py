@@ -119,8 +119,11 @@ class Engine:
         ragged = [len(s.uses) for s in self.layout if s.gate is not None and s.uses[0].keys == "entered"]
         layers = max(ragged, default=0)
         kind: type[PagedPool | PagePool] = PagedPool if paged else PagePool
-        self.everyone = kind(config, len(self.layer_of_use), pages, page_size, model.dtype, model.device)
-        self.recursed = kind(config, layers, round(pages * share), page_size, model.dtype, model.device)
+        # Of pages as large as the kernel's, a run leaves half of the last one empty.
+        empty = max_batch // 2 if page_size >= KERNEL_PAGE else 0
+        recursed = round(pages * share) + empty * len(ragged)
+        self.everyone = kind(config, len(self.layer_of_use), pages + empty, page_size, model.dtype, model.device)
+        self.recursed = kind(config, layers, recursed, page_size, model.dtype, model.device)
         self.scheduler = Scheduler(config, self.everyone, self.recursed, self.policy, max_batch, max_waiting)
         self.slots = Slots(self, max_batch) if paged else None
         self.prefill_tokens = prefill_tokens

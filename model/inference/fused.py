@@ -46,8 +46,7 @@ class FusedLayer:
         self.query_key_value = _joined(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up = _joined(mlp.gate_proj, mlp.up_proj)
         self.output, self.down = _joined(attention.o_proj), _joined(mlp.down_proj)
-        on_gpu = attention.q_proj.weight.is_cuda and can_compile()
-        self.take: Callable[[Any], Any] = _compiled if on_gpu else lambda function: function
+        self.take = taken(attention.q_proj.weight.device)
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, recursion: int, plan: PagedPlan, depth: int) -> Tensor:
         """x: [N, D], which is written over. See `model.inference.packed.PackedLayer`."""
@@ -87,6 +86,11 @@ def activated(inner: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """inner: [N, 2I], gates first -> [N, I]."""
     gate, up = inner.chunk(2, -1)
     return activation(gate) * up
+
+
+def taken(device: torch.device) -> Callable[[Any], Any]:
+    """What makes of a function the one that runs on a device: compiled for GPUs, where that can be."""
+    return _compiled if device.type == "cuda" and can_compile() else lambda function: function
 
 
 @functools.cache

@@ -3,14 +3,15 @@
 A step is the same operations whoever takes part: every call of layers runs for all slots, and masks say whose results
 count. So nothing is read from the device but, at the step's end, one small tensor, and on a GPU the whole step is
 recorded once as a CUDA graph for each of a ladder of sizes and replayed. Rules are those of `model.inference.engine`,
-which takes prompts in by itself, token by token for which requests and stages the host decides.
+which takes prompts in by itself, where the host decides.
 
 Shapes: B slots of a step, D hidden size, V vocabulary, G gates, P pages of a block table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from torch import Tensor
 from model.depth.base import DepthMethod
 from model.depth.layout import Stage
 from model.inference.flight import Rules
-from model.inference.packed import rotary
+from model.inference.fused import taken
+from model.inference.packed import Norm, rotary
 from model.inference.paged import Look, PagedPlan, PagedPool
 from model.inference.pool import Pool, Run
 from model.inference.scheduler import Request
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 GIVEN = ("kind", "id", "position", "prompt")  # what the host says of each slot, before the lengths of its runs
 IDLE, FLYING, FRESH = range(3)
+MOST_CALLS = 8
 TOLD = ("token", "finite", "at", "depth", "passed", "judged", "heads", "wrote", "ran")  # what it is told of each
 
 
@@ -68,6 +71,9 @@ class Slots:
         }
         self.carry: dict[str, Tensor] = {}
         self.head = torch.zeros(size, vocabulary, dtype=engine.model.dtype, device=device)
+        self.record = on_gpu  # each size of step as a graph
+        # A model with many calls would be compiled for many minutes.
+        self.take: Callable[[Any], Any] = taken(device if len(engine.calls) <= MOST_CALLS else torch.device("cpu"))
         self.graphs: dict[int, Any] = {}
         self.met: set[int] = set()
 
@@ -153,10 +159,9 @@ class Slots:
                     self.tables[row, slot, : len(run.table)] = torch.tensor(run.table, dtype=torch.int32)
 
     def _run(self, count: int) -> None:
-        if not self.device.is_cuda:
+        if not self.record:
             _Step(self, count).run()
-            return
-        if count in self.graphs:
+        elif count in self.graphs:
             self.graphs[count].replay()
         elif count not in self.met:  # what it compiles and allocates comes before the recording
             self.met.add(count)
@@ -207,7 +212,7 @@ class _Rules(Rules):
 
 
 class _Step:
-    """One step of the first `count` slots."""
+    """One step of the first `count` slots. What lies between the calls of layers is compiled on a GPU."""
 
     state: Tensor
     at: Tensor
@@ -225,43 +230,48 @@ class _Step:
         self.slots, self.count, self.engine = slots, count, slots.engine
         self.layout, self.method = self.engine.layout, self.engine.method
         given, tables = slots._parts(slots.device)
-        self.given, self.tables = given[:, :count].long(), tables[:, :count]
-        kind, self.ids, self.positions, self.prompts = self.given[: len(GIVEN)]
-        self.lengths = self.given[len(GIVEN) :]
+        self.given, self.tables, self.starts = given[:, :count], tables[:, :count], slots.starts[: count + 1]
         for name, held in slots.kept.items():
             setattr(self, name, held[:count])
         self.carry = {name: held[:count] for name, held in slots.carry.items()}
-        self.fresh, self.active = kind == FRESH, kind != IDLE
-        self.wrote = self.ran = torch.zeros_like(self.ids)
-        self.rows = torch.arange(count, device=self.ids.device)
 
     def run(self) -> None:
         """All of it; leaves in `slots` what the next step and the host want to know."""
-        slots, engine, end = self.slots, self.engine, self.slots.end
-        fresh = self.fresh
-        self.at = torch.where(self.active, self.at, end + 1).masked_fill(fresh, 0)
-        self.state = torch.where(fresh[:, None], engine.inner.embed_tokens(self.ids), self.state)
-        self.scores = self.scores.masked_fill(fresh[:, None], torch.nan)
-        for name in ("depth", "passed", "judged", "heads"):
-            setattr(self, name, getattr(self, name).masked_fill(fresh, 0))
-        cos, sin = engine.inner.rotary_emb(self.state, self.positions[None])
-        self.angles = rotary(cos[0], sin[0])
-        self._advance(fresh & ~self._decide(0, fresh), 0, 0)
-        for call in engine.calls:
-            here = [self.computes & (self.at == at) for at in call]
-            self._pass(call, here)
-            self._advance(torch.stack(here).any(0), call[0], call[-1])
-        logits = engine.head(engine.norm(self.state))
+        slots, engine, take = self.slots, self.engine, self.slots.take
+        take(_Step._begin)(self)
+        for i, call in enumerate(engine.calls):
+            take(_Step._before)(self, i)
+            self.after = self._layers(call, self.before, self._plan(call))
+            take(_Step._behind)(self, i)
+        logits = engine.head(take(_norm)(engine.norm, self.state))
         slots.head[: self.count] = logits
-        best, tokens = logits.float().max(-1)
-        told = (tokens, torch.isfinite(best), *(getattr(self, name) for name in TOLD[2:]))
-        slots.told[:, : self.count] = torch.stack([one.int() for one in told])
-        for name, held in slots.kept.items():
-            held[: self.count] = getattr(self, name)
+        best, tokens = logits.max(-1)
+        take(_Step._keep)(self, best, tokens, slots.told[:, : self.count])
         for name, value in self.carry.items():
             if name not in slots.carry:
                 slots.carry[name] = value.new_zeros(slots.size, *value.shape[1:])
             slots.carry[name][: self.count] = value
+
+    def _begin(self) -> None:
+        """Fresh tokens before their first stage."""
+        engine, given = self.engine, self.given.long()
+        kind, self.ids, self.positions, self.prompts = given[: len(GIVEN)]
+        self.lengths, fresh = given[len(GIVEN) :], kind == FRESH
+        self.at = torch.where(kind == IDLE, self.slots.end + 1, self.at).masked_fill(fresh, 0)
+        self.state = torch.where(fresh[:, None], engine.inner.embed_tokens(self.ids), self.state)
+        self.scores = self.scores.masked_fill(fresh[:, None], torch.nan)
+        self.depth, self.passed = self.depth.masked_fill(fresh, 0), self.passed.masked_fill(fresh, 0)
+        self.judged, self.heads = self.judged.masked_fill(fresh, 0), self.heads.masked_fill(fresh, 0)
+        self.wrote = self.ran = torch.zeros_like(self.ids)
+        cos, sin = engine.inner.rotary_emb(self.state, self.positions[None])
+        self.angles = rotary(cos[0], sin[0])
+        self._advance(fresh & ~self._decide(0, fresh), 0, 0)
+
+    def _keep(self, best: Tensor, tokens: Tensor, told: Tensor) -> None:
+        finite = best.abs() < torch.inf  # which nan is not either
+        told.copy_(torch.stack([tokens, finite.long(), *(getattr(self, name) for name in TOLD[2:])]))
+        for name, held in self.slots.kept.items():
+            held[: self.count].copy_(getattr(self, name))
 
     # Gates -----------------------------------------------------------------------------------------------------------
 
@@ -324,80 +334,105 @@ class _Step:
 
     # Calls -----------------------------------------------------------------------------------------------------------
 
-    def _pass(self, call: list[int], here: list[Tensor]) -> None:
-        """One call of the layers that the stages `call` share. here: the tokens that take part in each."""
-        engine, method = self.engine, self.method
+    def _before(self, i: int) -> None:
+        """What the layers of a call take in: who takes part in each of its stages, and where they write and read."""
+        call, method = self.engine.calls[i], self.method
         stages = [self.layout[at] for at in call]
-        plan, before = self._plan(call, here), self.state
-        prepares = type(method).prepare is not DepthMethod.prepare
-        if prepares and stages[0].gate is not None:
-            for stage, these in zip(stages, here, strict=True):
+        self.here = [self.computes & (self.at == at) for at in call]
+        self.before = self.state
+        if type(method).prepare is not DepthMethod.prepare and stages[0].gate is not None:
+            for stage, these in zip(stages, self.here, strict=True):
                 prepared = method.prepare(_gate(stage), self.state, _Rules(self, these))
-                before = torch.where(these[:, None], prepared, before)
-        reads = torch.stack([these if _all_read(stage) else these & self.enters for stage, these in zip(stages, here)])
-        giving = any(stage.uses[0].keys == "everyone" and not _all_read(stage) for stage in stages)
-        after = self._layers(stages[0], before, plan, reads.any(0) if giving else None)
-        if stages[0].gate is None:
-            self._put(here[0], after)
-            return
-        for stage, these, reading in zip(stages, here, reads, strict=True):
-            gate, mask = _gate(stage), these & self.enters
-            state, changes = method.merge(gate, before, after, self.logits, self.carry, _Rules(self, mask))
-            self._put(mask, state)
-            self._bring(mask, changes)
-            self.depth = self.depth + mask
-            self.passed = self.passed | (reading.long() << gate)
-            self.ran = self.ran + reading
-            if _ragged(stage):
-                self.wrote = self.wrote | (these.long() << gate)
+                self.before = torch.where(these[:, None], prepared, self.before)
+        self.reads = [
+            these if _all_read(stage) else these & self.enters for stage, these in zip(stages, self.here, strict=True)
+        ]
+        self.reading = _any(self.reads)
+        self.places = [self._places(*key, members, call) for key, members in self._groups(call).items()]
 
-    def _layers(self, stage: Stage, x: Tensor, plan: PagedPlan, reads: Tensor | None) -> Tensor:
-        """reads: tokens that pass the layers, where others give keys alone; None: all of them."""
+    def _groups(self, call: list[int]) -> dict[tuple[bool, int], list[int]]:
+        """(keys of those who entered alone, layer of the pool) -> places in `call` of the stages that read there."""
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for i, at in enumerate(call):
+            stage, entered = self.layout[at], _ragged(self.layout[at])
+            base = 0 if entered or stage.gate is None else self.engine.reads[stage.uses[0].depth]
+            groups.setdefault((entered, base), []).append(i)
+        return groups
+
+    def _places(
+        self, entered: bool, base: int, members: list[int], call: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Whom a group is for, their block tables [B, P], slots that they see, and where they write."""
+        pool: PagedPool = self.slots.pools[int(entered)]
+        mask = _any([self.here[i] for i in members])
+        table, place = self.tables[0], self.positions
+        if entered:
+            gates, rows = self.slots.gate_of[self.at], torch.arange(self.count, device=mask.device)
+            table, place = self.tables[1 + gates, rows], self.lengths[gates, rows]
+        stages = [self.layout[call[i]] for i in members]
+        writing = [
+            self.here[i]
+            for i, stage in zip(members, stages, strict=True)
+            if stage.gate is None or stage.uses[0].keys != "none"
+        ]
+        slots = None
+        if writing:
+            page = table.gather(1, (place // pool.page_size)[:, None])[:, 0]
+            slot = page * pool.page_size + place % pool.page_size
+            slots = torch.where(_any(writing), slot, pool.scratch)
+        # Those who are not meant see one slot, so that nothing is divided by nothing.
+        return mask, table, torch.where(mask, place + 1, 1).int(), slots
+
+    def _plan(self, call: list[int]) -> PagedPlan:
+        """Of the places found by `_before`: one look for stages that read the same layers of the same pool."""
+        keeping, looks = [], []
+        for (entered, base), (mask, table, seen, slots) in zip(self._groups(call), self.places, strict=True):
+            pool, only = self.slots.pools[int(entered)], mask if len(self.places) > 1 else None
+            keeping += [(pool, base, slots)] if slots is not None else []
+            looks.append(Look(pool, base, slice(0, self.count), self.starts, 1, table, seen, only))
+        stage = self.layout[call[0]]
+        if stage.gate is None:
+            return PagedPlan(keeping, looks, self.count, self.engine.reads, self.engine.silent)
+        return PagedPlan(keeping, looks, self.count, {use.depth: i for i, use in enumerate(stage.uses)})
+
+    def _layers(self, call: list[int], x: Tensor, plan: PagedPlan) -> Tensor:
         engine, x = self.engine, x.clone()
-        for use in stage.uses:
-            old = None if reads is None else x.clone()
+        giving = not all(_all_read(self.layout[at]) for at in call)  # some keep their states, and give keys alone
+        for use in self.layout[call[0]].uses:
+            old = x.clone() if giving else x
             x = engine.layers[use.layer](x, *self.angles, use.recursion or 0, plan, use.depth)
-            x = x if reads is None or old is None else torch.where(reads[:, None], x, old)
+            x = torch.where(self.reading[:, None], x, old) if giving else x
             if engine.inner.recursion_encoding is not None and use.encoding is not None:
                 x = x * engine.inner.recursion_encoding[use.encoding]
         return x
 
-    def _plan(self, call: list[int], here: list[Tensor]) -> PagedPlan:
-        """Who writes and reads where: one look for stages that read the same layers of the same pool."""
-        engine = self.engine
-        everyone, recursed = self.slots.pools
-        groups: dict[tuple[bool, int], list[int]] = {}  # (of those who entered, layer) -> places in `call`
-        for i, at in enumerate(call):
-            stage = self.layout[at]
-            entered = _ragged(stage)
-            base = 0 if entered or stage.gate is None else engine.reads[stage.uses[0].depth]
-            groups.setdefault((entered, base), []).append(i)
-        keeping, looks = [], []
-        for (entered, base), members in groups.items():
-            mask = torch.stack([here[i] for i in members]).any(0)
-            pool: PagedPool = recursed if entered else everyone
-            if entered:
-                gates = self.slots.gate_of[self.at]
-                table, place = self.tables[1 + gates, self.rows], self.lengths[gates, self.rows]
-            else:
-                table, place = self.tables[0], self.positions
-            writes = mask
-            if not entered and self.layout[call[0]].gate is not None:
-                own = [here[i] for i in members if self.layout[call[i]].uses[0].keys == "everyone"]
-                writes = torch.stack(own).any(0) if own else None
-            if writes is not None:
-                page = table.gather(1, (place // pool.page_size)[:, None])[:, 0]
-                slot = page * pool.page_size + place % pool.page_size
-                keeping.append((pool, base, torch.where(writes, slot, pool.scratch)))
-            # Those who are not meant see one slot, so that nothing is divided by nothing.
-            seen = torch.where(mask, place + 1, 1).int()
-            rows = slice(0, self.count)
-            only = mask if len(groups) > 1 else None
-            looks.append(Look(pool, base, rows, self.slots.starts[: self.count + 1], 1, table, seen, only))
+    def _behind(self, i: int) -> None:
+        """Give the tokens what their stages made of them, and bring them before the next ones."""
+        call, method = self.engine.calls[i], self.method
         if self.layout[call[0]].gate is None:
-            return PagedPlan(keeping, looks, self.count, engine.reads, engine.silent)
-        uses = self.layout[call[0]].uses
-        return PagedPlan(keeping, looks, self.count, {use.depth: i for i, use in enumerate(uses)})
+            self._put(self.here[0], self.after)
+        else:
+            for at, these, reads in zip(call, self.here, self.reads, strict=True):
+                gate, mask = _gate(self.layout[at]), these & self.enters
+                rules = _Rules(self, mask)
+                state, changes = method.merge(gate, self.before, self.after, self.logits, self.carry, rules)
+                self._put(mask, state)
+                self._bring(mask, changes)
+                self.depth = self.depth + mask
+                self.passed = self.passed | (reads.long() << gate)
+                self.ran = self.ran + reads
+                if _ragged(self.layout[at]):
+                    self.wrote = self.wrote | (these.long() << gate)
+        self._advance(_any(self.here), call[0], call[-1])
+
+
+def _norm(norm: Norm, x: Tensor) -> Tensor:
+    return norm(x)
+
+
+def _any(masks: list[Tensor]) -> Tensor:
+    """Whether one of them says so."""
+    return functools.reduce(torch.logical_or, masks)
 
 
 def _gate(stage: Stage) -> int:
