@@ -96,7 +96,14 @@ def taken(device: torch.device) -> Callable[[Any], Any]:
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled: Callable[..., Any] = torch.compile(function)
-    return compiled
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        # A kernel for one token, and one for any number, of every call that the step of slots makes.
+        with torch._dynamo.config.patch(recompile_limit=64):
+            return compiled(*arguments)
+
+    return call
 
 
 def _joined(*projections: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -155,9 +155,9 @@ class Look:
 class PagedPlan(CallPlan):
     """What each token of one call writes and reads, in block tables.
 
-    keeping: pools, their layers for the first layer of the call, and the slots of the leading tokens, of those that write
-    none the scratch page's. looks: of the leading `reading` tokens, one after the other; those with masks are for all.
-    layers, silent: see `CallPlan`.
+    keeping: pools, their layers for the first layer of the call, and the slots of the leading tokens, those of the
+    scratch page for who writes none. looks: of the leading `reading` tokens, one after the other; those with masks are
+    for all. layers, silent: see `CallPlan`.
     """
 
     def __init__(

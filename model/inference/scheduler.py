@@ -17,7 +17,6 @@ from model.inference.policy import DepthPolicy
 from model.inference.pool import Pool, Run
 from model.inference.sampling import SamplingParams, TokenScore
 
-
 GROWTH = 16  # tokens
 
 

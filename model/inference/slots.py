@@ -53,9 +53,9 @@ class Slots:
         # What the host says of a step goes in one copy.
         self.host = torch.zeros(size * (rows + (1 + self.gates) * self.width), dtype=torch.int32, pin_memory=on_gpu)
         self.device = torch.zeros_like(self.host, device=device)
-        self.given, self.tables = self._parts(self.host)
-        self.answer = torch.zeros(len(TOLD), size, dtype=torch.int32, pin_memory=on_gpu)
-        self.told = torch.zeros(len(TOLD), size, dtype=torch.int32, device=device)
+        self.given, self.tables = (part.numpy() for part in self._parts(self.host))
+        self.answer = torch.zeros(size, len(TOLD), dtype=torch.int32, pin_memory=on_gpu)
+        self.told = torch.zeros(size, len(TOLD), dtype=torch.int32, device=device)
         self.starts = torch.arange(size + 1, dtype=torch.int32, device=device)
         gate_of = [0 if stage.gate is None else stage.gate for stage in engine.layout]
         self.gate_of = torch.tensor([*gate_of, 0, 0], device=device)
@@ -74,7 +74,8 @@ class Slots:
         self.record = on_gpu  # each size of step as a graph
         # A model with many calls would be compiled for many minutes.
         self.take: Callable[[Any], Any] = taken(device if len(engine.calls) <= MOST_CALLS else torch.device("cpu"))
-        self.graphs: dict[int, Any] = {}
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self.memory = torch.cuda.graph_pool_handle() if on_gpu else None
         self.met: set[int] = set()
 
     def _parts(self, flat: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,7 +106,7 @@ class Slots:
         slot = self.requests.index(request) if request in self.requests else self.requests.index(None)
         place = len(request.text) - 1
         self.requests[slot], self.flying[slot] = request, True
-        self.given[:4, slot] = torch.tensor([FRESH, request.text[-1], place, len(request.prompt)])
+        self.given[: len(GIVEN), slot] = FRESH, request.text[-1], place, len(request.prompt)
         request.runs[0].length = place + 1
 
     def wanted(self, entering: list[Request]) -> list[tuple[Request, Pool, Run, int]]:
@@ -126,14 +127,14 @@ class Slots:
         count = min(self.size, next(size for size in ladder() if size > used[-1]))
         self.device.copy_(self.host, non_blocking=True)
         self._run(count)
-        self.answer[:, :count].copy_(self.told[:, :count], non_blocking=True)
+        self.answer[:count].copy_(self.told[:count], non_blocking=True)
         if self.device.is_cuda:
             torch.cuda.current_stream().synchronize()
-        columns, done = self.answer.numpy(), []
+        answers, done = self.answer.numpy(), []
         for slot in used:
             request = self.requests[slot]
             assert request is not None
-            told = dict(zip(TOLD, columns[:, slot].tolist(), strict=True))
+            told = dict(zip(TOLD, answers[slot].tolist(), strict=True))
             self.given[0, slot] = FLYING
             for gate in range(self.gates):
                 if told["wrote"] >> gate & 1:
@@ -156,7 +157,7 @@ class Slots:
                 if row:
                     self.given[len(GIVEN) + row - 1, slot] = run.length
                 if run.table:
-                    self.tables[row, slot, : len(run.table)] = torch.tensor(run.table, dtype=torch.int32)
+                    self.tables[row, slot, : len(run.table)] = run.table
 
     def _run(self, count: int) -> None:
         if not self.record:
@@ -168,7 +169,7 @@ class Slots:
             _Step(self, count).run()
         else:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.memory):
                 _Step(self, count).run()
             self.graphs[count] = graph
             graph.replay()
@@ -246,7 +247,7 @@ class _Step:
         logits = engine.head(take(_norm)(engine.norm, self.state))
         slots.head[: self.count] = logits
         best, tokens = logits.max(-1)
-        take(_Step._keep)(self, best, tokens, slots.told[:, : self.count])
+        take(_Step._keep)(self, best, tokens, slots.told[: self.count])
         for name, value in self.carry.items():
             if name not in slots.carry:
                 slots.carry[name] = value.new_zeros(slots.size, *value.shape[1:])
@@ -269,7 +270,7 @@ class _Step:
 
     def _keep(self, best: Tensor, tokens: Tensor, told: Tensor) -> None:
         finite = best.abs() < torch.inf  # which nan is not either
-        told.copy_(torch.stack([tokens, finite.long(), *(getattr(self, name) for name in TOLD[2:])]))
+        told.copy_(torch.stack([tokens, finite.long(), *(getattr(self, name) for name in TOLD[2:])], 1))
         for name, held in self.slots.kept.items():
             held[: self.count].copy_(getattr(self, name))
 

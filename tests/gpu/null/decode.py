@@ -2,7 +2,7 @@
 
     python -m tests.gpu.null.device OUT tests.gpu.null.decode [--batch 32] [--steps 10] [MODEL ...]
 
-launches, to_host, to_device: of a step as it is made without graphs; replayed: the same once it is recorded, and graphs:
+launches, to_host, to_device: of a step as it is made without graphs; replayed: the same once it is recorded; graphs:
 how many are launched. waits: operations of a replayed step at which the host waits for the device. MODEL: of
 configs/model; a MoR model gets a random router. Nothing that is computed is real, so no token ever ends its text.
 """

@@ -1,4 +1,4 @@
-"""The training step on a CUDA device that computes nothing: what the host does there, without a GPU.
+"""Training and decoding on a CUDA device that computes nothing: what the host does there, without a GPU.
 
 Opt-in, as torch's CUDA build takes gigabytes: `make null-gpu VENV=...`, or NULL_DEVICE=FOLDER of a built null device
 in an environment whose torch is a CUDA build.
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[3]
 WHY_NOT = build.refusal() or (None if FOLDER in os.environ else f"{FOLDER} names no folder; see `make null-gpu`")
 
 
-def lines_of(*arguments: str) -> list[dict]:
-    command = [sys.executable, "-m", "tests.gpu.null.steps", *arguments]
+def lines_of(*arguments: str, script: str = "steps") -> list[dict]:
+    command = [sys.executable, "-m", f"tests.gpu.null.{script}", *arguments]
     folder = Path(os.environ[FOLDER]).resolve()
     ended = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=1500)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
@@ -43,6 +43,16 @@ def test_no_variant_makes_the_host_wait_in_a_micro_batch():
 @pytest.mark.parametrize("policy", ["block", "recursion", "selective"])
 def test_recomputation_runs_there_too(policy: str):
     lines_of("--policy", policy, "vanilla", "expert-shared_update", "token-shared", "mod", "ut")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"the null device: {WHY_NOT}")
+def test_a_decoding_step_is_few_launches_one_graph_and_one_read():
+    lines = lines_of(script="decode")
+    assert len(lines) == 2
+    for line in lines:
+        assert line["launches"] <= 350 and line["graphs"] == 1, line
+        assert line["waits"] == line["to_host"] == line["to_device"] == 1 and not line["to_device_unpinned"], line
 
 
 def test_what_keeps_it_from_being_built_is_said(monkeypatch):
