@@ -34,7 +34,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from model.config import MoRConfig
-from model.export import to_llama
+from model.convert.export import to_llama
 from model.folder import write_folder
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams
