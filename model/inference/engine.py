@@ -277,8 +277,9 @@ class Engine:
             if pending > 1:
                 budget -= count
             entering.append(Flight(request, request.done, count, count == pending))
-        wanted = [(flight.request, self.everyone, flight.request.runs[0], flight.count) for flight in entering]
-        self._reserve(wanted + (self.slots.wanted(decoding) if self.slots is not None else []))
+        wanted: list[tuple[Request, Pool, Run, int]] = [] if self.slots is None else self.slots.wanted(decoding)
+        wanted += [(flight.request, self.everyone, flight.request.runs[0], flight.count) for flight in entering]
+        self._reserve(wanted)
         for request in decoding:
             if self.slots is not None and request.running:
                 self.slots.enter(request)
@@ -394,7 +395,8 @@ class Engine:
         waiting = [flight for flight in self.flights if flight.at in call]
         if not waiting:
             return
-        computes, wanted = self.tokens.computes, []
+        computes = self.tokens.computes
+        wanted: list[tuple[Request, Pool, Run, int]] = []
         for flight in waiting:
             stage = self.layout[flight.at]
             if stage.gate is not None and stage.uses[0].keys == "entered":

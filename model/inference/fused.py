@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from model.attention.flex import can_compile
 from model.inference.packed import Norm, rotate
 from model.inference.paged import PagedPlan
+from model.inference.pool import CallPlan
 from model.relaxation import RelaxedLinear
 
 if TYPE_CHECKING:
@@ -48,12 +49,14 @@ class FusedLayer:
         self.output, self.down = _joined(attention.o_proj), _joined(mlp.down_proj)
         self.take = taken(attention.q_proj.weight.device)
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, recursion: int, plan: PagedPlan, depth: int) -> Tensor:
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, recursion: int, plan: CallPlan, depth: int) -> Tensor:
         """x: [N, D], which is written over. See `model.inference.packed.PackedLayer`."""
+        assert isinstance(plan, PagedPlan)
         weight, bias = self.query_key_value
         places = plan.places(depth) if plan.writers(depth, len(x)) else []
         if not places:
-            weight, bias = (None if of is None else of[: self.heads * self.head_dim] for of in (weight, bias))
+            rows = self.heads * self.head_dim
+            weight, bias = weight[:rows], None if bias is None else bias[:rows]
         projected = F.linear(self._normed(self.before, x, recursion), weight, bias).unflatten(-1, (-1, self.head_dim))
         for held, slots in places:
             count = len(slots)

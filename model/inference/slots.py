@@ -114,8 +114,9 @@ class Slots:
         everyone, recursed = self.pools
         gates = [_gate(stage) for stage in self.engine.layout if stage.gate is not None and _ragged(stage)]
         there = [request for request in self.requests if request is not None and request not in entering]
-        behind = [(request, recursed, request.runs[1 + gate], 1) for request in (*there, *entering) for gate in gates]
-        return [(request, everyone, request.runs[0], 1) for request in entering] + behind
+        found: list[tuple[Request, Pool, Run, int]] = [(request, everyone, request.runs[0], 1) for request in entering]
+        found += [(request, recursed, request.runs[1 + gate], 1) for request in (*there, *entering) for gate in gates]
+        return found
 
     def step(self) -> list[tuple[int, Request, dict[str, int]]]:
         """One step of all slots. Returns (slot, request, what is told of it) of the tokens that are done."""

@@ -62,10 +62,10 @@ def test_what_keeps_it_from_being_built_is_said(monkeypatch):
 
 def test_stubs_are_made_for_what_a_library_asks_of_others(tmp_path: Path, monkeypatch):
     """What runtime.c defines is not made again; products are counted, and everything else succeeds."""
-    asked = {"torch_cuda": {"cudaMalloc", "cudaGraphLaunch", "cublasGemmEx", "cublasLtCreate"}}
+    asked = {"torch_cuda": {"cudaMalloc", "cudaGraphDestroy", "cublasGemmEx", "cublasLtCreate"}}
     monkeypatch.setattr(build, "wanted", lambda library: asked.get(library.stem.removeprefix("lib"), set()))
     build.write_stubs(Path("unused"), tmp_path)
     rest, driver = (tmp_path / "rest.c").read_text(), (tmp_path / "driver.c").read_text()
-    assert "cudaMalloc(" not in rest and "int cudaGraphLaunch(void) { return 0; }" in rest
+    assert "cudaMalloc(" not in rest and "int cudaGraphDestroy(void) { return 0; }" in rest
     assert "int cublasGemmEx(void) { COUNTED(0); COUNTED(1); return 0; }" in rest
     assert "int cuLaunchKernel(void) { COUNTED(0); return 0; }" in driver and "int cuInit(void) { return 0; }" in driver
