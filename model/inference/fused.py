@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention.flex import can_compile
 from model.inference.packed import Norm, rotate
 from model.inference.paged import PagedPlan
 from model.inference.pool import CallPlan
@@ -93,7 +92,11 @@ def activated(inner: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
 
 def taken(device: torch.device) -> Callable[[Any], Any]:
     """What makes of a function the one that runs on a device: compiled for GPUs, where that can be."""
-    return _compiled if device.type == "cuda" and can_compile() else lambda function: function
+    if device.type != "cuda":
+        return lambda function: function
+    from model.attention.flex import can_compile  # brings the compiler along
+
+    return _compiled if can_compile() else lambda function: function
 
 
 @functools.cache

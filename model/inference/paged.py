@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import varlen
 
 from model.config import MoRConfig
 from model.inference.pool import CallPlan, Pool, Reader, Run, Writer
@@ -29,12 +28,11 @@ KERNEL_PAGE = 256  # the only size, but for its multiples, that torch's kernel t
 
 def kernel_serves(config: MoRConfig, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether torch's paged kernel can read such a pool."""
-    return (
-        device.type == "cuda"
-        and dtype in (torch.bfloat16, torch.float16)
-        and (config.head_dim or 0) % 8 == 0
-        and "block_table" in inspect.signature(varlen.varlen_attn).parameters
-    )
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or (config.head_dim or 0) % 8:
+        return False
+    from torch.nn.attention import varlen  # brings the compiler along
+
+    return "block_table" in inspect.signature(varlen.varlen_attn).parameters
 
 
 class PagedPool(Pool):
@@ -105,6 +103,8 @@ class Look:
         held = self.pool.layers[self.layer + offset]
         if not self.pool.kernel:
             return self._gathered(query, held)
+        from torch.nn.attention import varlen
+
         keys, values = held.unbind(2)
         mixed = torch.empty_like(query)
         varlen.varlen_attn_out(
