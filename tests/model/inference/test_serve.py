@@ -18,12 +18,13 @@ import torch
 import uvicorn
 from tokenizers import Tokenizer
 
+from model.inference.app import build_app
 from model.inference.connection import guarded
 from model.inference.cost import of_request
 from model.inference.engine import Engine
 from model.inference.protocol import CompletionRequest, Limits
 from model.inference.sampling import SamplingParams
-from model.inference.serve import build_app, model_name
+from model.inference.serve import model_name
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
@@ -464,7 +465,7 @@ def test_errors_are_json_whatever_goes_wrong(server, monkeypatch):
     missing = HTTP.get(f"{address}/v1/models/other")
     assert missing.status_code == 404 and "not 'other'" in missing.json()["error"]["message"]
     assert HTTP.get(f"{address}/v1/models/tiny").json()["id"] == "tiny"
-    monkeypatch.setattr("model.inference.serve.generate_latest", lambda _: 1 / 0)
+    monkeypatch.setattr("model.inference.app.generate_latest", lambda _: 1 / 0)
     broken = HTTP.get(f"{address}/metrics")
     assert broken.status_code == 500 and broken.json()["error"]["type"] == "server_error"
 
