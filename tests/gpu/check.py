@@ -34,7 +34,7 @@ from model.flops import StepFlops, training_flops
 from model.hardware import describe, device_here
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams
-from model.memory import training_memory
+from model.memory import Placement, training_memory
 from model.modeling import MoRForCausalLM
 from tests.helpers.tiny import VOCABULARY, tiny_model
 
@@ -389,7 +389,7 @@ def measure(check: Check, name: str) -> tuple[float, float, float, float]:
     else:
         routed = (getattr(routing, field).sum(0).tolist() for field in ("counts", "pairs", "offered"))
         flops = float(StepFlops(model.config, length)(rows, *routed))
-    return seconds, flops, peak, float(training_memory(model.config, length, rows, on_gpu=True).total)
+    return seconds, flops, peak, float(training_memory(model.config, length, rows, Placement(on_gpu=True)).total)
 
 
 SECTIONS = {section.__name__: section for section in (environment, parity, waits, run, fsdp2, train, engine)}
