@@ -77,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # What stands now stays for good; looked through at every collection it would stop everyone for a second.
     gc.collect()
     gc.freeze()
+    # A thread that computes keeps the interpreter's lock for so long where another asks for it: 5 ms unless set, which
+    # the event loop would wait at each of its reads and writes.
+    sys.setswitchinterval(0.0005)
     uvicorn.run(
         app,
         host=options.host,
