@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import signal
@@ -104,21 +105,24 @@ def _local(stage: Stage, workers: int) -> None:
 
     datatrove's pool would wait for ever for a process that was killed, and cannot be taken down then: the leader can.
     """
-    try:
-        import datatrove.executor.local  # noqa: F401
-        import multiprocess
-    except ImportError:
-        raise no_engine() from None
-    # Not forked: a forked child of a process whose tokenizer has run threads may hang.
-    context = multiprocess.get_context("spawn")
+    if importlib.util.find_spec("datatrove") is None:
+        raise no_engine()
+    import multiprocess
+
+    # Not forked from here: a forked child of a process whose tokenizer has run threads may hang. The server that it is
+    # forked from has imported what tasks need, once for all stages.
+    context = multiprocess.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.engine", "datatrove.executor.local"])
     told, tell = context.Pipe(duplex=False)
     leader = context.Process(target=_lead, args=(stage.settings, stage.name, workers, tell))
-    leader.start()
+    with _importable():
+        leader.start()
     tell.close()
+    process = psutil.Process(leader.pid)
     seen: set[int] = set()
     try:
         while not told.poll(0.5) and leader.is_alive():
-            present = {task.pid for task in _below(leader.pid)}
+            present = {task.pid for task in _below(process)}
             if seen - present and not told.poll(GRACE) and leader.is_alive() and stage.missing():
                 break
             seen |= present
@@ -138,18 +142,30 @@ def _local(stage: Stage, workers: int) -> None:
             f"{stage.folder}: the tasks were ended; work done is kept: run the same command again"
         ) from None
     finally:
-        tasks = _below(leader.pid)
-        leader.kill()
-        for task in tasks:
+        for task in [process, *_below(process)]:  # its own `kill` does nothing once the server has died
             with contextlib.suppress(psutil.NoSuchProcess):
                 task.kill()
         leader.join()
 
 
-def _below(pid: int) -> list[psutil.Process]:
+@contextmanager
+def _importable() -> Iterator[None]:
+    """Let a fork server that starts find what this process imports; unlike spawned processes it is not told."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
     """Living descendants of a process."""
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
@@ -161,9 +177,11 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
 
     _quiet()
     _leave_with_parent()
+    method = "spawn"
     if sys.platform == "linux":  # datatrove keeps its counters in one more process, which would outlive this one
+        method = "fork"  # no tokenizer has run here
         os.register_at_fork(after_in_child=_end_with_parent)
-        multiprocess.set_start_method("fork", force=True)
+        multiprocess.set_start_method(method, force=True)
     stage = STAGES[name](settings)
     missing = len(stage.missing())
     executor = LocalPipelineExecutor(
@@ -172,7 +190,7 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
         workers=min(workers, missing),
         logging_dir=str(stage.work / "logs" / name),
         skip_completed=False,
-        start_method="spawn",
+        start_method=method,
     )
     try:
         executor.run()

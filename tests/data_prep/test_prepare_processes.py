@@ -82,7 +82,7 @@ def test_a_preparation_killed_ten_times_ends_with_the_same_bytes(tmp_path, sized
         kill = kills.pop() if kills and process.poll() is None else None
         if kill == "task":
             below = psutil.Process(process.pid).children(recursive=True)
-            tasks = [task for task in below if "spawn_main" in str(task.cmdline())]
+            tasks = [task for task in below if "forkserver" in str(task.cmdline())]
             (drawn.choice(tasks) if tasks else process).kill()
         elif kill is not None:
             process.send_signal(signal.SIGINT if kill == "interrupt" else signal.SIGKILL)
