@@ -16,6 +16,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
@@ -371,12 +372,17 @@ def describe(settings: BaseModel, prefix: str = "") -> list[tuple[str, str, str]
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command line's `main`; a UserError becomes its message on stderr and exit code 2."""
+    """Run a command line's `main`; a UserError becomes its message on stderr and exit code 2, a Ctrl-C exit code 130.
+
+    A Ctrl-C that comes once `main` has done its work changes nothing any more.
+    """
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python gives back the default as it ends, which kills it
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue where it was", file=sys.stderr)
         sys.exit(130)
+    sys.exit(code)

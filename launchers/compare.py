@@ -51,16 +51,16 @@ from launchers.grid import (
     winner,
 )
 from model.hardware import describe, device_here
-from pretrain.analysis import seeds_needed
 from pretrain.lock import RunLock
 from pretrain.main import prepare_data
 from pretrain.metrics import last_line
+from pretrain.parallel.timing import duration
 from pretrain.precision import refused_or_slow
-from pretrain.runs import shown
+from pretrain.report.analysis import seeds_needed
+from pretrain.report.runs import shown
+from pretrain.report.summary import Results
+from pretrain.report.sweep import Values
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
-from pretrain.summary import Results
-from pretrain.sweep import Values
-from pretrain.timing import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = 0.5
@@ -338,7 +338,7 @@ def report(
     done = [folder for run in runs if run.finished() for folder in run.folders()]
     if not done:
         return None, 0
-    from pretrain.report import write_report
+    from pretrain.report.write import write_report
 
     try:
         results = write_report(

@@ -23,12 +23,12 @@ from model.flops import training_flops, unique_parameters
 from model.hardware import Precision
 from pretrain.budget import Plan, plan
 from pretrain.config import ExperimentSettings, Flops, make_model_config, read_settings
-from pretrain.controls import CONTROLS, METHOD_FIELDS, control_fields, described
 from pretrain.lock import LOCK
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison
+from pretrain.report.controls import CONTROLS, METHOD_FIELDS, control_fields, described
+from pretrain.report.sweep import Values, flatten, halving, points_of
 from pretrain.stop import REQUEUE_FILE
-from pretrain.sweep import Values, flatten, halving, points_of
 
 ORDER_SHIFT = 500_000  # between a seed and the one that orders the data otherwise
 SWEEP, NOISE = "sweep", "noise"  # folders of runs that stand beside those of the report

@@ -55,7 +55,7 @@ from launchers.grid import (
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
 from pretrain.data import accumulation_steps
-from pretrain.parallel_settings import ParallelSettings, resolve_strategy
+from pretrain.parallel.settings import ParallelSettings, resolve_strategy
 from pretrain.precision import expected
 
 REPOSITORY = Path(__file__).resolve().parent.parent

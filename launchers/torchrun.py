@@ -24,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main as torchrun
 
 PATIENCE_SECONDS = 900.0
+PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 OPTION, VARIABLE = "--shutdown-timeout", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's own names, since torch 2.12
 HANDLER = "_terminate_process_handler"  # of torchelastic, in torch 2.11 to 2.13
 # A user's mistake, no checkpoint could be saved, the request to be started again, Ctrl-C: the ranks have said it all.
@@ -33,8 +34,9 @@ EXPLAINED = (2, 74, 75, 130)
 class PassedOn:
     """Passes signals on to the processes that this one has started. A context manager.
 
-    Before there are any a signal does what it does without this; once they are gone it does nothing. Ranks that are
-    still there `patience` seconds after the first signal are killed.
+    Before there are any a signal does what it does without this; once they are gone it does nothing, nor after the
+    context, where this process itself ends. Ranks that are still there `patience` seconds after the first signal are
+    killed.
     """
 
     def __init__(self, patience: float) -> None:
@@ -44,7 +46,7 @@ class PassedOn:
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> PassedOn:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        for number in PASSED_ON:
             if number != signal.SIGHUP or not self.nohup:
                 signal.signal(number, self.receive)
         # torchelastic sets a handler of its own where it starts its ranks, for SIGHUP also under nohup. It looks this
@@ -55,6 +57,8 @@ class PassedOn:
 
     def __exit__(self, *_: object) -> None:
         setattr(api, HANDLER, self._before)
+        for number in PASSED_ON:
+            signal.signal(number, signal.SIG_IGN)  # Python takes its handlers back as it ends, and the default kills
         if self._timer is not None:
             self._timer.cancel()
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from data_prep.settings import Plain, Settings, UserError, describe, load, typed
 from model.config import MoRConfig
 from model.depth import all_settings, method_of
-from pretrain.data import Manifest, Mixture
-from pretrain.parallel_settings import ParallelSettings
+from pretrain.manifest import Manifest, Mixture
+from pretrain.parallel.settings import ParallelSettings
 from pretrain.schedule import ScheduleKind
 
 # Fields of LlamaConfig that say something about a model to train; the rest of its fields serve the library.

@@ -28,13 +28,13 @@ from model.flops import training_flops
 from model.hardware import PRECISIONS, auto_precision, describe, require_bf16
 from model.memory import training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
-from pretrain.parallel_settings import ParallelSettings
+from pretrain.parallel.settings import ParallelSettings
+from pretrain.parallel.timing import duration
 from pretrain.plan import Plan, make_plans
 from pretrain.precision import decided, expected, product_rate, recorded, settle
-from pretrain.timing import duration
 
 if TYPE_CHECKING:
-    from pretrain.parallel import Parallel
+    from pretrain.parallel.strategy import Parallel
 
 MEBIBYTE, GIBIBYTE = 2**20, 2**30
 STEPS = 5  # real steps that the duration of an experiment is told from
@@ -293,9 +293,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the experiment")
     options: Any = parser.parse_intermixed_args(arguments)
     settings = read_settings(options.config, options.overrides) if options.config else None
-    from pretrain.parallel import Parallel
+    from pretrain.parallel.start import start_parallel
 
-    parallel = Parallel.start(settings.parallel if settings else ParallelSettings.model_validate({}))
+    parallel = start_parallel(settings.parallel if settings else ParallelSettings.model_validate({}))
     findings = examine(parallel, options.folder, settings, options.steps)
     parallel.finish()
     return int(not all(finding.passed for finding in findings))

@@ -8,15 +8,12 @@ folder, and, for the final model of a finished run, to its metrics.jsonl and its
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -25,18 +22,16 @@ import rich.table
 import torch
 from pydantic import Field
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from data_prep.settings import Settings, UserError, load, run_command
-from model.config import MoRConfig
 from model.depth import method_of
 from model.hardware import Precision, device_here
-from model.inference.text import load_checkpoint
 from pretrain import exits
-from pretrain.config import ExperimentSettings, read_data, read_settings
+from pretrain.config import read_data
 from pretrain.data import fixed_batches
 from pretrain.metrics import METRICS, MetricsFile, Tracker, last_line, tracker_id
-from pretrain.parallel_settings import ParallelSettings
+from pretrain.opened import Checkpoint, has_causal_decision, open_checkpoint
+from pretrain.parallel.settings import ParallelSettings
 from pretrain.perplexity import measure
 from pretrain.precision import for_evaluation
 from pretrain.validation import Validation
@@ -48,7 +43,6 @@ if TYPE_CHECKING:  # what reads the arguments alone does not wait for models and
 
 PRESETS = Path(__file__).resolve().parents[1] / "configs" / "evaluation"
 BOOTSTRAP_ITERATIONS = 1000  # for the standard errors of figures that are no means, such as perplexity
-TRAINED = {"torch.bfloat16": "bf16", "bfloat16": "bf16", "torch.float32": "fp32", "float32": "fp32"}
 Scores = dict[str, dict[str, float]]
 
 
@@ -67,73 +61,6 @@ class Preset(Settings):
     """A list of tasks, `configs/evaluation/*.yaml`."""
 
     tasks: list[TaskSettings] = Field(min_length=1, description="what to evaluate on")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model ready to be evaluated. run: the run directory that it belongs to, with its settings, or None."""
-
-    model: MoRForCausalLM
-    tokenizer: PreTrainedTokenizerFast
-    folder: Path
-    run: Path | None
-    settings: ExperimentSettings | None
-
-    @property
-    def is_final(self) -> bool:
-        """Whether this is the last model of a finished run."""
-        return self.run is not None and self.folder == self.run / "final"
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------
-
-
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Load a run directory's model (its final one, else its newest checkpoint), a checkpoint, or an exported folder.
-
-    Raises UserError that names what is missing.
-    """
-    run = next((path for path in (folder, folder.parent, folder.parent.parent) if (path / "run.json").is_file()), None)
-    settings = read_settings(run / "config.yaml") if run is not None else None
-    if folder == run:
-        from pretrain.checkpoint import committed
-
-        steps = committed(folder / "checkpoints")
-        if not (folder / "final" / "config.json").is_file() and not steps:
-            raise UserError(f"{folder}: this run has no checkpoint yet")
-        folder = folder / "final" if (folder / "final" / "config.json").is_file() else steps[-1][1]
-    with _exported(folder, settings) as exported:
-        try:
-            model, tokenizer = load_checkpoint(exported)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-    return Checkpoint(model.eval(), wrap_tokenizer(tokenizer, model.config), folder, run, settings)
-
-
-def wrap_tokenizer(tokenizer: Tokenizer, config: MoRConfig) -> PreTrainedTokenizerFast:
-    """The tokenizer as transformers knows it, with the model's end-of-text token."""
-    eos = config.eos_token_id
-    token = tokenizer.id_to_token(eos) if isinstance(eos, int) else None
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=token)
-
-
-@contextlib.contextmanager
-def _exported(folder: Path, settings: ExperimentSettings | None) -> Iterator[Path]:
-    """The folder itself, or a training checkpoint in the form that `from_pretrained` reads, for as long as it takes."""
-    from pretrain.checkpoint import MARKER, export, verify
-
-    if not (folder / MARKER).is_file():
-        yield folder
-        return
-    if settings is None:
-        raise UserError(f"{folder}: a training checkpoint outside its run directory; export it first")
-    if fault := verify(folder):
-        raise UserError(f"{folder}: {fault}; use another checkpoint of the run")
-    with tempfile.TemporaryDirectory() as temporary:
-        export(folder, Path(temporary), settings.data.folders[0][0] / "tokenizer.json")
-        yield Path(temporary)
 
 
 # --- loss ---------------------------------------------------------------------------------------------------------
@@ -163,9 +90,9 @@ def make_validation(
 
 def losses(validation: Validation, model: MoRForCausalLM, precision: Precision, depths: bool) -> dict[str, Any]:
     """`validation`: the loss at the model's own depth; with `depths`, the losses with depth capped at 1 .. Nr too."""
-    from pretrain.parallel import Parallel
+    from pretrain.parallel.start import start_parallel
 
-    parallel = Parallel.start(ParallelSettings.model_validate({"strategy": "single"}), precision)
+    parallel = start_parallel(ParallelSettings.model_validate({"strategy": "single"}), precision)
     module: torch.nn.Module = model
     parallel.module = parallel.model = module.to(parallel.device)
     result: dict[str, Any] = {"validation": validation(parallel)}
@@ -231,11 +158,6 @@ def run_tasks(
         scores |= {name: _figures(values) for name, values in results["results"].items()}
     set_random_state(random_numbers)
     return scores
-
-
-def has_causal_decision(config: MoRConfig) -> bool:
-    """Whether the model can route a token without looking at later ones."""
-    return method_of(config).refuses(config, "causal") is None
 
 
 @functools.cache
@@ -358,8 +280,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
     validation = make_validation(checkpoint, given.data, given.batch_size, given.limit)
     if validation is None and (not tasks or given.depths):
         raise UserError(f"{given.checkpoint}: belongs to no run; give --data FOLDER, or tasks alone")
-    trained = checkpoint.settings.precision if checkpoint.settings else str(checkpoint.model.config.dtype or "")
-    precision, sentence = for_evaluation(given.precision, TRAINED.get(trained, trained), device_here())
+    precision, sentence = for_evaluation(given.precision, checkpoint.trained_in, device_here())
     print(f"precision: {sentence}", flush=True)
     config = checkpoint.model.config
     results: dict[str, Any] = {

@@ -42,7 +42,7 @@ def main() -> int:
     if arguments.print_config:
         print_config(settings)
         return 0
-    from pretrain.parallel import RunFailed
+    from pretrain.parallel.strategy import RunFailed
 
     try:
         return train(settings, arguments.restart and not _starts_again(os.environ))
@@ -59,11 +59,12 @@ def main() -> int:
 
 def train(settings: ExperimentSettings, restart: bool = False) -> int:
     """Start the ranks and train; returns the exit code. Raises RunFailed on every rank where the run cannot go on."""
-    from pretrain.parallel import Parallel, RunFailed
+    from pretrain.parallel.start import start_parallel
+    from pretrain.parallel.strategy import RunFailed
     from pretrain.precision import settle
     from pretrain.trainer import Trainer
 
-    parallel = Parallel.start(
+    parallel = start_parallel(
         settings.parallel, settings.precision, settings.seed, first=lambda: prepare_data(settings.data)
     )
     settings = settle(settings, parallel, restart)

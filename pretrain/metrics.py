@@ -30,7 +30,7 @@ from data_prep.settings import UserError, run_command
 from pretrain.config import ExperimentSettings, read_settings
 
 if TYPE_CHECKING:
-    from pretrain.parallel import Parallel
+    from pretrain.parallel.strategy import Parallel
 
 # Dense bf16 peak of one device in FLOP/s, by a part of its name; from the makers' data sheets.
 PEAK_FLOPS = {
@@ -142,6 +142,24 @@ class LossSpikes:
         self.last = loss
         self.count += 1
         return spike
+
+
+def rank_spread(parallel: Parallel, seconds: float) -> dict[str, float]:
+    """Fastest and slowest rank by `seconds`, each rank's own; nothing on one rank. Collective.
+
+    Ranks wait for each other in every step, so that whole steps take equally long; the trainer gives data and forward,
+    which come before the first wait (FSDP2 and ZeRO-3 already wait in the forward pass for each other's gathers).
+    """
+    if parallel.world_size == 1:
+        return {}
+    own = torch.zeros(parallel.world_size, dtype=torch.float64, device=parallel.device)
+    own[parallel.rank] = seconds
+    every = parallel.all_reduce(own).tolist()
+    return {
+        "fastest_rank_seconds": min(every),
+        "slowest_rank_seconds": max(every),
+        "slowest_rank": every.index(max(every)),
+    }
 
 
 class MetricsFile:

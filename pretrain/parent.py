@@ -25,9 +25,9 @@ from data_prep.settings import UserError
 from model.config import MoRConfig
 from pretrain.checkpoint import MARKER, Checkpoints, committed, folder_of, read_tensors, verify
 from pretrain.config import ExperimentSettings, StartSettings
-from pretrain.data import Manifest, Mixture
+from pretrain.manifest import Manifest, Mixture
 from pretrain.metrics import METRICS, good_lines
-from pretrain.parallel import Parallel
+from pretrain.parallel.strategy import Parallel
 
 OWN = "model.depth."  # what decides a token's depth: a routed model has it, a recursive one has not
 # What decides which layer a tensor belongs to: two models of equal shapes are told apart by it.

@@ -24,6 +24,8 @@ from data_prep.settings import UserError
 from model.depth import method_of
 from model.hardware import Precision, device_here
 from model.inference.text import end_of_text
+from pretrain.opened import has_causal_decision, open_checkpoint
+from pretrain.precision import for_evaluation
 
 if TYPE_CHECKING:
     from model.modeling import MoRForCausalLM
@@ -167,10 +169,6 @@ def tokenize(model: MoRForCausalLM, tokenizer: Any, texts: list[str]) -> Documen
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """What `--perplexity` asks for: prints it, and writes it to --output, by default `perplexity.json` of the run."""
-    # Here, since these modules import each other's commands.
-    from pretrain.evaluate import TRAINED, has_causal_decision, open_checkpoint
-    from pretrain.precision import for_evaluation
-
     texts = read_documents(given.perplexity)
     checkpoint = open_checkpoint(given.checkpoint.resolve())
     torch.nn.Module.to(checkpoint.model, device_here())
@@ -178,8 +176,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     stride = given.stride or max(1, config.max_position_embeddings // 2)
     if stride > config.max_position_embeddings:
         raise UserError(f"--stride: {stride} is more than the context of {config.max_position_embeddings}")
-    trained = checkpoint.settings.precision if checkpoint.settings else str(config.dtype or "")
-    precision, sentence = for_evaluation(given.precision, TRAINED.get(trained, trained), device_here())
+    precision, sentence = for_evaluation(given.precision, checkpoint.trained_in, device_here())
     print(f"precision: {sentence}", flush=True)
     documents = tokenize(model, checkpoint.tokenizer.backend_tokenizer, texts[: given.limit])
     options: dict[str, Any] = {"stride": stride, "batch_size": given.batch_size, "precision": precision}

@@ -20,7 +20,7 @@ from model.hardware import DTYPES, Precision
 from pretrain.config import ExperimentSettings
 
 if TYPE_CHECKING:
-    from pretrain.parallel import Parallel
+    from pretrain.parallel.strategy import Parallel
 
 CPU = torch.device("cpu")
 PRODUCT = (64, 512, 512)  # rows, inputs, outputs of the products that are timed: a tenth of a second at worst

@@ -18,10 +18,11 @@ from model.config import MoRConfig
 from model.flops import effective_parameters, unique_parameters
 from pretrain.checkpoint import committed
 from pretrain.config import ExperimentSettings, differing_keys, noted_changes, refusal
-from pretrain.data import Manifest, Mixture, bigram_loss
+from pretrain.data import bigram_loss
 from pretrain.lock import LOCK, owner_of
+from pretrain.manifest import Manifest, Mixture
 from pretrain.metrics import METRICS, last_step
-from pretrain.parallel import Parallel
+from pretrain.parallel.strategy import Parallel
 from pretrain.parent import describe_parent
 
 LAST_CHECKPOINT = "last_checkpoint"
@@ -29,8 +30,8 @@ ASIDE = "before"  # folder of what was there before a run began anew
 HISTORY = ("parent", "extensions", "changes")  # keys of run.json that a run which goes on keeps
 ROOT = Path(__file__).resolve().parents[1]
 # Sources that decide a run's figures; reports, launchers and generation do not.
-CODE = ("model/*.py", "model/depth/*.py")
-CODE_HERE = ("config", "data", "mixture", "parallel", "plan", "precision", "schedule", "trainer", "validation")
+CODE = ("model/*.py", "model/attention/*.py", "model/depth/*.py", "pretrain/parallel/*.py")
+CODE_HERE = ("config", "data", "manifest", "mixture", "plan", "precision", "schedule", "trainer", "validation")
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers")
 
 

@@ -28,7 +28,7 @@ from model.flops import Recompute, breakdown, effective_parameters, expected_wor
 from model.memory import communication, training_memory
 from pretrain.config import make_model_config
 from pretrain.metrics import PEAK_FLOPS
-from pretrain.parallel_settings import ParallelSettings
+from pretrain.parallel.settings import ParallelSettings
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2", "fsdp2_keep", "fsdp2_hybrid")

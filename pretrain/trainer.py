@@ -43,15 +43,28 @@ from model.routing import depth_counts
 from pretrain import extend, parent, run_folder
 from pretrain.checkpoint import Checkpoints, Outcome, committed, export, folder_of
 from pretrain.config import ExperimentSettings, StartSettings, micro_size_of, resolve_model
-from pretrain.data import BlockLoader, Manifest, MicroBatch
-from pretrain.evaluate import TaskSettings, run_tasks, task_line, wrap_tokenizer
+from pretrain.data import BlockLoader, MicroBatch
+from pretrain.evaluate import TaskSettings, run_tasks, task_line
 from pretrain.lock import RunLock, owner_of
-from pretrain.metrics import METRICS, LossSpikes, Output, Sums, Tracker, last_line, memory_bytes, peak_flops, tracker_id
-from pretrain.parallel import Parallel, RunFailed
+from pretrain.manifest import Manifest
+from pretrain.metrics import (
+    METRICS,
+    LossSpikes,
+    Output,
+    Sums,
+    Tracker,
+    last_line,
+    memory_bytes,
+    peak_flops,
+    rank_spread,
+    tracker_id,
+)
+from pretrain.opened import wrap_tokenizer
+from pretrain.parallel.strategy import Parallel, RunFailed
+from pretrain.parallel.timing import traced
 from pretrain.plan import Plan, RunState, make_plans
 from pretrain.precision import settle
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE, StopRequest
-from pretrain.timing import rank_spread, traced
 from pretrain.validation import Validation
 
 

@@ -14,11 +14,12 @@ from model.config import MoRConfig
 from model.depth import method_of
 from model.flops import gates_of
 from model.routing import depth_counts
-from pretrain.data import Manifest, Mixture, fixed_batches
+from pretrain.data import fixed_batches
+from pretrain.manifest import Manifest, Mixture
 from pretrain.metrics import Sums
 
 if TYPE_CHECKING:
-    from pretrain.parallel import Parallel
+    from pretrain.parallel.strategy import Parallel
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ from model.flops import gates_of
 from model.inference.text import pieces
 from model.modeling import MoRForCausalLM
 from model.routing import RoutingRecord
-from pretrain import document
 from pretrain.config import read_data
-from pretrain.data import Mixture, fixed_batches, number_documents
-from pretrain.document import Block, Heading, Markup, Picture, Table, Text
-from pretrain.evaluate import Checkpoint, has_causal_decision, open_checkpoint
-from pretrain.fonts import NO_GLYPH, families_for, note_on
+from pretrain.data import fixed_batches, number_documents
+from pretrain.manifest import Mixture
+from pretrain.opened import Checkpoint, has_causal_decision, open_checkpoint
+from pretrain.report import document
+from pretrain.report.document import Block, Heading, Markup, Picture, Table, Text
+from pretrain.report.fonts import NO_GLYPH, families_for, note_on
 
 END_OF_TEXT, PARTIAL = "end of text", "part of a character"
 CLASSES = ("word start", "word continuation", "digit", "punctuation", "whitespace", PARTIAL, END_OF_TEXT)

@@ -40,7 +40,7 @@ COMMANDS = [PRINT] + [
         "-m pretrain.doctor",
         "-m pretrain.evaluate",
         "-m pretrain.runs",
-        "pretrain/report.py",
+        "-m pretrain.report",
         "launchers/compare.py",
         "launchers/submit.py",
     )

@@ -25,8 +25,10 @@ MAY_IMPORT = {
     "launchers": {"launchers", "pretrain", "model", "data_prep"},
 }
 OURS = {*MAY_IMPORT, "tests"}
+# wing of pretrain -> modules of pretrain that it may import beside its own: nothing of training
+WINGS = {"report": {"config"}, "parallel": {"stop"}}
 DISTRIBUTED = {"accelerate", "deepspeed"}
-MAY_DISTRIBUTE = "pretrain/parallel.py"
+MAY_DISTRIBUTE = ("pretrain/parallel/fsdp2.py", "pretrain/parallel/zero.py")
 OPTIONAL = {"wandb", "deepspeed", "webdataset", "datasets", "datatrove"}  # slow to import or absent on some machines
 LONGEST_FUNCTION = 80
 LARGEST_FILE = 1_000_000
@@ -71,9 +73,57 @@ def wrong_direction(name: str, source: str) -> list[str]:
     return [f"{name}:{line} imports {module}" for line, module, _ in found if module.split(".")[0] in OURS - allowed]
 
 
+def out_of_its_wing(name: str, source: str) -> list[str]:
+    """Imports, anywhere in a file of a wing of pretrain, of what stands above it or in another wing."""
+    wing = name.split("/")[1]
+    if not name.startswith("pretrain/") or wing not in WINGS:
+        return []
+    found = (
+        (line, module.split(".")[1] if "." in module else imported)
+        for line, module, names in imports(ast.walk(ast.parse(source)))
+        for imported in names or [""]
+        if module.split(".")[0] == "pretrain"
+    )
+    wrong = {line: seen for line, seen in found if seen not in WINGS[wing] | {wing}}
+    return [f"{name}:{line} imports pretrain.{seen}" for line, seen in wrong.items()]
+
+
+def imported_modules(name: str, source: str) -> set[str]:
+    """What the file `name` imports, wherever it does but for types alone: modules, or names in them, as paths."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            node.body = []
+    folder, found = name.split("/")[:-1], set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.replace(".", "/") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) + 1 - node.level] if node.level else []
+            module = [*above, *(node.module or "").split(".")] if node.module else above
+            found |= {"/".join([*module, alias.name]) for alias in node.names}
+    return found
+
+
+def circles(sources: dict[str, str]) -> list[str]:
+    """Modules that import themselves by way of others; `sources`: path -> text of every file of the packages."""
+    modules = {name.removesuffix(".py").removesuffix("/__init__"): name for name in sources}
+    needs = {}
+    for module, name in modules.items():
+        found = imported_modules(name, sources[name])
+        known = {path if path in modules else path.rpartition("/")[0] for path in found}
+        needs[module] = known & modules.keys() - {module}
+    while free := {module for module, others in needs.items() if not others & needs.keys()}:
+        needs = {module: others for module, others in needs.items() if module not in free}
+    # what is left needs a circle; it is in one where something left needs it
+    while unneeded := needs.keys() - set().union(*needs.values()):
+        needs = {module: others for module, others in needs.items() if module not in unneeded}
+    return sorted(needs)
+
+
 def distributed(name: str, source: str) -> list[str]:
-    """Uses of accelerate, deepspeed or fully_shard outside the one file that applies parallelism, and launchers."""
-    if name == MAY_DISTRIBUTE or name.startswith("launchers/"):
+    """Uses of accelerate, deepspeed or fully_shard outside the two strategies that cut a model up, and launchers."""
+    if name in MAY_DISTRIBUTE or name.startswith("launchers/"):
         return []
     tree = ast.parse(source)
     faults = [
@@ -155,9 +205,14 @@ BROKEN = [
     (wrong_direction, "data_prep/x.py", "import model"),
     (wrong_direction, "pretrain/x.py", "from launchers import compare"),
     (wrong_direction, "launchers/x.py", "from tests.helpers import corpus"),
+    (out_of_its_wing, "pretrain/report/x.py", "def f():\n    from pretrain.checkpoint import committed"),
+    (out_of_its_wing, "pretrain/report/x.py", "from pretrain import metrics"),
+    (out_of_its_wing, "pretrain/report/x.py", "import pretrain.parallel.settings"),
+    (out_of_its_wing, "pretrain/parallel/x.py", "from pretrain.config import read_settings"),
     (distributed, "pretrain/x.py", "def f():\n    from accelerate import Accelerator"),
     (distributed, "model/x.py", "import deepspeed.checkpoint"),
     (distributed, "pretrain/x.py", "from torch.distributed.fsdp import fully_shard"),
+    (distributed, "pretrain/parallel/x.py", "import deepspeed"),
     (distributed, "pretrain/x.py", "import torch\ntorch.distributed.fsdp.fully_shard(model)"),
     (eager, "pretrain/x.py", "import wandb"),
     (eager, "data_prep/x.py", "from datasets import load_dataset"),
@@ -173,7 +228,13 @@ BROKEN = [
 ]
 SOUND = [
     (wrong_direction, "pretrain/x.py", "from model.config import MoRConfig\nfrom . import data\nimport torch"),
-    (distributed, MAY_DISTRIBUTE, "import accelerate"),
+    (
+        out_of_its_wing,
+        "pretrain/report/x.py",
+        "from pretrain.report import runs\nimport pretrain.config",
+    ),
+    (out_of_its_wing, "pretrain/x.py", "from pretrain.report import runs\nimport pretrain.metrics"),
+    (distributed, MAY_DISTRIBUTE[0], "from torch.distributed.fsdp import fully_shard"),
     (eager, "pretrain/x.py", "def f():\n    import wandb"),
     (too_long, "model/x.py", "def f():\n" + "    pass\n" * (LONGEST_FUNCTION - 1)),
     (unsafe_load, "pretrain/x.py", "import torch\ntorch.load('x', weights_only=True)"),
@@ -194,10 +255,29 @@ def test_rule_passes_what_is_sound(rule: Rule, name: str, source: str) -> None:
     assert rule(name, source) == []
 
 
-@pytest.mark.parametrize("rule", [wrong_direction, distributed, eager, names_a_method], ids=lambda rule: rule.__name__)
+@pytest.mark.parametrize(
+    "rule", [wrong_direction, out_of_its_wing, distributed, eager, names_a_method], ids=lambda rule: rule.__name__
+)
 def test_packages_keep(rule: Rule) -> None:
     assert len({name_of(path).split("/")[0] for path in PACKAGED}) == len(MAY_IMPORT)
     assert [fault for path in PACKAGED for fault in rule(name_of(path), path.read_text(encoding="utf-8"))] == []
+
+
+def test_circles_are_found() -> None:
+    sources = {
+        "model/a.py": "from . import b",
+        "model/b.py": "def f():\n    from model.depth.c import x",
+        "model/depth/__init__.py": "",
+        "model/depth/c.py": "from ..a import y",
+        "model/above.py": "import model.a",
+        "model/below.py": "if TYPE_CHECKING:\n    from model.below2 import z",
+        "model/below2.py": "from model import below",
+    }
+    assert circles(sources) == ["model/a", "model/b", "model/depth/c"]
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    assert circles({name_of(path): path.read_text(encoding="utf-8") for path in PACKAGED}) == []
 
 
 @pytest.mark.parametrize("rule", [too_long, unsafe_load], ids=lambda rule: rule.__name__)

@@ -392,9 +392,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is written: what ends Python must not end it otherwise
+    except KeyboardInterrupt:
+        sys.exit(130)

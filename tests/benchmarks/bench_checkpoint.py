@@ -22,15 +22,16 @@ from rich.table import Table
 from torch import nn
 
 from pretrain.checkpoint import Checkpoints
-from pretrain.parallel import Parallel
-from pretrain.parallel_settings import ParallelSettings
+from pretrain.parallel.settings import ParallelSettings
+from pretrain.parallel.start import start_parallel
+from pretrain.parallel.strategy import Parallel
 
 GOAL = 0.1  # stall in the background over stall at once
 
 
 def prepared(megabytes: int) -> Parallel:
     """One process whose model and optimizer hold so many megabytes: fp32 weights and two moments."""
-    parallel = Parallel.start(ParallelSettings(strategy="single"))
+    parallel = start_parallel(ParallelSettings(strategy="single"))
     width = round((megabytes * 1e6 / 12 / 16) ** 0.5)
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(16)))
     parallel.prepare(model, lambda module: torch.optim.AdamW(module.parameters()))

@@ -101,7 +101,8 @@ MIXTURE = """
 import json, sys, time
 sys.path.insert(0, ".")
 from pathlib import Path
-from pretrain.data import BlockLoader, Manifest, Mixture
+from pretrain.data import BlockLoader
+from pretrain.manifest import Manifest, Mixture
 from tests.helpers.corpus import prepare_tiny
 folder = Path(sys.argv[1])
 for seed, name in enumerate("abc"):

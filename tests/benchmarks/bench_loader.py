@@ -21,7 +21,8 @@ from rich.table import Table
 
 from data_prep.manifest import write_manifest
 from data_prep.shards import write_split
-from pretrain.data import BlockLoader, Manifest
+from pretrain.data import BlockLoader
+from pretrain.manifest import Manifest
 
 CONSUMED = 25_000.0
 GOAL = 10  # times what the trainer consumes

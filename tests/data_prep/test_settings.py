@@ -1,5 +1,8 @@
 """Settings: composition, overrides, and messages that name the file, the key and the nearest valid names."""
 
+import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +22,9 @@ from data_prep.settings import (
     read_yaml,
     run_command,
 )
+from tests.helpers.late import signalled_at_the_end
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Inner(Settings):
@@ -129,6 +135,14 @@ def test_a_users_mistake_is_a_message_and_an_exit_code(capsys, error, code):
         run_command(main)
     assert stopped.value.code == code
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_ctrl_c_after_all_is_done_changes_nothing(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("from data_prep.settings import run_command\nrun_command(lambda: print('all done') or 3)\n")
+    command = signalled_at_the_end(signal.SIGINT, str(script))
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "all done\n", "")
 
 
 # The schema says what a value is

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.settings import build, merge
 from pretrain.config import ExperimentSettings
-from pretrain.parallel import Parallel
+from pretrain.parallel.start import start_parallel
 from pretrain.trainer import Trainer
 from tests.helpers.variants import EXIT, EXPERT, MOD, RECURSIVE, TOKEN, UT
 
@@ -54,7 +54,7 @@ def settings_for(run_dir: Path, data: Path, architecture: str = "mor_expert", **
 
 def trainer_for(settings: ExperimentSettings) -> Trainer:
     """A trainer on one process."""
-    parallel = Parallel.start(settings.parallel, settings.precision, settings.seed)
+    parallel = start_parallel(settings.parallel, settings.precision, settings.seed)
     return Trainer(settings, settings.data.read(), parallel)
 
 

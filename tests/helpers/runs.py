@@ -16,6 +16,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "recursive_nr3": {"num_recursions": 3},
     "mor_expert_nr3": {"num_recursions": 3, "routing": "expert_choice"},
     "mor_token_nr3": {"num_recursions": 3, "routing": "token_choice"},
+    "calm_nr3": {"num_recursions": 3, "routing": "early_exit"},
 }
 
 
@@ -78,15 +79,17 @@ def make_run(
     (folder / "run.json").write_text(json.dumps(static))
     step_flops = flops.training_flops(config, SEQUENCE_LENGTH, 4)
     steps = round(budget / step_flops)
-    shares = [0.0, 1 / 3, 1 / 3, 1 / 3] if config.routing != "none" else None
+    gates = flops.gates_of(config)
+    shares = [0.0, *[1 / gates] * gates] if gates else None
     rows: list[dict[str, Any]] = []
     for place in range(1, lines + 1):
         step = steps * place // lines
         row = {"step": step, "tokens": step * 4 * SEQUENCE_LENGTH, "flops": step * step_flops, "seconds": float(place)}
         now = loss + math.exp(-4 * place / lines) - math.exp(-4)
         rows.append({**row, "loss": now, "learning_rate": 1e-3, **({"depth_shares": shares} if shares else {})})
-        causal = {"validation_loss": now, "validation_loss_topk": now - 0.01 * (config.architecture == "mor_expert")}
-        rows.append({**row, **causal, "validation_tokens": 640, "validation_depth_shares": shares})
+        losses = {"validation_loss": now, "validation_loss_topk": now - 0.01 * (config.architecture == "mor_expert")}
+        losses |= {"validation_loss_full": now - 0.03} if config.architecture == "early_exit" else {}
+        rows.append({**row, **losses, "validation_tokens": 640, "validation_depth_shares": shares})
     if finished:
         rows.append({**rows[-1], "validation_look_ahead": look_ahead, "epoch": epoch, "event": "finished"})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

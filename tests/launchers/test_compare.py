@@ -197,7 +197,7 @@ def test_a_failed_run_stops_no_other_and_is_tried_again(grid, monkeypatch):
     settings, use = grid
     reported = []
     monkeypatch.setattr(
-        "pretrain.report.write_report", lambda folders, *_, **__: reported.append([f.name for f in folders])
+        "pretrain.report.write.write_report", lambda folders, *_, **__: reported.append([f.name for f in folders])
     )
     use("fail")
     code, text = run(settings)

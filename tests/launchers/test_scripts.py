@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.late import signalled_at_the_end
 from tests.helpers.slurm import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,10 +54,13 @@ ACCELERATE = ["launchers/accelerate_launch.py", "--num_machines=1", "--mixed_pre
 
 
 def stopped(tmp_path: Path, launcher: list[str], how: str, *numbers: signal.Signals) -> tuple[int, str, list[str]]:
-    """(exit status, output, files that the ranks left) of a launch that gets these signals once its ranks are ready."""
+    """(exit status, output, files that the ranks left) of a launch that gets these signals once its ranks are ready.
+
+    The launcher gets another while Python ends, which changes nothing.
+    """
     program = tmp_path / "rank.py"
     program.write_text(RANK)
-    command = [sys.executable, *launcher, str(program), how, str(tmp_path)]
+    command = signalled_at_the_end(numbers[0] if numbers else signal.SIGTERM, *launcher, program, how, tmp_path)
     with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
         if numbers:

@@ -20,9 +20,10 @@ from model import MoRConfig, MoRForCausalLM
 from model.depth import METHODS, architectures, find_methods
 from model.export import main as export
 from model.memory import activation_bytes, kv_cache_bytes_per_token
-from pretrain import main, report, views
+from pretrain import main, views
 from pretrain.config import read_settings
 from pretrain.metrics import MetricsFile
+from pretrain.report.__main__ import main as report
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import TINY, figures, read_lines
 from tests.helpers.tiny import save_tiny, tiny_model
@@ -147,7 +148,7 @@ def test_runs_are_trained_resumed_and_reported(
     assert figures(read_lines(tmp_path / "again")) == figures(read_lines(tmp_path / "whole"))
     lines = read_lines(tmp_path / "whole")
     assert any("entered_1" in line and len(line["depth_shares"]) == 3 for line in lines if "loss" in line)
-    assert report.main([str(tmp_path / "whole"), "--output", str(tmp_path / "report")]) == 0
+    assert report([str(tmp_path / "whole"), "--output", str(tmp_path / "report")]) == 0
     found = json.loads((tmp_path / "report" / "results.json").read_text())
     assert "stopping" in json.dumps(found) and "stopping" in architectures()
     assert (tmp_path / "report" / "depth_shares.png").is_file()

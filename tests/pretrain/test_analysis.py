@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pretrain.analysis import (
+from pretrain.report.analysis import (
     fit_isoflop,
     fit_joint_law,
     fit_scaling_law,

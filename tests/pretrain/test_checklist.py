@@ -10,10 +10,10 @@ from rich.console import Console
 from data_prep.settings import UserError
 from model.config import MoRConfig
 from model.flops import flops_per_token
-from pretrain import report, summary
-from pretrain.controls import CONTROLS, buildable, control_fields
-from pretrain.runs import read_run, read_runs
-from pretrain.sweep import halving, points_of, sweep_rows
+from pretrain.report import blocks, summary, write
+from pretrain.report.controls import CONTROLS, buildable, control_fields
+from pretrain.report.runs import read_run, read_runs
+from pretrain.report.sweep import halving, points_of, sweep_rows
 from tests.helpers.runs import MODELS, SEQUENCE_LENGTH, make_run
 
 BUDGET, RATES, SEEDS = 4e12, (1e-3, 2e-3, 4e-3), (0, 1, 2)
@@ -58,7 +58,7 @@ def comparison(folder, **changes):
 def answers(folder):
     """(results, question -> check)."""
     runs = read_runs([folder])[0]
-    sweeps, repeats = report.beside(runs, "sweep"), report.beside(runs, "noise")
+    sweeps, repeats = write.beside(runs, "sweep"), write.beside(runs, "noise")
     results = summary.build_results(runs, sweeps=sweeps, repeats=repeats, command="COMPARE")
     return results, {check["question"]: check for check in results["checklist"]}
 
@@ -76,7 +76,7 @@ def test_a_sound_comparison_passes_whole_and_has_a_verdict(clean):
     results, checks = clean
     assert {question: check["holds_up"] for question, check in checks.items() if not check["passed"]} == {}
     row = of(results)
-    assert row["open"] == [] and row["verdict"] == "better" and report.verdict(row) == "better"
+    assert row["open"] == [] and row["verdict"] == "better" and blocks.verdict(row) == "better"
     assert row["baseline"] == "vanilla" and set(results["controls"]["mor_expert_nr3"]["present"]) == set(CONTROLS)
 
 
@@ -94,7 +94,7 @@ def test_a_planted_artefact_is_caught(tmp_path, question, planted, said):
     results, checks = answers(comparison(tmp_path, **planted))
     assert [name for name, check in checks.items() if not check["passed"]] == [question]
     assert list(checks[question]["holds_up"]) == list(planted) and said in str(checks[question]["holds_up"])
-    assert of(results)["open"] == [question] and report.verdict(of(results)) == f"open: {question}"
+    assert of(results)["open"] == [question] and blocks.verdict(of(results)) == f"open: {question}"
     assert checks[question]["needs"].startswith("COMPARE")
 
 
@@ -177,7 +177,7 @@ def test_the_report_shows_checklist_sweep_decomposition_and_noise(tmp_path, clea
     make_run(tmp_path / "noise" / "bf16", "vanilla", seed=0, loss=3.01, precision="bf16", budget=BUDGET, rate=2e-3)
     make_run(tmp_path / "noise" / "order", "vanilla", seed=0, loss=3.02, budget=BUDGET, rate=2e-3)
     text = io.StringIO()
-    results = report.write_report([tmp_path], tmp_path / "report", console=Console(file=text, width=100))
+    results = write.write_report([tmp_path], tmp_path / "report", console=Console(file=text, width=100))
     noise = {row["kind"]: row["deviation"] for row in results["noise"]}
     assert noise["precision"] == pytest.approx(0.01 / 2**0.5) and noise["order"] == pytest.approx(0.02 / 2**0.5)
     assert 0.002 < noise["seed"] < 0.006
@@ -189,14 +189,14 @@ def test_the_report_shows_checklist_sweep_decomposition_and_noise(tmp_path, clea
     for name in ("sweep_learning_rate", "decomposition", "differences", "loss_seconds"):
         assert (tmp_path / "report" / f"{name}.png").stat().st_size > 10_000
     assert "A sceptic's checklist" in text.getvalue()
-    assert report.read_evidence(tmp_path / "report")[0]["checklist"] == results["checklist"]
+    assert write.read_evidence(tmp_path / "report")[0]["checklist"] == results["checklist"]
 
 
 def test_evidence_that_is_no_report_is_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"variants": []}))
     for path, said in ((tmp_path, "older version"), (tmp_path / "none", "no report's")):
         with pytest.raises(UserError, match=said):
-            report.read_evidence(path)
+            write.read_evidence(path)
 
 
 # --- sweeps and controls ------------------------------------------------------------------------------------------

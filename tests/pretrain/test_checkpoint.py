@@ -20,8 +20,9 @@ from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
 from pretrain.checkpoint import BrokenSave, Checkpoints, Outcome, committed, folder_of
-from pretrain.parallel import Parallel
-from pretrain.parallel_settings import ParallelSettings
+from pretrain.parallel.settings import ParallelSettings
+from pretrain.parallel.start import start_parallel
+from pretrain.parallel.strategy import Parallel
 from tests.helpers.experiments import ROUTED
 
 CONFIG = MoRConfig(**ROUTED["mor_token"], vocab_size=50, max_position_embeddings=16, balancing="loss_free")
@@ -30,7 +31,7 @@ TOKENS = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(3)
 
 def started(seed: int = 0, config: MoRConfig = CONFIG) -> Parallel:
     """A strategy of one process with a tiny model, one step after its beginning."""
-    parallel = Parallel.start(ParallelSettings(strategy="single"), "fp32", seed)
+    parallel = start_parallel(ParallelSettings(strategy="single"), "fp32", seed)
     parallel.prepare(MoRForCausalLM(config), lambda model: torch.optim.AdamW(model.parameters()))
     step(parallel)
     return parallel

@@ -26,15 +26,15 @@ from data_prep.settings import UserError
 from pretrain.data import (
     BlockLoader,
     Blocks,
-    Manifest,
     accumulation_steps,
     fixed_batches,
-    index_path,
     number_documents,
     permute,
     read_ahead,
+    read_verified,
     sample_order,
 )
+from pretrain.manifest import Manifest, index_path
 from tests.benchmarks import bench_loader
 from tests.helpers.corpus import prepare_tiny
 
@@ -120,7 +120,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> Manifest:
-    return Manifest.read(folder, verify=True)
+    return read_verified(folder)
 
 
 def indices_of(batch: list) -> list[int]:
@@ -182,7 +182,7 @@ class TestOrder:
 class TestBlocks:
     @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
     def test_holds_every_token(self, tmp_path, dtype):
-        manifest = Manifest.read(write_folder(tmp_path / "x", dtype=dtype, length=10), verify=True)
+        manifest = read_verified(write_folder(tmp_path / "x", dtype=dtype, length=10))
         for split in ("train", "validation"):
             blocks = Blocks(manifest, split)
             for index in range(len(blocks)):
@@ -403,7 +403,7 @@ class TestManifest:
 
     def refused(self, folder: Path, *parts: str, verify: bool = False) -> None:
         with pytest.raises(UserError) as error:
-            Manifest.read(folder, verify=verify)
+            read_verified(folder) if verify else Manifest.read(folder)
         for part in parts:
             assert part in str(error.value), str(error.value)
 
@@ -415,7 +415,7 @@ class TestManifest:
         (folder / "manifest.json").write_text(json.dumps({**content, "fingerprint": fingerprint(content)}))
 
     def test_reads(self, copy):
-        manifest = Manifest.read(copy, verify=True)
+        manifest = read_verified(copy)
         assert (manifest.split("train").samples, manifest.split("validation").samples) == (12, 11)
         assert manifest.folder == copy and manifest.sequence_length == 8
 
@@ -531,7 +531,7 @@ class TestManifest:
 def test_reads_what_data_prep_writes(tmp_path):
     """Every block of a real preparation, over several shards, as plain tar readers see it."""
     prepare_tiny(tmp_path / "tiny", shard_bytes=30_000)
-    manifest = Manifest.read(tmp_path / "tiny", verify=True)
+    manifest = read_verified(tmp_path / "tiny")
     assert len(manifest.split("train").shards) > 1
     for split in ("train", "validation"):
         stored = []

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from pretrain import doctor
-from pretrain.parallel import Parallel
-from pretrain.parallel_settings import ParallelSettings
+from pretrain.parallel.settings import ParallelSettings
+from pretrain.parallel.start import start_parallel
+from pretrain.parallel.strategy import Parallel
 from pretrain.plan import make_plans
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
@@ -18,7 +19,7 @@ from tests.helpers.experiments import settings_for
 
 
 def alone() -> Parallel:
-    return Parallel.start(ParallelSettings(strategy="single"))
+    return start_parallel(ParallelSettings(strategy="single"))
 
 
 class Pretended(Parallel):
@@ -90,7 +91,7 @@ def test_a_model_too_large_is_refused(tmp_path: Path):
 
 
 def examine_here(folder: Path) -> list[tuple[str, bool, str]]:
-    parallel = Parallel.start(ParallelSettings(strategy="ddp"))
+    parallel = start_parallel(ParallelSettings(strategy="ddp"))
     findings = doctor.examine(parallel, folder, None)
     parallel.finish()
     return [(f.check, f.passed, f.text) for f in findings]

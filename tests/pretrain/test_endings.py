@@ -20,10 +20,12 @@ from data_prep.settings import UserError
 from pretrain import checkpoint, main, metrics, run_folder
 from pretrain.data import BlockLoader, Blocks
 from pretrain.metrics import MetricsFile, Tracker, last_step
-from pretrain.parallel import Parallel, RunFailed, _check_devices, _DeepSpeed
+from pretrain.parallel.start import start_parallel
+from pretrain.parallel.strategy import Parallel, RunFailed, _check_devices
+from pretrain.parallel.watchdog import Watchdog
+from pretrain.parallel.zero import Zero
 from pretrain.stop import CANNOT_WRITE, disk_error
 from pretrain.trainer import Trainer
-from pretrain.watchdog import Watchdog
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import figures, read_lines, settings_for, train, trainer_for
@@ -329,7 +331,7 @@ def test_zero_makes_the_optimizers_step_where_adamw_would(fused: bool):
     flat = torch.empty(8, device="meta")
     groups = [{"params": [], "fused": fused}]
     inner = SimpleNamespace(state={}, param_groups=groups)
-    parallel = object.__new__(_DeepSpeed)
+    parallel = object.__new__(Zero)
     parallel.stage = 3
     parallel.optimizer = SimpleNamespace(  # type: ignore[assignment]
         fp32_partitioned_groups_flat=[flat], optimizer=inner, param_groups=groups
@@ -380,7 +382,7 @@ def scenario(parallel: Parallel, run_dir: Path, data: Path, asynchronous: bool, 
 
 
 def trainer_manifest(data: Path) -> Any:
-    from pretrain.data import Manifest
+    from pretrain.manifest import Manifest
 
     return Manifest.read(data)
 
@@ -446,7 +448,7 @@ def end_in_every_way(root: Path, data: Path, strategy: str) -> dict[str, Any]:
         {"min_unit_parameters": 0} if strategy == "fsdp2" else {}
     )
     settings = settings_for(root, data, parallel=section)
-    parallel = Parallel.start(settings.parallel, "fp32", 0)
+    parallel = start_parallel(settings.parallel, "fp32", 0)
     found = {name: scenario(parallel, root / name, data, name != "metrics", patch) for name, patch in FAULTS.items()}
     parallel.finish()
     return found

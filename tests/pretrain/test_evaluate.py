@@ -17,11 +17,11 @@ from pretrain.evaluate import (
     chosen_tasks,
     main,
     metrics_line,
-    open_checkpoint,
     run_tasks,
 )
 from pretrain.metrics import last_line
-from pretrain.runs import read_run
+from pretrain.opened import open_checkpoint
+from pretrain.report.runs import read_run
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import read_lines, settings_for, train, trainer_for
 

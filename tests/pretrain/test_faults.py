@@ -19,10 +19,10 @@ import torch
 
 from pretrain import checkpoint
 from pretrain import trainer as trainer_module
-from pretrain.data import Manifest
-from pretrain.parallel import Parallel
+from pretrain.manifest import Manifest
+from pretrain.parallel.start import start_parallel
+from pretrain.parallel.watchdog import STALLED, Beat, Watchdog
 from pretrain.trainer import Trainer
-from pretrain.watchdog import STALLED, Beat, Watchdog
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import Ranks, run_ranks, start_ranks
 from tests.helpers.experiments import figures, read_lines, settings_for, trainer_for
@@ -213,7 +213,7 @@ def train_slowly(run_dir: Path, data: Path, seconds: float) -> list[dict[str, An
         checkpoint={"every_steps": 2, "asynchronous": True},
         parallel=limits,
     )
-    parallel = Parallel.start(settings.parallel, "fp32", 0, first=lambda: time.sleep(seconds))
+    parallel = start_parallel(settings.parallel, "fp32", 0, first=lambda: time.sleep(seconds))
     digest, export = checkpoint._digest, trainer_module.export
     calls = itertools.count()
 

@@ -6,8 +6,8 @@ import warnings
 
 import numpy as np
 
-from pretrain import fonts
-from pretrain.fonts import NO_GLYPH, families_for, note_on
+from pretrain.report import fonts
+from pretrain.report.fonts import NO_GLYPH, families_for, note_on
 from pretrain.views import Routed, heat_map
 
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from data_prep.prepare import prepare
 from data_prep.settings import UserError, build, merge
 from pretrain.config import DataSettings
-from pretrain.data import BlockLoader, Blocks, Manifest, Mixture
+from pretrain.data import BlockLoader, Blocks
+from pretrain.manifest import Manifest, Mixture
 from pretrain.mixture import Phase, Proportions, pattern, starts_of, whole_weights
 from tests.helpers.corpus import prepare_tiny, tiny_settings
 from tests.helpers.experiments import figures, settings_for, train, trainer_for

@@ -15,9 +15,9 @@ from data_prep.settings import UserError, build, read_yaml
 from pretrain import extend
 from pretrain.checkpoint import committed, folder_of, read_tensors
 from pretrain.config import ExperimentSettings, StartSettings
-from pretrain.data import Manifest
 from pretrain.lock import RunLock
-from pretrain.parallel import Parallel
+from pretrain.manifest import Manifest
+from pretrain.parallel.start import start_parallel
 from pretrain.parent import skipped_samples
 from pretrain.trainer import Trainer
 from tests.helpers.corpus import prepare_tiny, tiny_settings
@@ -430,7 +430,7 @@ def test_a_start_is_a_path_or_its_fields(tmp_path: Path) -> None:
 
 def on_ranks(several: list[ExperimentSettings]) -> None:
     """Train one after the other, in one launch."""
-    parallel = Parallel.start(several[0].parallel, "fp32", 0)
+    parallel = start_parallel(several[0].parallel, "fp32", 0)
     for settings in several:
         trainer = Trainer(settings, Manifest.read(settings.data.folder), parallel)
         assert trainer.run() == 0

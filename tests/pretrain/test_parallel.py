@@ -24,8 +24,9 @@ from data_prep.settings import UserError, read_yaml
 from model.config import MoRConfig
 from model.modeling import MoRForCausalLM
 from pretrain.checkpoint import Marker, committed
-from pretrain.parallel import Parallel
-from pretrain.parallel_settings import ParallelSettings, check_precision, resolve_strategy
+from pretrain.parallel.settings import ParallelSettings, check_precision, resolve_strategy
+from pretrain.parallel.start import start_parallel
+from pretrain.parallel.strategy import Parallel
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import ROUTED, read_lines, settings_for, trainer_for
@@ -262,7 +263,7 @@ def test_auto_follows_the_launcher(environment: dict[str, str], fields: dict[str
 
 
 def small(seed: int = 0) -> tuple[Parallel, nn.Linear]:
-    parallel = Parallel.start(ParallelSettings(strategy="single"), "fp32", seed)
+    parallel = start_parallel(ParallelSettings(strategy="single"), "fp32", seed)
     model = nn.Linear(4, 1, bias=False)
     parallel.prepare(model, lambda module: torch.optim.SGD(module.parameters(), lr=1.0))
     return parallel, model
@@ -303,9 +304,9 @@ def test_layers_are_compiled_as_asked_and_by_itself_on_gpus_alone(monkeypatch):
     assert parallel.compiles(True) and not parallel.compiles(False) and not parallel.compiles("auto")
     parallel.device = torch.device("cuda", 0)
     for able in (True, False):
-        monkeypatch.setattr("pretrain.parallel.can_compile", lambda able=able: able)
+        monkeypatch.setattr("pretrain.parallel.strategy.can_compile", lambda able=able: able)
         assert parallel.compiles("auto") is able
-    monkeypatch.setattr("pretrain.parallel.can_compile", lambda: True)
+    monkeypatch.setattr("pretrain.parallel.strategy.can_compile", lambda: True)
     parallel.checkpoint_format = "deepspeed"  # whose hooks gather weights at each module's call
     assert not parallel.compiles("auto")
 
@@ -517,7 +518,7 @@ def test_resumes_under_another_strategy_or_world(runs: Runs, source: str, target
 
 def build(parallel_section: dict[str, Any]) -> tuple[bool, dict[str, torch.Tensor], bool]:
     """(whether this rank built without weights, all tensors whole, whether head and embedding are still one)."""
-    parallel = Parallel.start(ParallelSettings(**parallel_section), "fp32", 7)
+    parallel = start_parallel(ParallelSettings(**parallel_section), "fp32", 7)
     fields = ROUTED["mor_token"] | {"balancing": "loss_free", "relaxation": "lora", "vocab_size": 64}
     with parallel.building():
         model = MoRForCausalLM(MoRConfig(**fields))
@@ -547,7 +548,7 @@ def test_fsdp2_starts_from_the_weights_of_one_process_which_rank_0_alone_builds(
 def count_gathers(reshard: bool, num_recursions: int, micro_batches: int, least: int = 0) -> tuple[int, int]:
     """All-gathers and reduce-scatters of one optimizer step of a model with three unique layers, one of them shared."""
     units = {"reshard_after_forward": reshard, "min_unit_parameters": least}
-    parallel = Parallel.start(ParallelSettings(strategy="fsdp2", **units), "fp32", 0)
+    parallel = start_parallel(ParallelSettings(strategy="fsdp2", **units), "fp32", 0)
     fields = ROUTED["mor_expert"] | {"num_recursions": num_recursions, "num_hidden_layers": 2 + num_recursions}
     model = MoRForCausalLM(MoRConfig(**fields, vocab_size=64))
     parallel.prepare(model, lambda module: torch.optim.AdamW(module.parameters()))

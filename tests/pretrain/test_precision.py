@@ -14,8 +14,9 @@ from model import hardware
 from model.hardware import CPU
 from pretrain import precision
 from pretrain.config import ExperimentSettings
-from pretrain.data import Manifest
-from pretrain.parallel import Parallel
+from pretrain.manifest import Manifest
+from pretrain.parallel.start import start_parallel
+from pretrain.parallel.strategy import Parallel
 from pretrain.trainer import Trainer
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import settings_for
@@ -49,7 +50,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def started(settings: ExperimentSettings) -> tuple[Trainer, Parallel]:
-    parallel = Parallel.start(settings.parallel, settings.precision, settings.seed)
+    parallel = start_parallel(settings.parallel, settings.precision, settings.seed)
     settings = precision.settle(settings, parallel)
     return Trainer(settings, Manifest.read(settings.data.folder), parallel), parallel
 
@@ -89,7 +90,7 @@ def test_a_new_run_records_what_auto_took_and_goes_on_in_it_on_another_machine(t
     assert "precision: fp32 (as this run was started)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"was started in fp32.*leave out precision=bf16, or give another run_dir"):
         started(settings_for(tmp_path / "run", data, precision="bf16", budget={"steps": 3}))
-    fresh = precision.settle(settings, Parallel.start(settings.parallel, "auto"), restart=True)
+    fresh = precision.settle(settings, start_parallel(settings.parallel, "auto"), restart=True)
     assert fresh.precision == "bf16"  # what is set aside decides nothing
 
 

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from data_prep.settings import UserError, read_yaml
-from pretrain import analysis, document, figures, report, summary
-from pretrain.runs import comparable_sets, read_metrics, read_run, read_runs, variants
+from pretrain.report import analysis, blocks, document, figures, summary, write
+from pretrain.report.__main__ import main
+from pretrain.report.runs import comparable_sets, read_metrics, read_run, read_runs, variants
 from tests.helpers.runs import make_run
 
 LOSSES = {"vanilla": 2.90, "recursive_nr3": 2.96, "mor_expert_nr3": 2.88, "mor_token_nr3": 2.99}
@@ -28,7 +29,7 @@ def four(tmp_path_factory):
         for seed in range(3):
             make_run(folder / f"{name}-seed{seed}", name, seed=seed, loss=loss + 0.02 * seed + 0.001 * (seed == 1))
     with open(folder / "terminal.txt", "w") as file:
-        report.write_report([folder], folder / "report", published=True, console=Console(file=file, width=80))
+        write.write_report([folder], folder / "report", published=True, console=Console(file=file, width=80))
     return folder
 
 
@@ -60,6 +61,23 @@ def test_report_states_what_its_numbers_rest_on(four):
     facts = ("`exact`", "causal work", "made-up", "dddddddddddd", "tttttttttttt", "64 tokens", "inside documents")
     for stated in (*facts, "Seeds: 0, 1, 2", "causal routing (no look-ahead); top-k", "unigram model"):
         assert stated in text, stated
+
+
+def test_models_with_exits_stand_with_both_their_losses(four, tmp_path):
+    """That of decoding under the exit rule, which is compared, and the teacher-forced one at full depth beside it."""
+    for name, loss in (("vanilla", 2.90), ("calm_nr3", 2.95)):
+        make_run(tmp_path / name, name, loss=loss)
+    results = write.write_report([tmp_path], tmp_path / "report", console=quiet())
+    rows = {row["name"]: row for row in results["variants"]}
+    assert rows["calm_nr3"]["validation_loss"] - rows["calm_nr3"]["validation_loss_full"] == pytest.approx(0.03)
+    assert rows["vanilla"]["validation_loss_full"] is None
+    assert results["differences"][0]["mean"] == pytest.approx(0.05)
+    text = (tmp_path / "report" / "report.md").read_text()
+    header, row = (next(line for line in text.splitlines() if line.startswith(word)) for word in ("| model", "| calm"))
+    cells = dict(zip(header.split("|"), row.split("|"), strict=True))
+    assert cells[" validation loss, causal "] == " 2.9500 " and cells[" full depth (nobody exits) "] == " 2.9200 "
+    assert "of models with exits the causal loss is that of decoding" in text
+    assert "full depth" not in (four / "report" / "report.md").read_text()
 
 
 def test_differences_are_paired_and_judged(four):
@@ -98,8 +116,8 @@ def test_other_corpora_are_refused_or_shown_apart(tmp_path):
     make_run(tmp_path / "a")
     make_run(tmp_path / "b", seed=7, corpus="elsewhere", data_fingerprint="e" * 64)
     with pytest.raises(UserError, match=r"--allow-mixed.*\n  corpus: made-up.*elsewhere"):
-        report.write_report([tmp_path], tmp_path / "report", console=quiet())
-    results = report.write_report([tmp_path], tmp_path / "report", allow_mixed=True, console=quiet())
+        write.write_report([tmp_path], tmp_path / "report", console=quiet())
+    results = write.write_report([tmp_path], tmp_path / "report", allow_mixed=True, console=quiet())
     assert [[run["seed"] for run in one["runs"]] for one in results["sets"]] == [[0], [7]]
     assert [run["seed"] for run in results["runs"]] == [0, 7]
     assert (tmp_path / "report" / "set2_loss_flops.png").exists()
@@ -128,7 +146,7 @@ def test_conventions_stand_side_by_side(tmp_path):
     sets = [summary.build_results(runs) for runs in comparable_sets(read_runs([tmp_path])[0], allow_mixed=True)]
     for one in sets:
         one["title"] = one["convention"]
-    heading, table = report.side_by_side(sets)
+    heading, table = blocks.side_by_side(sets)
     assert table.header[1:] == ["exact", "paper"] and heading.text == "Side by side"
     (row,) = table.rows
     assert row[0] == "mor_expert_nr3" and row[1].startswith("+0.0500") and row[2].startswith("-0.1000")
@@ -159,7 +177,7 @@ def test_unfinished_runs_are_shown_but_not_compared(tmp_path):
     results = numbers(tmp_path)
     assert [row["finished"] for row in results["variants"]] == [True, False]
     assert results["differences"] == []
-    table = report.loss_table(results)
+    table = blocks.loss_table(results)
     assert [row[0] for row in table.rows] == ["vanilla", "mor_token_nr3 (not finished)", "unigram model"]
 
 
@@ -184,7 +202,7 @@ def test_isoflop_and_scaling_law_from_runs(tmp_path):
     assert len(results["isoflop"]) == 6
     (law,) = results["scaling_law"]
     assert law["architecture"] == "recursive" and law["fit"]["num_runs"] == 18 and law["fit"]["phi"] < 1
-    kinds = [type(block).__name__ for block in report.fit_blocks(results, "")]
+    kinds = [type(block).__name__ for block in blocks.fit_blocks(results, "")]
     assert kinds == ["Heading", "Table", "Picture", "Heading", "Text", "Table"]
 
 
@@ -207,7 +225,7 @@ def test_one_law_takes_the_runs_of_all_methods(tmp_path, monkeypatch):
     assert sorted(methods) == ["mor_expert"] * 2 + ["recursive"] * 2 + ["vanilla"] * 2
     assert {m: round(d, 2) for m, d in zip(methods, depths)} == {"vanilla": 1.0, "recursive": 3.0, "mor_expert": 2.0}
     assert all((part > 0) == (name != "vanilla") for part, name in zip(shared, methods)) and min(once) > 0
-    *_, text, table = report.fit_blocks(results, "")
+    *_, text, table = blocks.fit_blocks(results, "")
     assert "0.46" in text.text and table.rows[1] == ["mor_expert", "0.800 [0.700, 0.900]"]
 
 
@@ -267,7 +285,7 @@ def test_nothing_to_report_is_one_clear_message(tmp_path):
 
 def test_published_figures_are_the_papers():
     """Signs and order of Table 3, and that Table 9 repeats its 360M row."""
-    published = read_yaml(report.PUBLISHED)
+    published = read_yaml(write.PUBLISHED)
     losses = {row["name"]: row["loss"] for row in published["matched"]["rows"]}
     assert losses["mor_expert_nr2"] < losses["vanilla"] < losses["mor_expert_nr3"] < losses["mor_token_nr3"]
     table = published["isoflop"]["loss"]
@@ -276,14 +294,14 @@ def test_published_figures_are_the_papers():
 
 
 def test_command_line_names_a_mistake_without_a_traceback(tmp_path):
-    script = Path(report.__file__)
-    done = subprocess.run([sys.executable, str(script), str(tmp_path / "nowhere")], capture_output=True, text=True)
+    command = [sys.executable, "-m", "pretrain.report", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, cwd=Path(write.__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 2 and "run.json: no such file" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_command_line_writes_beside_the_runs(tmp_path):
     make_run(tmp_path / "run")
-    assert report.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     assert (tmp_path / "report" / "results.json").exists()
 
 
@@ -295,7 +313,7 @@ def test_wandb_receives_the_panels(four, tmp_path):
         "loss_flops", "a caption", figures.loss_curves(variants(runs), "flops", {"unigram model": 4.1}, "")
     )
     document.write([picture], tmp_path, title="t", results=results)
-    report.send_to_wandb([picture, report.runs_table(results)], runs, results, tmp_path, "offline")
+    write.send_to_wandb([picture, blocks.runs_table(results)], runs, results, tmp_path, "offline")
     (recording,) = (tmp_path / "tracker" / "wandb").glob("offline-run-*/run-*.wandb")
     wanted = (b"validation_loss/vanilla-seed0", b"loss_flops")
     until = time.monotonic() + 30  # its writer is another process, which a busy machine delays

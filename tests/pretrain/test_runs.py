@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from data_prep.settings import UserError
-from pretrain import report
 from pretrain.lock import RunLock
-from pretrain.runs import find_runs, main, read_runs, shown, status_of
+from pretrain.report.runs import read_runs, shown
+from pretrain.report.write import write_report
+from pretrain.runs import find_runs, main, status_of
 from tests.helpers.runs import make_run
 
 
@@ -143,14 +144,14 @@ def without_causal(folder: Path, **changes: Any) -> Path:
 def test_a_report_with_a_run_without_a_causal_loss(tmp_path: Path, changes: dict[str, Any]) -> None:
     make_run(tmp_path / "vanilla", "vanilla", loss=3.0)
     without_causal(make_run(tmp_path / "none", "mor_expert_nr3", loss=2.9), **changes)
-    results = report.write_report([tmp_path], tmp_path / "report", console=Console(file=io.StringIO(), width=100))
+    results = write_report([tmp_path], tmp_path / "report", console=Console(file=io.StringIO(), width=100))
     losses = {row["name"]: row["validation_loss"] for row in results["variants"]}
     assert losses["mor_expert_nr3"] is None and losses["vanilla"] == pytest.approx(3.0)
     assert not results["differences"]
     assert any("no causal validation loss" in warning for warning in results["warnings"])
     alone = tmp_path / "alone"
     without_causal(make_run(alone / "none", "mor_expert_nr3"), **changes)
-    assert report.write_report([alone], alone / "report", console=Console(file=io.StringIO()))["variants"]
+    assert write_report([alone], alone / "report", console=Console(file=io.StringIO()))["variants"]
 
 
 def test_a_parent_and_its_flops_stand_apart_in_the_report(tmp_path: Path) -> None:
@@ -163,7 +164,7 @@ def test_a_parent_and_its_flops_stand_apart_in_the_report(tmp_path: Path) -> Non
         parent=all_of_it,
         changes=[{"after_step": 3, "keys": {"evaluation.times": [1, 2]}}],
     )
-    results = report.write_report([tmp_path], tmp_path / "report", console=Console(file=io.StringIO()))
+    results = write_report([tmp_path], tmp_path / "report", console=Console(file=io.StringIO()))
     rows = {row["folder"].rpartition("/")[2]: row for row in results["runs"]}
     assert rows["child"]["own_flops"] == rows["child"]["flops"] and rows["child"]["parent_flops"] == 7e11
     assert rows["again"]["own_flops"] == pytest.approx(rows["again"]["flops"] - 7e11)

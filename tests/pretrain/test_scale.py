@@ -16,8 +16,9 @@ from torch.profiler import profile
 from model.config import MoRConfig
 from model.memory import communication, training_memory
 from model.modeling import MoRForCausalLM
-from pretrain.parallel import Parallel
-from pretrain.parallel_settings import ParallelSettings
+from pretrain.parallel.settings import ParallelSettings
+from pretrain.parallel.start import start_parallel
+from pretrain.parallel.strategy import Parallel
 from pretrain.scale import CONFIGS, Cluster, estimate
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import ROUTED
@@ -77,7 +78,7 @@ def held_bytes(parallel: Parallel) -> tuple[int, int]:
 def measure(name: str, micro_batches: int, folder: Path) -> tuple[dict[str, int], int, tuple[int, int]]:
     """(bytes sent, gathers, bytes held) of the second step of a rank."""
     section, precision = STRATEGIES[name]
-    parallel = Parallel.start(ParallelSettings(**section), precision, 0)
+    parallel = start_parallel(ParallelSettings(**section), precision, 0)
     parallel.prepare(MoRForCausalLM(MoRConfig(**MODEL)), lambda module: torch.optim.AdamW(module.parameters()))
     take_a_step(parallel, micro_batches)
     with profile(record_shapes=True) as profiled:

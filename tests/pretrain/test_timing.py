@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain import timing
-from pretrain.timing import PARTS, StepClock
+from pretrain.parallel import timing
+from pretrain.parallel.timing import PARTS, StepClock
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
 from tests.helpers.experiments import read_lines, settings_for, train, trainer_for

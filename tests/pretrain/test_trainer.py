@@ -17,9 +17,10 @@ from data_prep.settings import UserError
 from model.flops import training_flops
 from model.modeling import MoRForCausalLM
 from pretrain import checkpoint
-from pretrain.checklist import LOOK_AHEAD
-from pretrain.data import Blocks, Manifest, bigram_loss
+from pretrain.data import Blocks, bigram_loss
+from pretrain.manifest import Manifest
 from pretrain.plan import RunState, make_plans
+from pretrain.report.checklist import LOOK_AHEAD
 from pretrain.trainer import Trainer, make_optimizer
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import ROUTED, figures, read_lines, settings_for, train, trainer_for

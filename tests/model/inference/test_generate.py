@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from model.inference import generate
 from model.inference.text import TextStream, load_checkpoint, pieces
+from tests.helpers.late import signalled_at_the_end
 from tests.helpers.tiny import save_tiny, tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,16 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(capsys, checkpoint, mon
     monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n\n"))
     run(capsys, "--checkpoint", checkpoint, "--max-tokens", "40")
     assert list(lengths.values()) == [3, 3] and signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.slow
+def test_ctrl_c_after_the_last_answer_changes_nothing(checkpoint, tmp_path):
+    output = tmp_path / "out.jsonl"
+    arguments = ["--checkpoint", checkpoint, "--prompt", "the sea", "--output", output, "--max-tokens", "3"]
+    command = signalled_at_the_end(signal.SIGINT, "model/inference/generate.py", *arguments)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(results(output)) == 1
 
 
 @pytest.mark.parametrize(

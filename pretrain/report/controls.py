@@ -15,9 +15,9 @@ from typing import Any
 from model import flops
 from model.config import MoRConfig
 from model.depth import all_settings, method_of
-from pretrain import analysis
 from pretrain.config import LLAMA_FIELDS, make_model_config
-from pretrain.runs import Variant
+from pretrain.report import analysis
+from pretrain.report.runs import Variant
 
 # name -> what it is, in the order of reports
 CONTROLS = {

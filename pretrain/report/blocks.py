@@ -1,45 +1,22 @@
-"""The report of any set of runs: `python -m pretrain.report RUN... [--output DIR]`.
-
-Reads each run's `run.json` and `metrics.jsonl` and nothing else of it; writes `results.json`, `report.md`,
-`report.html` (one self-contained file) and PNG figures, and prints the table. Every number that a table shows is in
-`results.json`.
-"""
+"""What the report of a comparable set says: its words, tables and figures, from the numbers of `results.json`."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run by path: the repository's root takes the place of this folder
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-import argparse
-import json
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from data_prep.settings import UserError, read_yaml, run_command
 from model.flops import CONVENTIONS
-from pretrain import analysis, document
-from pretrain.document import Block, Heading, Picture, Table, Text
-from pretrain.runs import Run, Variant, comparable_sets, read_runs, shown
-from pretrain.summary import Results, build_results, merge_sets, ordered_variants
-from pretrain.sweep import TIE
+from pretrain.report import analysis
+from pretrain.report.document import Block, Heading, Picture, Table, Text
+from pretrain.report.runs import Run, Variant, shown
+from pretrain.report.summary import Results, ordered_variants
+from pretrain.report.sweep import TIE
 
 if TYPE_CHECKING:  # where a figure is drawn: matplotlib is slow to import
-    from pretrain import figures
+    from pretrain.report import figures
 
-PUBLISHED = Path(__file__).resolve().parents[1] / "configs" / "report" / "published.yaml"
-REPORT_FILES = ("report.html", "report.md", "results.json")
-TrackerMode = Literal["online", "offline", "disabled"]
 SIZE_LABEL = "parameters without embeddings, counted once per application"
 PAPER_SIZE_LABEL = "parameters of the vanilla model of this size"
-
-
-# --- words, tables, figures -------------------------------------------------------------------------------------
 
 
 def set_blocks(results: Results, runs: Sequence[Run], published: Results | None, prefix: str) -> list[Block]:
@@ -49,7 +26,7 @@ def set_blocks(results: Results, runs: Sequence[Run], published: Results | None,
     blocks += parent_blocks(results)
     if not groups:
         return [*blocks, conventions_table(results), runs_table(results)]
-    from pretrain import figures
+    from pretrain.report import figures
 
     note = f" ({results['convention']} convention)"
     lines = {"unigram model": results["unigram_loss"], "bigram model": results["bigram_loss"]}
@@ -127,9 +104,14 @@ def with_spread(mean: float | None, spread: float | None) -> str:
     return shown(mean) if spread is None else f"{shown(mean)} ± {shown(spread)}"
 
 
+def has_exits(rows: Sequence[Results]) -> bool:
+    """Whether some model lets tokens leave, so that its loss at full depth is another one."""
+    return any(row["validation_loss_full"] is not None for row in rows)
+
+
 def loss_table(results: Results) -> Table:
     """One row per variant, and the unigram model's."""
-    better = {row["name"]: row for row in results["differences"]}
+    better, full = {row["name"]: row for row in results["differences"]}, has_exits(results["variants"])
     rows = []
     for row in results["variants"]:
         difference = better.get(row["name"])
@@ -144,13 +126,14 @@ def loss_table(results: Results) -> Table:
                 with_spread(row["validation_loss"], row["validation_loss_std"]),
                 "" if difference is None else interval(difference),
                 shown(row["validation_loss_topk"]),
+                *([shown(row["validation_loss_full"])] if full else []),
                 f"{row['mean_recursions']:.2f}",
                 "–" if row["seconds"] is None else f"{row['seconds']:,.0f} s",
             ]
         )
     for name in ("bigram", "unigram"):
         if results[f"{name}_loss"] is not None:
-            rows.append([f"{name} model", "", "", "", "", "", f"{results[f'{name}_loss']:.4f}", "", "", "", ""])
+            rows.append([f"{name} model", *[""] * 5, f"{results[f'{name}_loss']:.4f}", *[""] * (4 + full)])
     header = [
         "model",
         "unique parameters",
@@ -161,6 +144,7 @@ def loss_table(results: Results) -> Table:
         "validation loss, causal",
         "minus baseline",
         "top-k (sees ahead)",
+        *(["full depth (nobody exits)"] if full else []),
         "mean recursions",
         "time per run",
     ]
@@ -241,7 +225,7 @@ def decomposition_blocks(results: Results, prefix: str) -> list[Block]:
     ]
     drawn = [found for found in results["decompositions"] if len(found["steps"]) > 1]
     if drawn:
-        from pretrain import figures
+        from pretrain.report import figures
 
         caption = "Steps from the baseline to each model, with 95% intervals."
         blocks.append(Picture(f"{prefix}decomposition", caption, figures.decomposition(drawn)))
@@ -265,7 +249,7 @@ def sweep_blocks(results: Results, prefix: str) -> list[Block]:
         f"half for one twice as long, and so on. Points within {TIE} nats of the winner are told as ties."
     )
     header = ["model", "tried", "won", "loss, last round", "ties", "state"]
-    from pretrain import figures
+    from pretrain.report import figures
 
     blocks: list[Block] = [Heading("Sweeps"), Text(text), Table("Sweeps", header, rows)]
     for key in dict.fromkeys(key for found in sweeps for key in found["keys"]):
@@ -325,7 +309,7 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
         blocks.append(Table("Noise floor", header, told))
     baselines = {row["baseline"] for row in rows}
     if len(baselines) == 1:
-        from pretrain import figures
+        from pretrain.report import figures
 
         fields = analysis.PairedDifference.__dataclass_fields__
         drawn = [
@@ -343,7 +327,7 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
 
 def cost_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> list[Block]:
     """Loss against what inference costs."""
-    from pretrain import figures
+    from pretrain.report import figures
 
     by_name = {row["name"]: row for row in results["variants"]}
     labels = {
@@ -380,7 +364,7 @@ def fit_blocks(results: Results, prefix: str) -> list[Block]:
     """IsoFLOP parabolas and the scaling law, where there are runs enough for them."""
     blocks: list[Block] = []
     if results["isoflop"]:
-        from pretrain import figures
+        from pretrain.report import figures
 
         rows = []
         panels: dict[str, list[figures.IsoflopCurve]] = {}
@@ -439,7 +423,7 @@ def fit_blocks(results: Results, prefix: str) -> list[Block]:
 
 def published_blocks(results: Results, published: Results, prefix: str) -> list[Block]:
     """The paper's figures beside these runs': differences to vanilla, and its isoFLOP curves."""
-    from pretrain import figures
+    from pretrain.report import figures
 
     matched = published["matched"]
     reference = next(row["loss"] for row in matched["rows"] if row["architecture"] == "vanilla")
@@ -492,6 +476,7 @@ def conventions_table(results: Results) -> Table:
 
 def runs_table(results: Results) -> Table:
     """One row per run."""
+    full = has_exits(results["runs"])
     header = [
         "model",
         "seed",
@@ -501,6 +486,7 @@ def runs_table(results: Results) -> Table:
         "steps",
         "validation loss, causal",
         "top-k",
+        *(["full depth"] if full else []),
         "seconds",
         "finished",
     ]
@@ -514,6 +500,7 @@ def runs_table(results: Results) -> Table:
             f"{row['steps']:,}",
             shown(row["validation_loss"]),
             shown(row["validation_loss_topk"]),
+            *([shown(row["validation_loss_full"])] if full else []),
             "–" if row["seconds"] is None else f"{row['seconds']:,.0f}",
             "yes" if row["finished"] else "no",
         ]
@@ -535,189 +522,3 @@ def side_by_side(sets: Sequence[Results]) -> list[Block]:
         )
     header = ["model minus its baseline", *(one["title"] for one in sets)]
     return [Heading("Side by side"), Table("Difference to the baseline in each set", header, rows)]
-
-
-# --- command line -----------------------------------------------------------------------------------------------
-
-
-def write_report(
-    folders: Sequence[str | Path],
-    output: Path,
-    *,
-    published: bool = False,
-    allow_mixed: bool = False,
-    baseline: str | None = None,
-    evidence: Sequence[str | Path] = (),
-    command: str = "",
-    track: TrackerMode = "disabled",
-    console: Console | None = None,
-) -> Results:
-    """Read the runs, write the report's files to `output`, print the table, and return what `results.json` holds.
-
-    Runs in `sweep/` and `noise/` beside them are read too. evidence: other reports' folders or results.json, which may
-    answer for these runs; command: what ran them; track: W&B mode (online, offline, disabled). Raises UserError for
-    runs that cannot be read or compared.
-    """
-    runs, warnings = read_runs(folders)
-    sweeps, repeats = beside(runs, "sweep"), beside(runs, "noise")
-    known = [one for path in evidence for one in read_evidence(Path(path))]
-    sets, blocks = [], []
-    paper = read_yaml(PUBLISHED) if published else None
-    groups = comparable_sets(runs, allow_mixed)
-    for place, members in enumerate(groups):
-        results = build_results(members, baseline, sweeps=sweeps, repeats=repeats, evidence=known, command=command)
-        results["title"] = members[0].condition_name
-        prefix = f"set{place + 1}_" if len(groups) > 1 else ""
-        blocks += [Heading(results["title"], 1), *set_blocks(results, members, paper, prefix)]
-        sets.append(results)
-    blocks = [*side_by_side(sets), *blocks]
-    if warnings:
-        blocks = [Text("Warnings: " + "; ".join(warnings)), *blocks]
-    merged = {**sets[0], "warnings": warnings} if len(sets) == 1 else {**merge_sets(sets), "warnings": warnings}
-    document.write(blocks, output, title="Training report", results=merged)
-    print_report(sets, output, warnings, console or Console())
-    if track != "disabled":
-        send_to_wandb(blocks, runs, merged, output, track)
-    document.close(blocks)
-    return merged
-
-
-def beside(runs: Sequence[Run], name: str) -> list[Run]:
-    """The runs in folders of this name beside runs, or beside the trunks of branches."""
-    homes = {
-        run.folder.parent.parent.parent if run.folder.parent.name == "branches" else run.folder.parent for run in runs
-    }
-    found: list[Run] = []
-    for folder in sorted(home / name for home in homes):
-        if any(folder.glob("*/run.json")):
-            with suppress(UserError):  # none of them has a loss yet
-                found += read_runs([folder])[0]
-    return found
-
-
-def read_evidence(path: Path) -> list[Results]:
-    """The comparable sets of another report. Raises UserError where it cannot be read."""
-    path = path / "results.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no report's results.json, for evidence: {error}") from None
-    sets = content.get("sets", [content])
-    if not all("checklist" in one for one in sets):
-        raise UserError(f"{path}: was written by an older version; make the report anew")
-    return list(sets)
-
-
-def terminal_tables(results: Results) -> list[Table]:
-    """The two tables that matter most, narrow enough for a terminal of 80 columns."""
-    header = ["model", "params", "FLOPs", "tokens", "loss, causal", "top-k"]
-    rows = [
-        [
-            row["name"] + ("" if row["finished"] else " *"),
-            f"{row['unique_parameters'] / 1e6:,.2f}M",
-            f"{row['flops']:.4g}",
-            f"{row['tokens'] / 1e6:,.1f}M",
-            with_spread(row["validation_loss"], row["validation_loss_std"]),
-            shown(row["validation_loss_topk"]),
-        ]
-        for row in results["variants"]
-    ]
-    for name in ("bigram", "unigram"):
-        if results[f"{name}_loss"] is not None:
-            rows.append([f"{name} model", "", "", "", f"{results[f'{name}_loss']:.4f}", ""])
-    unfinished = "" if all(row["finished"] for row in results["variants"]) else "; * not finished"
-    tables = [Table(f"Validation loss, FLOPs by `{results['convention']}`{unfinished}".replace("`", "'"), header, rows)]
-    if results["differences"]:
-        header = ["model", "minus", "nats, 95% interval", "verdict"]
-        rows = [
-            [
-                row["name"],
-                row["baseline"],
-                f"{row['mean']:+.4f}{half_width(row)}",
-                "open" if row["open"] else row["verdict"],
-            ]
-            for row in results["differences"]
-        ]
-        tables.append(Table("Differences at matched FLOPs, paired by seed", header, rows))
-    asked = [[check["question"], "yes" if check["passed"] else "no", check["answer"]] for check in results["checklist"]]
-    return [Table("A sceptic's checklist", ["question", "passes", "answer"], asked), *tables]
-
-
-def print_report(sets: Sequence[Results], output: Path, warnings: Sequence[str], console: Console) -> None:
-    """The tables that matter most, in the terminal."""
-    for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
-    for results in sets:
-        console.print(f"\n{results['title']}", style="bold", highlight=False)
-        for table in terminal_tables(results):
-            console.print(document.rich_table(table))
-        for needs in dict.fromkeys(check["needs"] for check in results["checklist"] if check["needs"]):
-            console.print(f"missing: {needs}", highlight=False, soft_wrap=True, markup=False)
-    for block in side_by_side(sets):
-        if isinstance(block, Table):
-            console.print(document.rich_table(block))
-    console.print("report: " + ", ".join(str(output / name) for name in REPORT_FILES), soft_wrap=True, highlight=False)
-
-
-def send_to_wandb(
-    blocks: Sequence[Block], runs: Sequence[Run], results: Results, output: Path, mode: TrackerMode
-) -> None:
-    """Log tables, figures and the loss curves (x axis FLOPs) as one W&B run."""
-    import wandb
-
-    folder = output / "tracker"
-    folder.mkdir(parents=True, exist_ok=True)
-    tracker = wandb.init(
-        project="mixture-of-recursions",
-        job_type="report",
-        mode=mode,
-        dir=str(folder),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    tracker.define_metric("flops")
-    tracker.define_metric("validation_loss/*", step_metric="flops")
-    for run in runs:
-        for line in run.validations:
-            tracker.log({"flops": line["flops"], f"validation_loss/{run.name}-seed{run.seed}": line["validation_loss"]})
-    for block in blocks:
-        if isinstance(block, Table):
-            tracker.log({block.title: wandb.Table(columns=list(block.header), data=block.rows)})
-        elif isinstance(block, Picture):
-            tracker.log({block.name: wandb.Image(str(output / f"{block.name}.png"), caption=block.caption)})
-    tracker.summary["runs"] = len(results["runs"])
-    tracker.finish()
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(prog="pretrain/report.py", description="Report on any set of runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders that hold some")
-    parser.add_argument("--output", type=Path, help="where the report goes (default: report/ beside or below the runs)")
-    parser.add_argument("--published", action="store_true", help="draw the paper's published figures beside these")
-    parser.add_argument("--allow-mixed", action="store_true", help="show runs that cannot be compared apart")
-    parser.add_argument("--baseline", help="name to compare with (default: the vanilla model of the same width)")
-    parser.add_argument(
-        "--evidence", nargs="+", default=[], metavar="REPORT", help="reports that may answer the checklist for these"
-    )
-    parser.add_argument("--track", choices=["disabled", "offline", "online"], default="disabled", help="send to W&B")
-    given = parser.parse_args(arguments)
-    output = given.output or default_output(given.runs)
-    write_report(
-        given.runs,
-        output,
-        published=given.published,
-        allow_mixed=given.allow_mixed,
-        baseline=given.baseline,
-        evidence=given.evidence,
-        track=given.track,
-    )
-    return 0
-
-
-def default_output(runs: Sequence[Path]) -> Path:
-    """`report/` in the one folder that was given, or beside several."""
-    return (runs[0] if len(runs) == 1 else runs[0].resolve().parent) / "report"
-
-
-if __name__ == "__main__":
-    run_command(main)

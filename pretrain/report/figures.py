@@ -16,8 +16,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from model.config import MoRConfig
 from model.depth import architectures, method_of
-from pretrain.analysis import Isoflop, PairedDifference
-from pretrain.runs import Run, Variant
+from pretrain.report.analysis import Isoflop, PairedDifference
+from pretrain.report.runs import Run, Variant
 
 MARKERS = "osD^vP*X"
 DEPTH_COLOURS = "viridis"

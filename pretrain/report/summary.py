@@ -12,11 +12,11 @@ from model import flops
 from model.config import MoRConfig
 from model.depth import architectures
 from model.memory import kv_cache_bytes_per_token
-from pretrain import analysis
-from pretrain.checklist import checks_of, open_questions
-from pretrain.controls import buildable, decomposition, described, find_controls
-from pretrain.runs import Run, Variant, variants
-from pretrain.sweep import settings_of, sweep_rows
+from pretrain.report import analysis
+from pretrain.report.checklist import checks_of, open_questions
+from pretrain.report.controls import buildable, decomposition, described, find_controls
+from pretrain.report.runs import Run, Variant, variants
+from pretrain.report.sweep import settings_of, sweep_rows
 
 SIGNIFICANT = 0.05
 ISOLATING = ("gate_only", "random_router", "gate_on_vanilla")
@@ -36,7 +36,7 @@ def build_results(
 
     baseline: name of the variant to compare with; without it each budget takes its vanilla variant of the same width.
     sweeps, repeats: runs beside these that tried other settings, and that repeat some of these under noise. evidence:
-    content of other reports' results.json; command: what ran the comparison (pretrain/checklist.py).
+    content of other reports' results.json; command: what ran the comparison (pretrain/report/checklist.py).
     Raises UserError for a baseline that is not among the runs.
     """
     groups = ordered_variants(runs)
@@ -62,7 +62,7 @@ def build_results(
         "vocab_size": facts["vocab_size"],
         "sequence_length": facts["sequence_length"],
         "document_masking": facts["document_masking"],
-        "evaluation": "causal routing (no look-ahead); top-k routing, which sees the whole sequence, beside it",
+        "evaluation": _evaluation(groups),
         "unigram_loss": facts["unigram_loss"],
         "bigram_loss": facts.get("bigram_loss"),
         "seeds": sorted({run.seed for run in runs}),
@@ -89,6 +89,16 @@ def build_results(
     for row in differences:
         row["open"] = open_questions(row, checks)
     return results | {"checklist": [check.plain() for check in checks]}
+
+
+def _evaluation(groups: Sequence[Variant]) -> str:
+    told = "causal routing (no look-ahead); top-k routing, which sees the whole sequence, beside it"
+    if any(group.losses("validation_loss_full") for group in groups):
+        told += (
+            "; of models with exits the causal loss is that of decoding, where tokens leave at the threshold and keys "
+            "above come from the states they left with; beside it the teacher-forced one at full depth"
+        )
+    return told
 
 
 def ordered_variants(runs: Sequence[Run]) -> list[Variant]:
@@ -127,6 +137,7 @@ def run_row(variant: str, run: Run) -> Results:
         "epoch": last.get("epoch"),
         "validation_loss": validation["validation_loss"],
         "validation_loss_topk": validation.get("validation_loss_topk"),
+        "validation_loss_full": validation.get("validation_loss_full"),
         "validation_step": validation["step"],
         "validation_tokens": validation.get("validation_tokens"),
         "validation_depth_shares": validation.get("validation_depth_shares"),
@@ -144,7 +155,7 @@ def run_row(variant: str, run: Run) -> Results:
 def variant_row(variant: Variant) -> Results:
     """Mean and spread over the seeds of one variant, and what a generated token costs."""
     losses = list(variant.losses().values()) if variant.has_losses else []
-    topk = [loss for loss in variant.losses("validation_loss_topk").values() if not math.isnan(loss)]
+    others = {mode: _mean_loss(variant, f"validation_loss_{mode}") for mode in ("topk", "full")}
     count = len(variant.runs)
     mean = sum(losses) / count if losses else None
     spread = (sum((x - mean) ** 2 for x in losses) / (count - 1)) ** 0.5 if mean is not None and count > 1 else None
@@ -162,7 +173,7 @@ def variant_row(variant: Variant) -> Results:
         "seconds": sum(seconds) / len(seconds) if seconds else None,
         "validation_loss": mean,
         "validation_loss_std": spread,
-        "validation_loss_topk": sum(topk) / len(topk) if topk else None,
+        **{f"validation_loss_{mode}": loss for mode, loss in others.items()},
         "mean_recursions": variant.mean_recursions(),
         "run_name": variant.runs[0].name,
         "effective_parameters": flops.effective_parameters(MoRConfig.from_dict(variant.model), embeddings=False),
@@ -173,6 +184,12 @@ def variant_row(variant: Variant) -> Results:
         "model": described(MoRConfig.from_dict(variant.model)),
         **inference_costs(variant),
     }
+
+
+def _mean_loss(variant: Variant, key: str) -> float | None:
+    """Over the seeds whose loss of this evaluation is finite."""
+    found = [loss for loss in variant.losses(key).values() if not math.isnan(loss)]
+    return sum(found) / len(found) if found else None
 
 
 def _largest(values: Iterable[float | None]) -> float | None:

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pretrain.analysis import MATCHED_SHARE
-from pretrain.controls import control_fields, same_model
+from pretrain.report.analysis import MATCHED_SHARE
+from pretrain.report.controls import control_fields, same_model
 
 LOOK_AHEAD = 0.01  # what rounding may do: nats, or the share of tokens that take another depth
 TOKENS_PER_PARAMETER = 15  # below it a model is far from its compute optimum (about 20: arXiv 2203.15556)

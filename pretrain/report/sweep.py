@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pretrain.runs import Run
+from pretrain.report.runs import Run
 
 TIE = 0.005  # nats: two points of a sweep that differ by less are called a tie
 Values = dict[str, Any]  # dotted key -> value

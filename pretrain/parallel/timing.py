@@ -1,4 +1,4 @@
-"""Where a training step's seconds go, which rank takes longest, and a trace of chosen steps."""
+"""Where a training step's seconds go, and a trace of chosen steps."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-if TYPE_CHECKING:
-    from pretrain.parallel import Parallel
 
 PARTS = ("data", "forward", "backward", "communication", "checkpoint", "optimizer")
 
@@ -65,24 +62,6 @@ class StepClock:
         for (part, start), (_, end) in zip(self._marks, self._marks[1:], strict=False):
             seconds[part] += start.elapsed_time(end) / 1000 if self._on_gpu else end - start
         return seconds
-
-
-def rank_spread(parallel: Parallel, seconds: float) -> dict[str, float]:
-    """Fastest and slowest rank by `seconds`, each rank's own; nothing on one rank. Collective.
-
-    Ranks wait for each other in every step, so that whole steps take equally long; the trainer gives data and forward,
-    which come before the first wait (FSDP2 and ZeRO-3 already wait in the forward pass for each other's gathers).
-    """
-    if parallel.world_size == 1:
-        return {}
-    own = torch.zeros(parallel.world_size, dtype=torch.float64, device=parallel.device)
-    own[parallel.rank] = seconds
-    every = parallel.all_reduce(own).tolist()
-    return {
-        "fastest_rank_seconds": min(every),
-        "slowest_rank_seconds": max(every),
-        "slowest_rank": every.index(max(every)),
-    }
 
 
 @contextmanager

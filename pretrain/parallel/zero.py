@@ -1,0 +1,240 @@
+"""ZeRO 1-3 by DeepSpeed, and its checkpoints, which are unpickled safely or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from data_prep.settings import UserError
+from pretrain.parallel.strategy import OptimizerFactory, Parallel
+
+NATIVE_TAG, FACTS, BUFFERS = "native", "facts.json", "buffers.safetensors"  # in a checkpoint
+
+
+class Zero(Parallel):
+    """ZeRO 1-3. The engine is driven directly: losses arrive scaled, the trainer says which micro-batch is the last."""
+
+    checkpoint_format = "deepspeed"
+
+    def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory) -> None:
+        if self.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        if self.device.type == "cpu":  # its shared-memory collectives would be compiled at start; gloo serves
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.module = model.to(self.device)
+        optimizer = optimizer_factory(self.module)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.module, optimizer=optimizer, config=self._configuration(), dist_init_required=False
+        )
+        self.model = self.engine
+        self.stage = int(self.settings.strategy[-1])
+        self._begin()
+
+    def _configuration(self) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": int(self.settings.strategy[-1]), "overlap_comm": self.device.type == "cuda"}
+        if self.settings.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        if self.settings.offload_parameters:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # only its product with the next two is checked
+            "gradient_accumulation_steps": 1,  # boundaries are set by micro_step
+            "zero_optimization": zero,
+            # the trainer's own AdamW; DeepSpeed's would be compiled at start
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            # fp32 weights under autocast, as under the other strategies
+            "torch_autocast": {
+                "enabled": self.precision == "bf16",
+                "dtype": "bfloat16",
+                "lower_precision_safe_modules": [],  # whose gradients would be reduced in bf16: fp32 as elsewhere
+            },
+            "steps_per_print": 2**62,
+        }
+
+    def forward(self, last: bool = True, **inputs: Any) -> Any:
+        self._reached("forward", "forward")
+        return self.engine(**inputs)
+
+    def micro_step(self, loss: Tensor, last: bool) -> None:
+        self._reached("backward", "backward")
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss * self.world_size)
+
+    def optimizer_step(self, learning_rate: float, max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
+        self._reached("the update", "optimizer")
+        self.optimizer.clip_grad = max_norm  # type: ignore[attr-defined]
+        self._set_learning_rate(learning_rate)
+        self.engine.step()
+        norm, overflow = self.engine.get_global_grad_norm(), self.optimizer.overflow  # type: ignore[attr-defined]
+        return torch.tensor(float(norm), dtype=torch.float64), torch.tensor(not overflow)
+
+    def model_shapes(self) -> dict[str, torch.Size]:
+        shapes = super().model_shapes()
+        shapes.update((n, p.ds_shape) for n, p in self.module.named_parameters() if hasattr(p, "ds_shape"))
+        return shapes
+
+    def save_native(self, folder: Path) -> None:
+        """Write DeepSpeed's own checkpoint. A rank whose disk is full still meets the others before it raises."""
+        failures: list[Exception] = []
+        write = self.engine.checkpoint_engine.save
+
+        def guarded(*arguments: Any, **keywords: Any) -> None:
+            try:
+                write(*arguments, **keywords)
+            except Exception as failure:
+                failures.append(failure)
+
+        self.engine.checkpoint_engine.save = guarded
+        try:
+            self.engine.save_checkpoint(str(folder), tag=NATIVE_TAG, save_latest=False)
+        finally:
+            del self.engine.checkpoint_engine.save
+        if failures:
+            raise failures[0]
+        if self.is_main:
+            self._save_facts(folder)
+
+    def _save_facts(self, folder: Path) -> None:
+        """What DeepSpeed's converter leaves out: buffers, the optimizer's step, and which names are parameters."""
+        shapes = self.model_shapes()
+        parameters = {name: list(shapes[name]) for name, _ in self.module.named_parameters()}
+        states = self.optimizer.optimizer.state.values()  # type: ignore[attr-defined]
+        steps = max((int(state["step"]) for state in states if "step" in state), default=0)
+        facts = {"optimizer_steps": steps, "parameters": parameters}
+        (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        buffers = {
+            f"model/{name}": t.contiguous() for name, t in self.model_tensors().items() if name not in parameters
+        }
+        save_file(buffers, folder / BUFFERS)
+
+    def load_native(self, folder: Path) -> None:
+        """Read what `save_native` wrote under the same strategy on as many ranks. UserError where it could run code."""
+        try:
+            with safe_loading():
+                self.engine.load_checkpoint(str(folder), tag=NATIVE_TAG)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{folder}: not read, for it holds more than tensors: {str(error)[:300]}") from None
+
+    def allocate_optimizer_state(self, shapes: Mapping[tuple[str, str], torch.Size]) -> None:
+        zero: Any = self.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        sizes = {key: shape.numel() for (_, key), shape in shapes.items()}
+        fused = any(group.get("fused") or group.get("capturable") for group in zero.optimizer.param_groups)
+        for flat in flats:
+            device = flat.device if fused else torch.device("cpu")  # where AdamW itself would put its `step`
+            zero.optimizer.state[flat] = {
+                key: torch.zeros((), device=device) if key == "step" else torch.zeros_like(flat) for key in sizes
+            }
+        if self.stage < 3:
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def set_model_tensor(self, name: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        parameter: Any = dict(self.module.named_parameters()).get(name)
+        if parameter is None:
+            self.module.get_buffer(name).copy_(value)
+        elif self.stage == 3:
+            safe_set_local_fp32_param(parameter, self._local(parameter, value))
+            parameter.ds_tensor.data.copy_(self._local(parameter, value))
+        else:
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+
+    def set_optimizer_tensor(self, name: str, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        parameter: Any = self.module.get_parameter(name)
+        if key == "step":  # one for each flat group; all parameters have taken the same steps
+            for state in self.optimizer.optimizer.state.values():  # type: ignore[attr-defined]
+                state["step"].copy_(value)
+        elif self.stage == 3:
+            safe_set_local_optimizer_state(parameter, self._local(parameter, value), key)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _local(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's stretch of a whole tensor, padded as ZeRO-3 pads it."""
+        size = parameter.ds_tensor.ds_numel
+        flat = torch.zeros(size * self.world_size, dtype=value.dtype)
+        flat[: value.numel()] = value.flatten()
+        return flat[self.rank * size : (self.rank + 1) * size].to(parameter.ds_tensor.device)
+
+
+@contextmanager
+def safe_loading() -> Iterator[None]:
+    """Within it torch.load builds tensors and the three plain classes that DeepSpeed writes, and nothing else.
+
+    DeepSpeed's loader and converter unpickle, which could run code of who wrote the file. What may not be built raises
+    UnpicklingError.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    switch = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # outdoes weights_only=False, which DeepSpeed asks for
+    before = os.environ.get(switch)
+    os.environ[switch] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        del os.environ[switch]
+        os.environ |= {} if before is None else {switch: before}
+
+
+def convert_deepspeed() -> None:
+    """The process that `read_deepspeed` starts: DeepSpeed's converter, on its own command line, reading safely."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    with safe_loading():
+        ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+def read_deepspeed(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a DeepSpeed checkpoint, whole, in fp32, under the names of `pretrain.checkpoint`.
+
+    DeepSpeed's own converter to its universal format does the work, in a process of its own. Raises UserError where it
+    fails, as it does for a file that holds more than tensors.
+    """
+    tensors = load_file(folder / BUFFERS)
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        tool = [sys.executable, "-m", "pretrain.parallel.zero", "--inject_missing_state"]
+        root = Path(__file__).resolve().parents[2]  # where -m finds this module
+        workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        universal = Path(scratch, "universal").resolve()
+        folders = ["--input_folder", str(folder.resolve() / NATIVE_TAG), "--output_folder", str(universal)]
+        done = subprocess.run([*tool, *workers, *folders], capture_output=True, text=True, cwd=root)
+        if done.returncode:
+            raise UserError(f"{folder}: DeepSpeed's converter failed:\n{done.stderr[-2000:]}")
+        for name, shape in facts["parameters"].items():
+            for path in (universal / "zero" / name).glob("*.pt"):
+                content = torch.load(path, weights_only=True)
+                value = content["param"] if isinstance(content, dict) else content
+                if path.stem == "fp32":
+                    tensors[f"model/{name}"] = value.float().reshape(shape)
+                elif path.stem != "step":
+                    tensors[f"optimizer/{name}/{path.stem}"] = value.float().reshape(shape)
+            tensors[f"optimizer/{name}/step"] = torch.tensor(float(facts["optimizer_steps"]))
+    return tensors
+
+
+if __name__ == "__main__":
+    convert_deepspeed()
