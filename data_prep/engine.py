@@ -29,6 +29,7 @@ from data_prep.settings import UserError
 from data_prep.stages import STAGES, Stage, cores
 
 JOBS = "jobs.json"  # numbers of the jobs of Slurm that prepare a folder, in its work
+REFUSAL = "ray-refusal"  # what a task on a Ray cluster refused, in a folder's work
 SMALL = 4 << 20  # bytes, documents or tokens that are done sooner than processes start
 GRACE = 10.0  # seconds in which tasks that have ended are told
 TASKS_PER_WORKER = 8  # short tasks, so that workers end at about the same time
@@ -52,12 +53,32 @@ class Step:
     def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         stage = STAGES[self.stage](self.settings, self.threads)
         with told_in_job(stage):
-            for line in stage.check():
-                if rank == 0:
-                    say(line)
-            for part in stage.missing():
-                if part % world_size == rank:
-                    stage.do(part)
+            self.do(stage, rank, world_size)
+
+    def do(self, stage: Stage, rank: int, world_size: int) -> None:
+        for line in stage.check():
+            if rank == 0:
+                say(line)
+        for part in stage.missing():
+            if part % world_size == rank:
+                stage.do(part)
+
+
+class RayStep(Step):
+    """The same for a Ray cluster, whose workers begin in a folder of their own, and whose errors datatrove keeps."""
+
+    def __init__(self, settings: DataSettings, stage: str) -> None:
+        super().__init__(settings, stage)
+        self.began_in = os.getcwd()
+
+    def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        os.chdir(self.began_in)
+        stage = STAGES[self.stage](self.settings)
+        try:
+            self.do(stage, rank, world_size)
+        except UserError as error:
+            (stage.work / REFUSAL).write_text(str(error), encoding="utf-8")
+            raise
 
 
 @contextmanager
@@ -88,7 +109,7 @@ def run_stage(settings: DataSettings, name: str) -> None:
             for part in missing:
                 stage.do(part)
         elif settings.executor == "ray":
-            _ray(settings, stage, len(missing)).run()
+            _ray(settings, stage, len(missing))
         else:
             _local(stage, workers)
     for part in range(len(stage.sizes())):  # what an interruption came before
@@ -205,20 +226,26 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _ray(settings: DataSettings, stage: Stage, missing: int) -> Any:
+def _ray(settings: DataSettings, stage: Stage, missing: int) -> None:
+    """Do what a stage lacks on a Ray cluster that runs. Raises UserError as a task did."""
     try:
         import ray
         from datatrove.executor.ray import RayPipelineExecutor
     except ImportError:
         raise UserError("executor=ray needs the packages datatrove and ray: pip install datatrove ray") from None
-    ray.init(address="auto", ignore_reinit_error=True)
+    _quiet()
+    ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False, logging_level="warning")
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    return RayPipelineExecutor(
-        [Step(settings, stage.name)],
+    refusal = stage.work / REFUSAL
+    refusal.unlink(missing_ok=True)
+    RayPipelineExecutor(
+        [RayStep(settings, stage.name)],
         tasks=_tasks(missing, cpus),
-        logging_dir=str(stage.work / "logs" / stage.name),
+        logging_dir=str((stage.work / "logs" / stage.name).resolve()),
         skip_completed=False,
-    )
+    ).run()
+    if refusal.exists():
+        raise UserError(refusal.read_text(encoding="utf-8"))
 
 
 def no_engine() -> UserError:
