@@ -108,7 +108,8 @@ CLUSTER += "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.
 @pytest.mark.skipif("RAY_PYTHON" not in os.environ, reason="RAY_PYTHON: a Python that has these packages and ray")
 def test_a_ray_cluster_writes_the_bytes_of_one_process_and_says_what_a_task_refused(tmp_path, sized, whole, request):
     """Its workers begin in another folder, so that a relative one has to be told."""
-    python, variables = os.environ["RAY_PYTHON"], os.environ | {"RAY_USAGE_STATS_ENABLED": "0"}
+    python = os.environ["RAY_PYTHON"]
+    variables = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([python, "-c", CLUSTER], env=variables, cwd=tmp_path, **pipes) as cluster:
         address = cluster.stdout.readline().strip()
