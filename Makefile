@@ -9,9 +9,11 @@ CONSTRAINTS ?= constraints.txt
 EXTRAS ?= prepare,serve,evaluate,gguf,test,lint
 # Of pytest, for instance --durations=25.
 OPTIONS ?=
+# Each file to one process, in the order of tests/conftest.py.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: setup compare test test-fast test-explore test-plain test-oldest lint bench-model bench-reference \
+.PHONY: setup setup-oldest compare test test-fast test-explore test-plain test-oldest lint bench-model bench-reference \
 	bench-inference bench-serve bench-data bench-scale gpu-check null-gpu
 
 setup: $(VENV)/.complete
@@ -27,33 +29,35 @@ compare: setup
 	$(BIN)/python launchers/compare.py --config configs/compare/cpu.yaml
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(OPTIONS)
 
 test-fast: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm' $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow and not slurm' $(OPTIONS)
 
 # Property tests with draws of their own, in place of the fixed ones that CI keeps to; SEED=N draws the same again.
 SEED ?=
 TESTS ?=
 test-explore: setup
-	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm' \
+	HYPOTHESIS_PROFILE=explore OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow and not slurm' \
 		$(if $(SEED),--hypothesis-seed=$(SEED)) $(TESTS)
 
 # The fast suite with all hidden that a CPU has beyond plain instructions. The switch changes attention, packed products
 # and what `auto` takes: preparing data multiplies nothing, and training tests name their precision, fp32.
 PLAIN := tests/model $(addprefix tests/pretrain/test_,precision.py doctor.py evaluate.py views.py) tests/launchers/test_compare.py
 test-plain: setup
-	MOR_PLAIN_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not slurm' \
+	MOR_PLAIN_CPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow and not slurm' \
 		$(OPTIONS) $(PLAIN)
 
 # The fast suite, and all that holds checkpoints, faults and resumes, with the oldest versions that pyproject.toml allows.
 OLDEST ?= .venv-oldest
 OLDEST_SETUP := VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt EXTRAS=prepare,serve,evaluate,gguf,test
 SLOW := $(addprefix tests/pretrain/test_,checkpoint.py faults.py resume.py)
-test-oldest:
+setup-oldest:
 	$(MAKE) setup $(OLDEST_SETUP)
+
+test-oldest: setup-oldest
 	$(MAKE) test-fast $(OLDEST_SETUP) OPTIONS='$(OPTIONS)'
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m slow $(OPTIONS) $(SLOW)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(WORKERS) -m slow $(OPTIONS) $(SLOW)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ ASIDE = "before"  # folder of what was there before a run began anew
 HISTORY = ("parent", "extensions", "changes")  # keys of run.json that a run which goes on keeps
 ROOT = Path(__file__).resolve().parents[1]
 # Sources that decide a run's figures; reports, launchers and generation do not.
-CODE = ("model/*.py", "model/attention/*.py", "model/depth/*.py", "pretrain/parallel/*.py")
+CODE = ("model/*.py", "model/attention/*.py", "model/convert/uptrain.py", "model/depth/*.py", "pretrain/parallel/*.py")
 CODE_HERE = ("config", "data", "manifest", "mixture", "plan", "precision", "schedule", "trainer", "validation")
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "tokenizers")
 

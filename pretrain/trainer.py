@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from data_prep.settings import UserError
 from model.config import MoRConfig
+from model.convert.uptrain import from_vanilla
 from model.depth import method_of
 from model.flops import StepFlops, gates_of, training_flops
-from model.initialization import from_vanilla
 from model.modeling import MoRForCausalLM
 from model.routing import depth_counts
 from pretrain import extend, parent, run_folder

@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -28,6 +29,17 @@ def pytest_report_header(config: pytest.Config) -> str | None:
         return None
     seed = config.getoption("hypothesis_seed")
     return f"property tests are drawn anew; the same again: make test-explore SEED={seed}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, those that need a Slurm before them: the last to run are short.
+
+    Two workers take file by file; with a long one last, one of them would wait for the other.
+    """
+    weights: Counter[object] = Counter()
+    for item in items:
+        weights[item.path] += 10 * bool(item.get_closest_marker("slurm")) + bool(item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -weights[item.path])
 
 
 # What a shell starts in its background ignores ctrl-C, and so would every process of a test.

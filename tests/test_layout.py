@@ -160,7 +160,7 @@ def unsafe_load(name: str, source: str) -> list[str]:
 
 
 # Files that may know a method by its name, or by how its keys are shared: its own, the settings, and conversions.
-KNOWS_METHODS = ("model/depth/", "model/config.py", "model/export.py", "model/import_reference.py", "model/convert/")
+KNOWS_METHODS = ("model/depth/", "model/config.py", "model/convert/")
 METHOD_WORDS = re.compile(
     r"\bconfig\.(?:routing|kv_strategy|selection|balancing)\b"
     r"|[\"'](?:expert_choice|token_choice|mixture_of_depths|early_exit)[\"']"

@@ -48,7 +48,7 @@ from transformers import LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from model.cache import kv_bytes_per_token
 from model.config import MoRConfig
-from model.export import to_llama
+from model.convert.export import to_llama
 from model.flops import flops_per_token
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model.import_reference import KeyMap, main
+from model.convert.reference import KeyMap, main
 from model.modeling import MoRForCausalLM
 
 KEPT = Path(__file__).parent.parent / "model" / "reference_cases"

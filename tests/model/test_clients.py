@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.export import main
+from model.convert.export import main
 from model.folder import write_folder
 from tests.helpers.tiny import tiny_model
 from tests.model.test_export import byte_bpe

@@ -13,9 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from model.config import PROJECTIONS
-from model.export import main
+from model.convert.export import main
+from model.convert.gguf import read_gguf
 from model.folder import model_card, write_folder
-from model.import_gguf import read_gguf
 from model.modeling import MoRForCausalLM
 from tests.helpers.tiny import VOCABULARY, save_tiny, tiny_model
 
@@ -104,7 +104,7 @@ def test_every_exported_field_matters() -> None:
     """A field that Llama shares and the export forgets would fall back to Llama's default."""
     from transformers import LlamaConfig
 
-    from model.export import _LLAMA_FIELDS
+    from model.convert.export import _LLAMA_FIELDS
 
     model = tiny_model("vanilla")
     own = {name for name in LlamaConfig.__annotations__ if hasattr(model.config, name)}

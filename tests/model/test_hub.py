@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from model.export import main
+from model.convert.export import main
 from model.modeling import MoRForCausalLM, MoRModel
 from tests.helpers.tiny import VOCABULARY, tiny_model
 

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import model.depth
 from data_prep.settings import UserError
 from model import MoRConfig, MoRForCausalLM
+from model.convert.export import main as export
 from model.depth import METHODS, architectures, find_methods
-from model.export import main as export
 from model.memory import activation_bytes, kv_cache_bytes_per_token
 from pretrain import main, views
 from pretrain.config import read_settings

@@ -3,7 +3,7 @@
 Each case pins one setting: logits in train and eval mode, each loss term, gradients, selected tokens, depth shares,
 hidden states after each recursion, initialisation maps, LoRA, recursion encoding, a few optimizer steps. Cases under
 MOR_REFERENCE_CASES (default ../shared/reference_cases) run beside a small set kept in this repository. Every case goes
-through `python -m model.import_reference`.
+through `python -m model.convert.reference`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from model.config import MoRConfig
-from model.initialization import from_vanilla, source_layers
+from model.convert.uptrain import from_vanilla, source_layers
 from model.modeling import MoRCausalLMOutput, MoRForCausalLM
 from model.routing import capacity, depth_scores, selection_loss, selection_size
 from model.sharing import applications, layer_index

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from model import MoRConfig, MoRForCausalLM
-from model.import_reference import main
-from model.initialization import from_vanilla, source_layers
+from model.convert.reference import main
+from model.convert.uptrain import from_vanilla, source_layers
 from model.relaxation import RelaxedLinear, go_together, project_together
 
 BASE = {

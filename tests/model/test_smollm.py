@@ -15,9 +15,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
 from model.config import MoRConfig
-from model.export import to_llama
-from model.import_gguf import main
-from model.initialization import from_vanilla
+from model.convert.export import to_llama
+from model.convert.gguf import main
+from model.convert.uptrain import from_vanilla
 from model.modeling import MoRForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]

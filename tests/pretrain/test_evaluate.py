@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_prep.settings import UserError
-from model.export import to_llama
+from model.convert.export import to_llama
 from pretrain.evaluate import (
     TaskSettings,
     average,

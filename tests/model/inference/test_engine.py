@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import random
-import time
 from itertools import chain
 
 import psutil
@@ -238,7 +237,10 @@ def test_the_pool_is_as_large_as_computed_and_never_grows():
 
 @pytest.mark.slow
 def test_a_thousand_mixed_requests_with_cancellations_and_preemptions(monkeypatch):
-    """Greedy and sampled, of all lengths, arriving while others run, some cancelled: each as if it were alone."""
+    """Greedy and sampled, of all lengths, arriving while others run, some cancelled: each as if it were alone.
+
+    All that were cancelled and 200 of the thousand are compared, each with a run of its own.
+    """
     model = tiny_model("expert-recursion_wise", 5, hidden_size=16, num_hidden_layers=5, intermediate_size=16)
     engine = Engine(model, max_batch=24, kv_tokens=300, page_size=4, prefill_tokens=48)
     single = Engine(model, max_batch=1, kv_tokens=500, page_size=16)
@@ -258,10 +260,7 @@ def test_a_thousand_mixed_requests_with_cancellations_and_preemptions(monkeypatc
     assert_empty(engine)
     cancelled = [request for request in requests if request.finished == "cancelled"]
     assert len(cancelled) > 20 and engine.statistics.preemptions > 20
-    began = time.perf_counter()
-    for compared, request in enumerate(rng.sample(requests, len(requests))):
-        if time.perf_counter() - began > 30 and compared >= 150:
-            break
+    for request in [*cancelled, *rng.sample(requests, 200)]:
         expected = single.generate([request.prompt], request.params)[0].tokens
         assert request.tokens == (expected[: len(request.tokens)] if request in cancelled else expected)
 
@@ -273,7 +272,7 @@ def test_ten_thousand_requests_leave_nothing_behind():
     engine, rng, process = Engine(model, max_batch=64, kv_tokens=120, page_size=1), random.Random(3), psutil.Process()
     objects, memory = [], []
     for _ in range(20):
-        lengths = [rng.randrange(1, 5) for _ in range(500)]
+        lengths = [rng.randrange(1, 3) for _ in range(500)]
         requests = [engine.submit([rng.randrange(1, VOCABULARY)], SamplingParams(length)) for length in lengths]
         for request in rng.sample(requests, 20):
             engine.step()

@@ -18,12 +18,14 @@ import torch
 import uvicorn
 from tokenizers import Tokenizer
 
+from model.inference.app import build_app
 from model.inference.connection import guarded
-from model.inference.cost import of_request
+from model.inference.cost import Prices
 from model.inference.engine import Engine
 from model.inference.protocol import CompletionRequest, Limits
 from model.inference.sampling import SamplingParams
-from model.inference.serve import build_app, model_name
+from model.inference.serve import model_name
+from model.inference.worker import EngineThread
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
@@ -255,6 +257,23 @@ def test_load_of_many_clients_gives_everyone_their_own_text(server):
     wait_until_idle(engine)
 
 
+def test_a_step_is_handed_out_at_once_for_all_its_requests():
+    engine, steps = Engine(tiny_model("expert-recursion_wise", 1), max_batch=8, kv_tokens=1200), []
+    worker = EngineThread(engine, steps.append)
+    sinks = [lambda events: None, lambda events: None]
+    prompts = [tiny_tokenizer().encode(text).ids for text in ("abc", "de")]
+    params = SamplingParams(max_tokens=6, logit_bias={0: -100})
+    submitted = [worker.submit(prompts, [params] * 2, sink) for sink in sinks]
+    worker.thread.start()
+    requests = [request for done in submitted for request in done.result()]
+    worker.stop()
+    worker.thread.join(60)
+    assert len(steps) <= engine.statistics.steps and all(set(step) <= set(sinks) for step in steps)
+    for request, sink in zip(requests, [sinks[0]] * 2 + [sinks[1]] * 2, strict=True):
+        events = [event for step in steps for event in step.get(sink, []) if event.request is request]
+        assert [token for event in events for token in event.tokens] == request.tokens and len(request.tokens) == 6
+
+
 def test_health_and_metrics(server):
     address, engine = server
     assert HTTP.get(f"{address}/health").json() == {"status": "ok"}
@@ -431,7 +450,7 @@ def test_scores_flops_and_depth_policies_by_request(server):
     assert "scores" not in capped and set(capped["depths"]) == {1}
     assert capped["flops"] < free["flops"] < free["full_depth_flops"] == capped["full_depth_flops"]
     request = reference("hello", max_tokens=4, gates=True, prompt_logprobs=False)
-    assert (free["flops"], free["full_depth_flops"]) == of_request(server[1].config, request)
+    assert (free["flops"], free["full_depth_flops"]) == Prices(server[1].config).of_request(request)
     raw_scores = torch.tensor(request.gates, dtype=torch.float64)
     given = [[math.nan if x is None else x for x in row] for row in free["prompt_scores"] + free["scores"]]
     torch.testing.assert_close(torch.tensor(given).double(), raw_scores.sigmoid(), equal_nan=True, atol=2e-6, rtol=0)
@@ -464,7 +483,7 @@ def test_errors_are_json_whatever_goes_wrong(server, monkeypatch):
     missing = HTTP.get(f"{address}/v1/models/other")
     assert missing.status_code == 404 and "not 'other'" in missing.json()["error"]["message"]
     assert HTTP.get(f"{address}/v1/models/tiny").json()["id"] == "tiny"
-    monkeypatch.setattr("model.inference.serve.generate_latest", lambda _: 1 / 0)
+    monkeypatch.setattr("model.inference.app.generate_latest", lambda _: 1 / 0)
     broken = HTTP.get(f"{address}/metrics")
     assert broken.status_code == 500 and broken.json()["error"]["type"] == "server_error"
 

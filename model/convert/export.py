@@ -1,6 +1,6 @@
 """Turn a checkpoint into a folder for others.
 
-    python -m model.export --checkpoint DIR --output DIR --to llama|unrolled|gguf|hub
+    python -m model.convert.export --checkpoint DIR --output DIR --to llama|unrolled|gguf|hub
 
 llama: a vanilla model under the names of transformers' Llama; the same weights, bit for bit.
 unrolled: a recursive model as a plain Llama of its effective depth: each use of a shared layer becomes a layer of its
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from .config import MoRConfig
-from .depth import METHODS
-from .export_gguf import write_gguf
-from .folder import CARD, model_card, set_modes, write_folder
-from .modeling import MoRForCausalLM
-from .relaxation import RelaxedLinear
-from .sharing import Application, applications
+from ..config import MoRConfig
+from ..depth import METHODS
+from ..folder import CARD, model_card, set_modes, write_folder
+from ..modeling import MoRForCausalLM
+from ..relaxation import RelaxedLinear
+from ..sharing import Application, applications
+from .gguf import write_gguf
 
 _LLAMA_FIELDS = (
     "vocab_size",
@@ -128,6 +128,7 @@ def flat_sources() -> dict[str, str]:
 
     A module of a package, `depth/base.py`, becomes `depth_base.py`, the package itself `depth.py`.
     """
+    package = MoRConfig.__module__.rpartition(".")[0]
     found: dict[str, str] = {}
     wanted = ["modeling"]
     while wanted:
@@ -135,7 +136,7 @@ def flat_sources() -> dict[str, str]:
         name = module.replace(".", "_") + ".py"
         if name in found:
             continue
-        spec = importlib.util.find_spec(f"{__package__}.{module}")
+        spec = importlib.util.find_spec(f"{package}.{module}")
         assert spec is not None and spec.origin is not None
         # The package whose names one dot reaches.
         inside = module if spec.submodule_search_locations else module.rpartition(".")[0]
@@ -210,7 +211,7 @@ def _model_type(checkpoint: Path) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 after one message about what is wrong with the input."""
-    parser = argparse.ArgumentParser(prog="python -m model.export", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m model.convert.export", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="folder that save_pretrained wrote")
     parser.add_argument("--output", type=Path, required=True, help="new folder to write")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Turn a checkpoint of the paper's authors' code into a folder that `from_pretrained` loads.
 
-    python -m model.import_reference --state-dict FILE --config FILE --output DIR
+    python -m model.convert.reference --state-dict FILE --config FILE --output DIR
 
 FILE of the state dict: `.safetensors`, or a torch file of tensors. FILE of the configuration: JSON (or YAML) with their
 sections `model` (Llama's fields), `recursive`, `kv_sharing`, `relaxation`, `mor`; the last both nested as in their YAML
@@ -27,9 +27,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .config import MoRConfig
-from .modeling import MoRForCausalLM
-from .sharing import applications
+from ..config import MoRConfig
+from ..modeling import MoRForCausalLM
+from ..sharing import applications
 
 _ROUTINGS = {"expert": "expert_choice", "token": "token_choice"}
 
@@ -226,7 +226,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; returns the exit code: 0, or 2 after one message about what is wrong with the input."""
-    parser = argparse.ArgumentParser(prog="python -m model.import_reference", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m model.convert.reference", description=__doc__.split("\n")[0])
     parser.add_argument("--state-dict", type=Path, required=True, help="their weights: .safetensors or a torch file")
     parser.add_argument("--config", type=Path, required=True, help="their configuration: JSON or YAML")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
