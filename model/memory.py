@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 from .config import MoRConfig
 from .depth import method_of, stages_of
@@ -38,6 +38,53 @@ Precision = Literal["fp32", "bf16"]
 Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 FP32, BF16 = 4, 2
 ZERO3_LIVE = 10**9  # parameters that DeepSpeed may keep gathered, and over which it looks ahead for their next use
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a training step is laid out over ranks and computed: what its memory and its communication hang on.
+
+    shard_size: fsdp2, ranks that share one copy (hybrid). min_unit_parameters: fsdp2, smaller layers are gathered with
+    the root. offload_parameters: under fsdp2 gradients and optimizer states are in host memory too. micro_batches:
+    forward passes of a step. document_masking: attention takes a dense mask, which every layer keeps. on_gpu: attention
+    makes no masks and packs no slots, weights that stand side by side for one product are copied at each use, and the
+    head's chunks are compiled. Raises ValueError for a shard size that does not divide, and ranks of one process.
+    """
+
+    strategy: Strategy = "single"
+    world_size: int = 1
+    shard_size: int | None = None
+    reshard_after_forward: bool = True
+    min_unit_parameters: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    micro_batches: int = 1
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    document_masking: bool = False
+    on_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        ranks, shards = self.world_size, self.shard_size
+        if self.strategy not in get_args(Strategy):
+            raise ValueError(f"strategy: {self.strategy!r} is none of {', '.join(get_args(Strategy))}")
+        if shards is not None and (self.strategy != "fsdp2" or ranks % shards):
+            raise ValueError(f"shard_size: {shards} must divide the {ranks} ranks, and belongs to fsdp2")
+        if self.strategy == "single" and ranks != 1:
+            raise ValueError(f"world_size: strategy single runs on 1 rank, not {ranks}")
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of what is sharded."""
+        return self.shard_size or self.world_size
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a value that is computed with."""
+        return BF16 if self.precision == "bf16" else FP32
+
+
+SINGLE = Placement()
 
 
 @dataclass(frozen=True)
@@ -148,26 +195,18 @@ def activation_bytes(
     config: MoRConfig,
     sequence_length: int,
     num_sequences: int,
-    *,
-    precision: Precision = "bf16",
-    recompute: Recompute = "none",
-    document_masking: bool = False,
-    weight_copies: bool = True,
+    placement: Placement = SINGLE,
     work: Work | None = None,
-    on_gpu: bool = False,
 ) -> Activations:
     """Activations of one micro-batch, under expected routing unless `work` says what was routed.
 
-    document_masking: attention takes a dense mask, which every layer keeps. weight_copies: of autocast, which keeps
-    each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs none. on_gpu: attention makes no masks and
-    packs no slots, weights that stand side by side for one product are copied at each use, and the head's chunks are
-    compiled.
+    Autocast keeps each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs no copies.
     """
     work = expected_work(config, sequence_length, num_sequences) if work is None else work
-    tokens, h, size = work.tokens, config.hidden_size, BF16 if precision == "bf16" else FP32
-    stretches = _stretches(config, work, precision, recompute, document_masking, on_gpu)
+    tokens, h, size = work.tokens, config.hidden_size, placement.value_bytes
+    recompute, stretches = placement.recompute, _stretches(config, work, placement)
     copies = 0
-    if precision == "bf16" and recompute == "none" and weight_copies:  # autocast's
+    if size == BF16 and recompute == "none" and placement.strategy != "fsdp2":  # autocast's
         copies = BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)
     shared_keys = 0
     if recompute != "none":  # keys that later stages read outlive their stretch, then their gradients do
@@ -180,7 +219,7 @@ def activation_bytes(
     kept = round(record) + copies + shared_keys + exits + sum(stretch.kept for stretch in stretches)
     # Final norm, gradients of the head; with exits, one more of its weight.
     end = tokens * h * (FP32 + size) + (tokens + (2 if work.heads else 1) * config.vocab_size) * h * size
-    moments = [Moment(kept + round(end), _head_bytes(config, work, size, on_gpu), 0)]
+    moments = [Moment(kept + round(end), _head_bytes(config, work, placement), 0)]
     layer, root = unit_parameters(config)
     met: set[int] = set()
     for stretch in reversed(stretches):
@@ -192,38 +231,36 @@ def activation_bytes(
     return Activations(moments[0].kept, tuple(moments))
 
 
-def _head_bytes(config: MoRConfig, work: Work, size: int, on_gpu: bool) -> int:
+def _head_bytes(config: MoRConfig, work: Work, placement: Placement) -> int:
     """Of the head and its loss: logits of a chunk of rows, two of the weight's gradients, states of exits side by side
     and their gradients."""
-    h, v, heads = config.hidden_size, config.vocab_size, round(work.heads)
+    h, v, heads, size = config.hidden_size, config.vocab_size, round(work.heads), placement.value_bytes
     rows = max(round(work.tokens), heads)
-    chunk = min(rows, chunk_rows(v, "cuda" if on_gpu else "cpu"))
-    if on_gpu:  # logits and their gradient
+    chunk = min(rows, chunk_rows(v, "cuda" if placement.on_gpu else "cpu"))
+    if placement.on_gpu:  # logits and their gradient
         return 2 * (chunk * size + h * FP32) * v + heads * 2 * h * size
     logits = chunk * v * (FP32 if size == FP32 else FP32 + size)  # changed in place
     return logits + h * v * (FP32 + size) + (rows + 2 * heads) * h * size
 
 
-def _stretches(
-    config: MoRConfig, work: Work, precision: Precision, recompute: Recompute, document_masking: bool, on_gpu: bool
-) -> list[_Stretch]:
+def _stretches(config: MoRConfig, work: Work, placement: Placement) -> list[_Stretch]:
     """The stretches of a pass, in the order of the forward pass."""
-    tokens, h, f = round(work.tokens), config.hidden_size, config.intermediate_size
-    size = BF16 if precision == "bf16" else FP32
+    precision, recompute, masking = placement.precision, placement.recompute, placement.document_masking
+    tokens, h, f, size = round(work.tokens), config.hidden_size, config.intermediate_size, placement.value_bytes
     q, kv = attention_widths(config)
     method = method_of(config)
     shares, found = method.shares(config), list[_Stretch]()
     for passed in work.passes:
         if passed.stage.gate is not None and not work.offered[passed.stage.gate]:  # a gate that is open in training
             passed = replace(passed, stage=replace(passed.stage, gate=None))
-        packed = passed.stage.selects and not method.fixed and not on_gpu
+        packed = passed.stage.selects and not method.fixed and not placement.on_gpu
         # Some are left out whose keys are made all the same.
         gate, of_all = passed.stage.gate, passed.stage.uses[0].keys == "everyone"
         around = gate is not None and not passed.stage.whole and of_all and shares[gate] < 1
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
         # Where a top-k takes everyone, causality alone says who sees whom.
-        everything = method.fixed and passed.queries == tokens and not document_masking
-        mask = 0 if on_gpu or everything else mask_bytes(passed, precision, document_masking)
+        everything = method.fixed and passed.queries == tokens and not masking
+        mask = 0 if placement.on_gpu or everything else mask_bytes(passed, precision, masking)
         layer += mask
         if around:
             layer += tokens * (h * (FP32 + 2 * size) + FP32)  # the norm of the states that keys are made of
@@ -287,31 +324,15 @@ def training_memory(
     config: MoRConfig,
     sequence_length: int,
     micro_batch_size: int,
-    *,
-    strategy: Strategy = "single",
-    world_size: int = 1,
-    shard_size: int | None = None,
-    reshard_after_forward: bool = True,
-    min_unit_parameters: int = 0,
-    offload_optimizer: bool = False,
-    offload_parameters: bool = False,
-    micro_batches: int = 1,
-    precision: Precision = "bf16",
-    recompute: Recompute = "none",
-    document_masking: bool = False,
+    placement: Placement = SINGLE,
     work: Work | None = None,
-    on_gpu: bool = False,
 ) -> Memory:
     """Bytes of one rank at the peak of a training step, under expected routing unless `work` says what was routed.
 
-    shard_size: fsdp2, ranks that share one copy (hybrid). min_unit_parameters: fsdp2, smaller layers are gathered with
-    the root. micro_batches: forward passes of a step; fsdp2 keeps whole gradients between them, on the device also
-    where it offloads. offload_parameters: under fsdp2 gradients and optimizer states are in host memory too. Raises
-    ValueError for a shard size that does not divide.
+    fsdp2 keeps whole gradients between the forward passes of a step, on the device also where it offloads.
     """
-    _check(strategy, world_size, shard_size)
+    strategy, world_size, shards = placement.strategy, placement.world_size, placement.shards
     states = unique_parameters(config) * FP32
-    shards = shard_size or world_size
     parts = {"single": (1, 1, 1), "ddp": (1, 1, 1), "zero1": (1, 1, world_size)}
     parts |= {"zero2": (1, world_size, world_size), "zero3": (world_size,) * 3, "fsdp2": (shards,) * 3}
     parameters, gradients, moments = (-(-states // part) for part in parts[strategy])
@@ -323,46 +344,25 @@ def training_memory(
     if strategy == "zero3":
         gathered = min(unique_parameters(config), ZERO3_LIVE) * FP32
     elif strategy == "fsdp2":
-        size = BF16 if precision == "bf16" else FP32
-        freed = reshard_after_forward and layer >= min_unit_parameters
+        freed = placement.reshard_after_forward and layer >= placement.min_unit_parameters
         weights = 2 * layer + root if freed else unique_parameters(config)
-        gathered = weights * size + (states if micro_batches > 1 else (layer + root) * FP32)
-    activations = activation_bytes(
-        config,
-        sequence_length,
-        micro_batch_size,
-        precision=precision,
-        recompute=recompute,
-        document_masking=document_masking,
-        weight_copies=strategy != "fsdp2",
-        work=work,
-        on_gpu=on_gpu,
-    )
+        gathered = weights * placement.value_bytes + (states if placement.micro_batches > 1 else (layer + root) * FP32)
+    activations = activation_bytes(config, sequence_length, micro_batch_size, placement, work)
     # One process frees its gradients after a step; every other strategy has buckets or shards of them throughout.
-    coming = strategy == "single" and micro_batches == 1
+    coming = strategy == "single" and placement.micro_batches == 1
     worst = activations.worst(None if coming else gradients)
     gradients = worst.gradients
     host = 0
-    if offload_optimizer or (offload_parameters and strategy == "fsdp2"):
+    if placement.offload_optimizer or (placement.offload_parameters and strategy == "fsdp2"):
         host, optimizer = optimizer, 0
-    if offload_parameters:
+    if placement.offload_parameters:
         host, parameters = host + parameters, 0
         if strategy == "fsdp2":
             host, gradients = host + gradients, 0
     return Memory(parameters, gradients, optimizer, gathered, worst.kept, worst.working, host)
 
 
-def communication(
-    config: MoRConfig,
-    *,
-    strategy: Strategy,
-    world_size: int,
-    shard_size: int | None = None,
-    reshard_after_forward: bool = True,
-    min_unit_parameters: int = 0,
-    micro_batches: int = 1,
-    precision: Precision = "bf16",
-) -> Communication:
+def communication(config: MoRConfig, placement: Placement) -> Communication:
     """Bytes that one rank sends in an optimizer step.
 
     ddp reduces whole gradients once. So do zero1 and zero2, to every rank (DeepSpeed's default on any device), zero2
@@ -370,15 +370,13 @@ def communication(
     each of its applications, forward and backward; this is a bound for zero3, which keeps what it needs again within
     `ZERO3_LIVE` parameters, and so gathers a small model once a micro-batch. fsdp2 without resharding gathers each unit
     once a step, whatever Nr. Accumulated gradients of shared layers travel twice under fsdp2: those of the last
-    micro-batch, and those before. With bf16, fsdp2 gathers in bf16; all else travels in fp32. shard_size: hybrid,
-    copies sum their gradients. min_unit_parameters: fsdp2, smaller layers are gathered with the root, and their
-    gradients travel with its own.
+    micro-batch, and those before. With bf16, fsdp2 gathers in bf16; all else travels in fp32. Hybrid copies sum their
+    gradients. Gradients of layers that are gathered with the root travel with its own.
     """
-    _check(strategy, world_size, shard_size)
+    strategy, world_size, micro_batches = placement.strategy, placement.world_size, placement.micro_batches
     states = unique_parameters(config) * FP32
     layer, root = unit_parameters(config)
-    count, size = unique_parameters(config), BF16 if precision == "bf16" else FP32
-    shards = (shard_size or world_size) if strategy == "fsdp2" else world_size
+    count, size, shards = unique_parameters(config), placement.value_bytes, placement.shards
     share, copies = Fraction(shards - 1, shards), world_size // shards
     uses, units = config.num_hidden_layers, num_unique_layers(config)
     gather = scatter = reduce = gathers = 0
@@ -394,9 +392,9 @@ def communication(
         gathers = micro_batches * (units + 1 if kept else 2 * uses + 2)
         scatter = round(share * states) * micro_batches
     elif strategy == "fsdp2":
-        alone = layer >= min_unit_parameters
+        alone = layer >= placement.min_unit_parameters
         gathers, weights = units + 1 if alone else 1, count
-        if reshard_after_forward:  # it keeps its root between the passes
+        if placement.reshard_after_forward:  # it keeps its root between the passes
             gathers = micro_batches * (2 * uses + 1 if alone else 1)
             weights = micro_batches * (2 * (_applied_parameters(config) - root) + root if alone else count)
         gather = round(share * weights * size)
@@ -411,15 +409,6 @@ def _applied_parameters(config: MoRConfig) -> int:
     """Parameters of the root and of all layers, each as often as it is applied."""
     (shared_layer, root), outside = unit_parameters(config), unshared_layers(config)
     return root + outside * layer_parameters(config) + (config.num_hidden_layers - outside) * shared_layer
-
-
-def _check(strategy: str, world_size: int, shard_size: int | None) -> None:
-    if strategy not in ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2"):
-        raise ValueError(f"strategy: {strategy!r} is none of single, ddp, zero1, zero2, zero3, fsdp2")
-    if shard_size is not None and (strategy != "fsdp2" or world_size % shard_size):
-        raise ValueError(f"shard_size: {shard_size} must divide the {world_size} ranks, and belongs to fsdp2")
-    if strategy == "single" and world_size != 1:
-        raise ValueError(f"world_size: strategy single runs on 1 rank, not {world_size}")
 
 
 # --- inference ----------------------------------------------------------------------------------------------------

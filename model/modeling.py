@@ -462,6 +462,10 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         """Loss-free balancing, once per optimizer step. load: [Nr] share of tokens per depth over the global batch."""
         self.model.depth.update(load)
 
+    def apart(self) -> list[nn.Parameter]:
+        """Parameters that learn at a rate of their own."""
+        return self.model.depth.apart()
+
     def units(self) -> list[nn.Module]:
         """Modules that form a unit of sharding and of checkpointing: each unique layer once."""
         return list(self.model.layers)

@@ -202,7 +202,7 @@ class OptimizerSettings(Settings):
     auxiliary_router_factor: float = Field(
         default=10.0,
         gt=0,
-        description="learning rate of the auxiliary routers (selection: aux_router) over the model's",
+        description="learning rate, over the model's, of what learns apart: auxiliary routers (selection: aux_router)",
     )
     max_skipped_steps: int = Field(
         default=0, ge=0, description="steps with a non-finite loss or gradient that are skipped before the run stops"

@@ -44,6 +44,11 @@ def all_settings() -> dict[str, Setting]:
     return {name: setting for method in METHODS.values() for name, setting in method.settings.items()}
 
 
+def method_fields() -> frozenset[str]:
+    """The fields of a configuration that say how depth is spent: the method's name, and every method's settings."""
+    return frozenset({"routing", *all_settings()})
+
+
 def architectures() -> dict[str, str]:
     """What models are called in reports, in their order, with the colour of each."""
     kinds = {kind: colour for m in METHODS.values() for kind, colour in (m.kinds or {m.name: None}).items()}

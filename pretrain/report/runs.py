@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.settings import UserError, read_yaml
+from model.config import MoRConfig
+from model.depth import method_of
 
 # What must agree before two losses are compared: the user's word for it -> the keys of run.json.
 CONDITIONS = {
@@ -263,8 +265,8 @@ def _remarks(run: Run) -> list[str]:
     """What a reader of the run's figures must know, one sentence each."""
     found = []
     if run.last_validation.get("validation_loss") is None:
-        look = run.facts["model"].get("selection") == "none"
-        why = "selection: none makes no causal decision" if look else "its last one is not finite"
+        config = MoRConfig.from_dict(run.facts["model"])
+        why = method_of(config).refuses(config, "causal") or "its last one is not finite"
         found.append(f"{run.folder}: no causal validation loss ({why}); left out of differences and figures")
     if (epoch := run.last.get("epoch") or 0) > 1:
         found.append(f"{run.folder}: its data repeats itself: {epoch:.2f} epochs")
