@@ -389,7 +389,7 @@ class ExperimentSettings(Settings):
 
 def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentSettings:
     """Read an experiment and its `key=value` overrides. Raises UserError that names the file and the key."""
-    return load(ExperimentSettings, path, overrides, sections=("model", "parallel"))
+    return load(ExperimentSettings, path, overrides, sections=("model", "parallel"), alone={"start_from": "path"})
 
 
 def read_data(given: Sequence[str]) -> Manifest:
