@@ -20,9 +20,10 @@ import re
 import signal
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -308,13 +309,24 @@ def _open_sections(values: dict[str, Any]) -> dict[str, Any]:
     return opened
 
 
-def load(cls: type[S], path: str | Path | None, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> S:
+def load(
+    cls: type[S],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    sections: Sequence[str] = (),
+    alone: Mapping[str, str] = MappingProxyType({}),
+) -> S:
     """Build `cls` from a YAML file and `key=value` overrides.
 
     sections: top-level keys where the path of a YAML file may stand for a mapping (`model: configs/model/x.yaml`).
+    alone: top-level keys whose mapping may be given by one of its values, `start_from=X` for `start_from.path=X`.
     Raises UserError that names the file, the key and, for an unknown key, the nearest valid names.
     """
     values = _read(path) if path is not None else {}
+    for key, field in alone.items():
+        if isinstance(values.get(key), str):
+            values[key] = {field: values[key]}
+        overrides = [_spelt_out(item, key, field) for item in overrides]
     for key in sections:
         if isinstance(values.get(key), str):
             values[key] = _read(values[key])
@@ -324,6 +336,13 @@ def load(cls: type[S], path: str | Path | None, overrides: Sequence[str] = (), s
             values[key] = _read(over.pop(key))
     values = _open_sections(merge(values, over))
     return build(cls, values, str(path or "command line"))
+
+
+def _spelt_out(override: str, key: str, field: str) -> str:
+    """`key=X` as `key.field=X`, where X is text."""
+    start, _, text = override.partition("=")
+    plain = start == key and text not in NULLS and not text.startswith("{")
+    return f"{key}.{field}={text}" if plain else override
 
 
 def build(cls: type[S], values: dict[str, Any], where: str) -> S:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from data_prep.settings import Settings, UserError, load, merge, read_yaml
 from model.config import MoRConfig
-from model.depth import method_of
+from model.depth import method_fields, method_of
 from model.flops import training_flops, unique_parameters
 from model.hardware import Precision
 from pretrain.budget import Plan, plan
@@ -26,7 +26,7 @@ from pretrain.config import ExperimentSettings, Flops, make_model_config, read_s
 from pretrain.lock import LOCK
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison
-from pretrain.report.controls import CONTROLS, METHOD_FIELDS, control_fields, described
+from pretrain.report.controls import CONTROLS, control_fields, described
 from pretrain.report.sweep import Values, flatten, halving, points_of
 from pretrain.stop import REQUEUE_FILE
 
@@ -230,7 +230,7 @@ def require_keys(cell: Cell) -> None:
     own = method_of(make_model_config(model_fields(cell.model))).settings
     for key in cell.keys:
         name = key.removeprefix("model.")
-        if name != key and name in METHOD_FIELDS - set(own):
+        if name != key and name in method_fields() - set(own):
             raise UserError(
                 f"sweep: {key}: {cell.name} has no such key; give it under sweep_models, to the models that have it"
             )

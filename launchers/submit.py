@@ -56,6 +56,7 @@ from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
 from pretrain.data import accumulation_steps
 from pretrain.parallel.settings import ParallelSettings, resolve_strategy
+from pretrain.plan import placement_of
 from pretrain.precision import expected
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -243,25 +244,8 @@ def estimate(settings: ExperimentSettings, options: argparse.Namespace) -> Memor
     vocab_size, sequence_length = data_shape(settings)
     fields = {"max_position_embeddings": sequence_length, **settings.model}
     config = make_model_config(fields if vocab_size is None else fields | {"vocab_size": vocab_size})
-    micro_size = micro_size_of(settings.batch, world_size)
-    assert parallel.strategy != "auto"  # resolve_strategy has settled it
-    return training_memory(
-        config,
-        sequence_length,
-        micro_size,
-        strategy=parallel.strategy,
-        world_size=world_size,
-        shard_size=parallel.shard_size,
-        reshard_after_forward=parallel.reshard_after_forward,
-        min_unit_parameters=parallel.min_unit_parameters,
-        offload_optimizer=parallel.offload_optimizer,
-        offload_parameters=parallel.offload_parameters,
-        micro_batches=settings.batch.size // (micro_size * world_size),
-        precision=expected(settings.precision, options.gpus_per_node > 0),
-        recompute=settings.recompute,
-        document_masking=settings.data.document_masking,
-        on_gpu=options.gpus_per_node > 0,
-    )
+    placement = placement_of(settings, parallel, world_size, options.gpus_per_node > 0)
+    return training_memory(config, sequence_length, micro_size_of(settings.batch, world_size), placement)
 
 
 def strategy_of(settings: ExperimentSettings, options: argparse.Namespace) -> ParallelSettings:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from model.config import MoRConfig
 from model.depth import method_of
 from model.flops import gates_of
 
@@ -96,7 +97,7 @@ def model_card(model: PreTrainedModel, facts: Mapping[str, Any] | None = None, b
 
 def _how_it_decides(config: Any) -> dict[str, str]:
     """Whether the model generates as it was measured: without looking at tokens to come."""
-    if not getattr(config, "routing", None) or not gates_of(config):
+    if not isinstance(config, MoRConfig) or not gates_of(config):
         return {"causal": "yes: every token passes the same layers"}
     looks_ahead = method_of(config).refuses(config, "causal") is not None
     return {

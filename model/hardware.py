@@ -141,3 +141,15 @@ def require_bf16(device: torch.device) -> None:
         raise ValueError(
             f"precision: torch refuses bf16 on {describe(device)}: {reason}; use precision=fp32 or auto"
         ) from error
+
+
+def chunk_rows(vocabulary: int, kind: str) -> int:
+    """Tokens whose logits are at hand at once, on a kind of device (`torch.device.type`): on a CPU those that take
+    about 16 MiB in fp32, elsewhere a power of two of them that take at most 256 MiB in bf16, so that chunks are few and
+    of one size.
+
+    glibc hands blocks beyond 32 MiB back to the system each time, and fresh pages cost more than the arithmetic.
+    """
+    if kind == "cpu":
+        return max(64, 2**22 // vocabulary)
+    return max(64, 2 ** ((2**27 // vocabulary).bit_length() - 1))

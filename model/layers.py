@@ -20,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, rotate_half
 from .attention import Seen, attend
 from .attention.base import as_list, as_rows
 from .config import MoRConfig
+from .hardware import chunk_rows
 from .relaxation import make_projection, project, project_all
 
 KeyValue = tuple[Tensor, Tensor]
@@ -286,20 +287,9 @@ class LMHead(nn.Linear):
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return _SummedCrossEntropy.apply(x, weight, targets, weights, self.compiled)
         assert weights is None
-        rows = chunk_rows(weight.shape[0], x.device)
+        rows = chunk_rows(weight.shape[0], x.device.type)
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.stack([cross_entropy_sum(F.linear(part, weight), target) for part, target in chunks]).sum()
-
-
-def chunk_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose logits are at hand at once: on a CPU those that take about 16 MiB in fp32, elsewhere a power of two
-    of them that take at most 256 MiB in bf16, so that chunks are few and of one size.
-
-    glibc hands blocks beyond 32 MiB back to the system each time, and fresh pages cost more than the arithmetic.
-    """
-    if device.type == "cpu":
-        return max(64, 2**22 // vocabulary)
-    return max(64, 2 ** ((2**27 // vocabulary).bit_length() - 1))
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -314,7 +304,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, compiled: bool = False
     ) -> Tensor:
-        rows = chunk_rows(weight.shape[0], x.device)
+        rows = chunk_rows(weight.shape[0], x.device.type)
         total = x.new_zeros((), dtype=torch.float32)
         compiled = compiled and x.is_cuda
         change: Callable[..., tuple[Tensor, Tensor]] = _compiled_change() if compiled else _loss_and_change

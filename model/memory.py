@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, get_args
 
 from .config import MoRConfig
 from .depth import method_of, stages_of
+from .depth.base import DepthMethod
 from .flops import (
     Pass,
     Recompute,
@@ -30,6 +31,7 @@ from .flops import (
     unique_parameters,
     unshared_layers,
 )
+from .hardware import chunk_rows
 from .sharing import num_unique_layers
 
 Precision = Literal["fp32", "bf16"]
@@ -39,20 +41,84 @@ ZERO3_LIVE = 10**9  # parameters that DeepSpeed may keep gathered, and over whic
 
 
 @dataclass(frozen=True)
+class Placement:
+    """How a training step is laid out over ranks and computed: what its memory and its communication hang on.
+
+    shard_size: fsdp2, ranks that share one copy (hybrid). min_unit_parameters: fsdp2, smaller layers are gathered with
+    the root. offload_parameters: under fsdp2 gradients and optimizer states are in host memory too. micro_batches:
+    forward passes of a step. document_masking: attention takes a dense mask, which every layer keeps. on_gpu: attention
+    makes no masks and packs no slots, weights that stand side by side for one product are copied at each use, and the
+    head's chunks are compiled. Raises ValueError for a shard size that does not divide, and ranks of one process.
+    """
+
+    strategy: Strategy = "single"
+    world_size: int = 1
+    shard_size: int | None = None
+    reshard_after_forward: bool = True
+    min_unit_parameters: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    micro_batches: int = 1
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    document_masking: bool = False
+    on_gpu: bool = False
+
+    def __post_init__(self) -> None:
+        ranks, shards = self.world_size, self.shard_size
+        if self.strategy not in get_args(Strategy):
+            raise ValueError(f"strategy: {self.strategy!r} is none of {', '.join(get_args(Strategy))}")
+        if shards is not None and (self.strategy != "fsdp2" or ranks % shards):
+            raise ValueError(f"shard_size: {shards} must divide the {ranks} ranks, and belongs to fsdp2")
+        if self.strategy == "single" and ranks != 1:
+            raise ValueError(f"world_size: strategy single runs on 1 rank, not {ranks}")
+
+    @property
+    def shards(self) -> int:
+        """Ranks that share one copy of what is sharded."""
+        return self.shard_size or self.world_size
+
+    @property
+    def value_bytes(self) -> int:
+        """Of a value that is computed with."""
+        return BF16 if self.precision == "bf16" else FP32
+
+
+SINGLE = Placement()
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes at one moment of a micro-batch: `kept` from the forward pass for the backward pass, what is `working` on
+    top of them, and the gradients of the weights that the backward pass has met so far."""
+
+    kept: int
+    working: int
+    gradients: int
+
+
+@dataclass(frozen=True)
 class Activations:
-    """Bytes of the activations of one micro-batch. saved: kept from the forward to the backward pass. working: on top
-    of them at the worst moment, of the head's forward pass or of one recomputed stretch."""
+    """A micro-batch's activations. saved: bytes kept when the forward pass ends. moments: the head's, then one for each
+    stretch of layers as the backward pass comes to it, then the embedding's."""
 
     saved: int
-    working: int
+    moments: tuple[Moment, ...]
+
+    def worst(self, gradients: int | None = None) -> Moment:
+        """The moment at which most is held. gradients: bytes of those that are there throughout; None: they come with
+        the backward pass."""
+        moments = self.moments if gradients is None else [replace(m, gradients=gradients) for m in self.moments]
+        return max(moments, key=lambda moment: moment.kept + moment.working + moment.gradients)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank in training.
+    """Bytes of one rank in training, at the moment that takes most.
 
-    gathered: whole weights or gradients that a sharded strategy holds for a time. working, activations: `Activations`.
-    host: what is offloaded, of the machine's own memory; not part of the total, which is the device's.
+    gathered: whole weights or gradients that a sharded strategy holds for a time. activations, working, and gradients
+    where they come with the backward pass: as of that `Moment`. host: what is offloaded, of the machine's own memory;
+    not part of the total, which is the device's.
     """
 
     parameters: int
@@ -112,86 +178,131 @@ def mask_bytes(passed: Pass, precision: Precision, document_masking: bool) -> in
     return round(passed.dense) * (BF16 if precision == "bf16" else FP32)
 
 
+@dataclass(frozen=True)
+class _Stretch:
+    """Uses of layers that the backward pass takes as one: with recomputation, what is computed again together.
+
+    kept: bytes that it leaves for the backward pass, and that this frees. working: what passing it backward takes on
+    top. layers: unique layers whose gradients it makes.
+    """
+
+    kept: int
+    working: int
+    layers: tuple[int, ...]
+
+
 def activation_bytes(
     config: MoRConfig,
     sequence_length: int,
     num_sequences: int,
-    *,
-    precision: Precision = "bf16",
-    recompute: Recompute = "none",
-    document_masking: bool = False,
-    weight_copies: bool = True,
+    placement: Placement = SINGLE,
     work: Work | None = None,
-    on_gpu: bool = False,
 ) -> Activations:
     """Activations of one micro-batch, under expected routing unless `work` says what was routed.
 
-    document_masking: attention takes a dense mask, which every layer keeps. weight_copies: of autocast, which keeps
-    each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs none. on_gpu: attention makes no masks and
-    packs no slots, weights that stand side by side for one product are copied at each use, and the head's chunks are
-    compiled.
+    Autocast keeps each weight in bf16 too; fsdp2 gathers its weights in bf16 and needs no copies.
     """
     work = expected_work(config, sequence_length, num_sequences) if work is None else work
-    tokens, h = num_sequences * sequence_length, config.hidden_size
-    size = BF16 if precision == "bf16" else FP32
+    tokens, h, size = work.tokens, config.hidden_size, placement.value_bytes
+    recompute, stretches = placement.recompute, _stretches(config, work, placement)
+    copies = 0
+    if size == BF16 and recompute == "none" and placement.strategy != "fsdp2":  # autocast's
+        copies = BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)
+    shared_keys = 0
+    if recompute != "none":  # keys that later stages read outlive their stretch, then their gradients do
+        sources = {use.source for passed in work.passes for use in passed.stage.uses if use.source is not None}
+        shared_keys = len(sources) * round(tokens) * 2 * attention_widths(config)[1] * size
+    # The record: who passed, scores and positions.
+    record = len(method_of(config).shares(config)) * tokens + 12 * round(sum(work.offered))
+    # Of exits: states that their next layer keeps, and their gradients.
+    exits = round(work.heads) * 2 * h * FP32
+    kept = round(record) + copies + shared_keys + exits + sum(stretch.kept for stretch in stretches)
+    # Final norm, gradients of the head; with exits, one more of its weight.
+    end = tokens * h * (FP32 + size) + (tokens + (2 if work.heads else 1) * config.vocab_size) * h * size
+    moments = [Moment(kept + round(end), _head_bytes(config, work, placement), 0)]
+    layer, root = unit_parameters(config)
+    met: set[int] = set()
+    for stretch in reversed(stretches):
+        met.update(stretch.layers)
+        moments.append(Moment(kept, stretch.working + shared_keys, (root + len(met) * layer) * FP32))
+        kept -= stretch.kept
+    table = config.vocab_size * h * FP32
+    moments.append(Moment(round(record), table, unique_parameters(config) * FP32))
+    return Activations(moments[0].kept, tuple(moments))
+
+
+def _head_bytes(config: MoRConfig, work: Work, placement: Placement) -> int:
+    """Of the head and its loss: logits of a chunk of rows, two of the weight's gradients, states of exits side by side
+    and their gradients."""
+    h, v, heads, size = config.hidden_size, config.vocab_size, round(work.heads), placement.value_bytes
+    rows = max(round(work.tokens), heads)
+    chunk = min(rows, chunk_rows(v, "cuda" if placement.on_gpu else "cpu"))
+    if placement.on_gpu:  # logits and their gradient
+        return 2 * (chunk * size + h * FP32) * v + heads * 2 * h * size
+    logits = chunk * v * (FP32 if size == FP32 else FP32 + size)  # changed in place
+    return logits + h * v * (FP32 + size) + (rows + 2 * heads) * h * size
+
+
+def _stretches(config: MoRConfig, work: Work, placement: Placement) -> list[_Stretch]:
+    """The stretches of a pass, in the order of the forward pass."""
+    precision, recompute, masking = placement.precision, placement.recompute, placement.document_masking
+    tokens, h, f, size = round(work.tokens), config.hidden_size, config.intermediate_size, placement.value_bytes
     q, kv = attention_widths(config)
     method = method_of(config)
-    saved, stretches, shares = 0, [0], method.shares(config)
+    shares, found = method.shares(config), list[_Stretch]()
     for passed in work.passes:
         if passed.stage.gate is not None and not work.offered[passed.stage.gate]:  # a gate that is open in training
             passed = replace(passed, stage=replace(passed.stage, gate=None))
-        packed = passed.stage.selects and not method.fixed and not on_gpu
+        packed = passed.stage.selects and not method.fixed and not placement.on_gpu
         # Some are left out whose keys are made all the same.
         gate, of_all = passed.stage.gate, passed.stage.uses[0].keys == "everyone"
         around = gate is not None and not passed.stage.whole and of_all and shares[gate] < 1
         layer = layer_activation_bytes(config, passed, precision, packed=packed)
-        layer += 0 if on_gpu else mask_bytes(passed, precision, document_masking)
+        # Where a top-k takes everyone, causality alone says who sees whom.
+        everything = method.fixed and passed.queries == tokens and not masking
+        mask = 0 if placement.on_gpu or everything else mask_bytes(passed, precision, masking)
+        layer += mask
         if around:
             layer += tokens * (h * (FP32 + 2 * size) + FP32)  # the norm of the states that keys are made of
         inputs = round(passed.queries * h * size)
-        products = round(passed.queries * (2 * q + 2 * h + 2 * config.intermediate_size) + passed.keys * 2 * kv) * size
-        whole = (
-            recompute == "recursion" and passed.stage.shared
-        )  # the recursion, not the layer, is the stretch that is recomputed
-        if passed.layers:
-            stretches.append(layer * (passed.layers if whole else 1))
-        saved += {
-            "none": passed.layers * layer,
-            "selective": passed.layers * (inputs + products),
-            "block": passed.layers * inputs,
-            "recursion": inputs if whole else passed.layers * inputs,
-        }[recompute]
-        if passed.stage.gate is not None:
-            saved += method.merged(config) * round(passed.queries) * h * size
-        if around:
-            # The states of everyone, that keys are made of, before the stage, and of each stretch's recomputation.
-            saved += tokens * h * size * (1 if recompute == "none" else 2 if whole else 1 + passed.layers)
-    shared_keys = 0
-    if recompute != "none":  # keys that later stages read outlive their stretch, then their gradients do
-        sources = {use.source for passed in work.passes for use in passed.stage.uses if use.source is not None}
-        shared_keys = len(sources) * tokens * 2 * kv * size
-    saved += shared_keys
-    # fp32 inputs of the scorers. In fp32 the first one's is the first layer's, and detached copies are no more.
-    gates = [scorer.gate for scorer in method.scorers(config)]
-    whole = any(passed.stage.gate == 0 and passed.queries == tokens for passed in work.passes)
-    copied = gates if precision == "bf16" else {gate for gate in gates if gate > 0 or not whole}
-    saved += round(sum(work.offered[gate] for gate in copied)) * h * FP32
-    for scorer in method.scorers(config):  # inner layers: before and after their function, which takes a copy on a CPU
-        saved += round(work.offered[scorer.gate]) * 4 * sum(inner for _, inner in scorer.shapes[:-1]) * FP32
-    saved += len(shares) * tokens + 12 * round(sum(work.offered))  # the record: who passed; scores and positions
-    saved += tokens * h * (FP32 + size) + (tokens + config.vocab_size) * h * size  # final norm, gradients of the head
-    if work.heads:  # the same of exits, whose states their next layer keeps, and one more gradient of the head's weight
-        saved += round(work.heads) * 2 * h * FP32 + config.vocab_size * h * size
-    if precision == "bf16" and recompute == "none" and weight_copies:
-        saved += BF16 * num_unique_layers(config) * layer_parameters(config, norms=False)  # autocast's copies
-    if on_gpu:
-        rows = min(tokens, max(64, 2 ** ((2**27 // config.vocab_size).bit_length() - 1)))
-        head = 2 * (rows * size + h * FP32) * config.vocab_size  # logits and their gradient; the weight's, twice
-    else:
-        rows = min(tokens, max(64, 2**24 // config.vocab_size))  # of logits at a time
-        head = (3 * rows + h) * config.vocab_size * FP32
-    head += round(work.heads) * 2 * h * size  # states of exits, side by side, and their gradients
-    return Activations(saved, max(head, 0 if recompute == "none" else max(stretches) + shared_keys))
+        products = round(passed.queries * (2 * q + 2 * h + 2 * f) + passed.keys * 2 * kv) * size
+        kept = {"none": layer, "selective": inputs + products}.get(recompute, inputs)
+        again = {"none": 0, "selective": layer - inputs - products}.get(recompute, layer)
+        if around and recompute != "none":  # the states of everyone, for each recomputation
+            kept += tokens * h * size
+        # Gradients of the inner states and of the stream, while a layer's own are still there.
+        passing = round(passed.queries) * (2 * f + h) * size
+        before = 0
+        if gate is not None:
+            passing += tokens * h * size  # and of the states that go past its layers
+            before = mask // size + _gate_bytes(config, work, passed, size, around, recompute)
+        # The recursion, not the layer, is the stretch that is recomputed.
+        whole = recompute == "recursion" and passed.stage.shared
+        for uses in [passed.stage.uses] if whole else [(use,) for use in passed.stage.uses]:
+            found.append(_Stretch(before + kept, len(uses) * again + passing, tuple(use.layer for use in uses)))
+            before = 0
+    return found
+
+
+def _gate_bytes(config: MoRConfig, work: Work, passed: Pass, size: int, around: bool, recompute: Recompute) -> int:
+    """What a gate and its merge keep. around: keys are made of the states of everyone, left-out tokens included."""
+    method, gate, h = method_of(config), passed.stage.gate, config.hidden_size
+    assert gate is not None
+    offered, scorers = work.offered[gate], [s for s in method.scorers(config) if s.gate == gate]
+    prepared = method.prepare is not DepthMethod.prepare  # then states that are scored are not those that it takes
+    kept = method.merged(config) * round(passed.queries) * h * size
+    if around and prepared:
+        kept += round(work.tokens) * h * size
+    if passed.stage.selects:  # angles at its positions
+        kept += round(passed.queries) * 2 * (attention_widths(config)[0] // config.num_attention_heads) * size
+    if method.fixed and passed.queries < offered and size != FP32:
+        kept += round(offered) * h * size  # what a selection is gathered from; in fp32 that is the scorer's input
+    # The scorers' fp32 inputs. In fp32 they are no copies, and the first layer's, or everyone's states kept already.
+    known = passed.queries == work.tokens if gate == 0 else around and not prepared and recompute != "none"
+    copies = len(scorers) if size != FP32 else int(bool(scorers) and not (known and offered == work.tokens))
+    # Inner layers: before and after their function, which takes a copy on a CPU.
+    inner = 4 * sum(width for scorer in scorers for _, width in scorer.shapes[:-1])
+    return kept + round(offered) * (copies * h + inner) * FP32
 
 
 # --- one rank -----------------------------------------------------------------------------------------------------
@@ -213,30 +324,15 @@ def training_memory(
     config: MoRConfig,
     sequence_length: int,
     micro_batch_size: int,
-    *,
-    strategy: Strategy = "single",
-    world_size: int = 1,
-    shard_size: int | None = None,
-    reshard_after_forward: bool = True,
-    min_unit_parameters: int = 0,
-    offload_optimizer: bool = False,
-    offload_parameters: bool = False,
-    micro_batches: int = 1,
-    precision: Precision = "bf16",
-    recompute: Recompute = "none",
-    document_masking: bool = False,
-    on_gpu: bool = False,
+    placement: Placement = SINGLE,
+    work: Work | None = None,
 ) -> Memory:
-    """Bytes of one rank at the peak of a training step.
+    """Bytes of one rank at the peak of a training step, under expected routing unless `work` says what was routed.
 
-    shard_size: fsdp2, ranks that share one copy (hybrid). min_unit_parameters: fsdp2, smaller layers are gathered with
-    the root. micro_batches: forward passes of a step; fsdp2 keeps whole gradients between them, on the device also
-    where it offloads. offload_parameters: under fsdp2 gradients and optimizer states are in host memory too. Raises
-    ValueError for a shard size that does not divide.
+    fsdp2 keeps whole gradients between the forward passes of a step, on the device also where it offloads.
     """
-    _check(strategy, world_size, shard_size)
+    strategy, world_size, shards = placement.strategy, placement.world_size, placement.shards
     states = unique_parameters(config) * FP32
-    shards = shard_size or world_size
     parts = {"single": (1, 1, 1), "ddp": (1, 1, 1), "zero1": (1, 1, world_size)}
     parts |= {"zero2": (1, world_size, world_size), "zero3": (world_size,) * 3, "fsdp2": (shards,) * 3}
     parameters, gradients, moments = (-(-states // part) for part in parts[strategy])
@@ -248,41 +344,25 @@ def training_memory(
     if strategy == "zero3":
         gathered = min(unique_parameters(config), ZERO3_LIVE) * FP32
     elif strategy == "fsdp2":
-        size = BF16 if precision == "bf16" else FP32
-        freed = reshard_after_forward and layer >= min_unit_parameters
+        freed = placement.reshard_after_forward and layer >= placement.min_unit_parameters
         weights = 2 * layer + root if freed else unique_parameters(config)
-        gathered = weights * size + (states if micro_batches > 1 else (layer + root) * FP32)
-    activations = activation_bytes(
-        config,
-        sequence_length,
-        micro_batch_size,
-        precision=precision,
-        recompute=recompute,
-        document_masking=document_masking,
-        weight_copies=strategy != "fsdp2",
-        on_gpu=on_gpu,
-    )
+        gathered = weights * placement.value_bytes + (states if placement.micro_batches > 1 else (layer + root) * FP32)
+    activations = activation_bytes(config, sequence_length, micro_batch_size, placement, work)
+    # One process frees its gradients after a step; every other strategy has buckets or shards of them throughout.
+    coming = strategy == "single" and placement.micro_batches == 1
+    worst = activations.worst(None if coming else gradients)
+    gradients = worst.gradients
     host = 0
-    if offload_optimizer or (offload_parameters and strategy == "fsdp2"):
+    if placement.offload_optimizer or (placement.offload_parameters and strategy == "fsdp2"):
         host, optimizer = optimizer, 0
-    if offload_parameters:
+    if placement.offload_parameters:
         host, parameters = host + parameters, 0
         if strategy == "fsdp2":
             host, gradients = host + gradients, 0
-    return Memory(parameters, gradients, optimizer, gathered, activations.saved, activations.working, host)
+    return Memory(parameters, gradients, optimizer, gathered, worst.kept, worst.working, host)
 
 
-def communication(
-    config: MoRConfig,
-    *,
-    strategy: Strategy,
-    world_size: int,
-    shard_size: int | None = None,
-    reshard_after_forward: bool = True,
-    min_unit_parameters: int = 0,
-    micro_batches: int = 1,
-    precision: Precision = "bf16",
-) -> Communication:
+def communication(config: MoRConfig, placement: Placement) -> Communication:
     """Bytes that one rank sends in an optimizer step.
 
     ddp reduces whole gradients once. So do zero1 and zero2, to every rank (DeepSpeed's default on any device), zero2
@@ -290,15 +370,13 @@ def communication(
     each of its applications, forward and backward; this is a bound for zero3, which keeps what it needs again within
     `ZERO3_LIVE` parameters, and so gathers a small model once a micro-batch. fsdp2 without resharding gathers each unit
     once a step, whatever Nr. Accumulated gradients of shared layers travel twice under fsdp2: those of the last
-    micro-batch, and those before. With bf16, fsdp2 gathers in bf16; all else travels in fp32. shard_size: hybrid,
-    copies sum their gradients. min_unit_parameters: fsdp2, smaller layers are gathered with the root, and their
-    gradients travel with its own.
+    micro-batch, and those before. With bf16, fsdp2 gathers in bf16; all else travels in fp32. Hybrid copies sum their
+    gradients. Gradients of layers that are gathered with the root travel with its own.
     """
-    _check(strategy, world_size, shard_size)
+    strategy, world_size, micro_batches = placement.strategy, placement.world_size, placement.micro_batches
     states = unique_parameters(config) * FP32
     layer, root = unit_parameters(config)
-    count, size = unique_parameters(config), BF16 if precision == "bf16" else FP32
-    shards = (shard_size or world_size) if strategy == "fsdp2" else world_size
+    count, size, shards = unique_parameters(config), placement.value_bytes, placement.shards
     share, copies = Fraction(shards - 1, shards), world_size // shards
     uses, units = config.num_hidden_layers, num_unique_layers(config)
     gather = scatter = reduce = gathers = 0
@@ -314,9 +392,9 @@ def communication(
         gathers = micro_batches * (units + 1 if kept else 2 * uses + 2)
         scatter = round(share * states) * micro_batches
     elif strategy == "fsdp2":
-        alone = layer >= min_unit_parameters
+        alone = layer >= placement.min_unit_parameters
         gathers, weights = units + 1 if alone else 1, count
-        if reshard_after_forward:  # it keeps its root between the passes
+        if placement.reshard_after_forward:  # it keeps its root between the passes
             gathers = micro_batches * (2 * uses + 1 if alone else 1)
             weights = micro_batches * (2 * (_applied_parameters(config) - root) + root if alone else count)
         gather = round(share * weights * size)
@@ -331,15 +409,6 @@ def _applied_parameters(config: MoRConfig) -> int:
     """Parameters of the root and of all layers, each as often as it is applied."""
     (shared_layer, root), outside = unit_parameters(config), unshared_layers(config)
     return root + outside * layer_parameters(config) + (config.num_hidden_layers - outside) * shared_layer
-
-
-def _check(strategy: str, world_size: int, shard_size: int | None) -> None:
-    if strategy not in ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2"):
-        raise ValueError(f"strategy: {strategy!r} is none of single, ddp, zero1, zero2, zero3, fsdp2")
-    if shard_size is not None and (strategy != "fsdp2" or world_size % shard_size):
-        raise ValueError(f"shard_size: {shard_size} must divide the {world_size} ranks, and belongs to fsdp2")
-    if strategy == "single" and world_size != 1:
-        raise ValueError(f"world_size: strategy single runs on 1 rank, not {world_size}")
 
 
 # --- inference ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ from .cache import MoRCache
 from .config import MoRConfig
 from .decoder import Batch, Run
 from .depth import METHODS, current_name, method_of
-from .layers import DecoderLayer, LMHead, RMSNorm, Tokens, chunk_rows, cross_entropy_sum
+from .hardware import chunk_rows
+from .layers import DecoderLayer, LMHead, RMSNorm, Tokens, cross_entropy_sum
 from .relaxation import RelaxedLinear
 from .routing import Router, RoutingRecord
 from .sharing import applications, num_unique_layers
@@ -427,7 +428,7 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         if logits is None:
             total = self.lm_head(hidden, shifted)
         else:
-            rows = chunk_rows(logits.shape[-1], logits.device)
+            rows = chunk_rows(logits.shape[-1], logits.device.type)
             parts = zip(logits.flatten(0, 1).split(rows), shifted.flatten().split(rows), strict=True)
             total = torch.stack([cross_entropy_sum(part, target) for part, target in parts]).sum()
         if num_items is None:
@@ -460,6 +461,10 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
     def update_router_bias(self, load: Tensor) -> None:
         """Loss-free balancing, once per optimizer step. load: [Nr] share of tokens per depth over the global batch."""
         self.model.depth.update(load)
+
+    def apart(self) -> list[nn.Parameter]:
+        """Parameters that learn at a rate of their own."""
+        return self.model.depth.apart()
 
     def units(self) -> list[nn.Module]:
         """Modules that form a unit of sharding and of checkpointing: each unique layer once."""

@@ -30,7 +30,7 @@ from model.memory import training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings, resolve_model
 from pretrain.parallel.settings import ParallelSettings
 from pretrain.parallel.timing import duration
-from pretrain.plan import Plan, make_plans
+from pretrain.plan import Plan, make_plans, placement_of
 from pretrain.precision import decided, expected, product_rate, recorded, settle
 
 if TYPE_CHECKING:
@@ -145,24 +145,8 @@ def check_memory(parallel: Parallel, settings: ExperimentSettings) -> Finding:
         raise UserError(
             f"{settings.data.folders[0][0]} is not prepared; give batch.sequence_length for the memory estimate"
         )
-    micro, rule = micro_size_of(settings.batch, parallel.world_size), parallel.settings
-    needed = training_memory(
-        config,
-        length,
-        micro,
-        strategy=rule.strategy,  # type: ignore[arg-type]  # auto is settled
-        world_size=parallel.world_size,
-        shard_size=rule.shard_size,
-        reshard_after_forward=rule.reshard_after_forward,
-        min_unit_parameters=rule.min_unit_parameters,
-        offload_optimizer=rule.offload_optimizer,
-        offload_parameters=rule.offload_parameters,
-        micro_batches=max(1, settings.batch.size // (micro * parallel.world_size)),
-        precision=expected(settings.precision, parallel.device.type == "cuda"),
-        recompute=settings.recompute,
-        document_masking=settings.data.document_masking,
-        on_gpu=parallel.device.type == "cuda",
-    ).total
+    placement = placement_of(settings, parallel.settings, parallel.world_size, parallel.device.type == "cuda")
+    needed = training_memory(config, length, micro_size_of(settings.batch, parallel.world_size), placement).total
     free = free_memory(parallel)
     text = f"estimate {needed / GIBIBYTE:.2f} GiB a rank, {free / GIBIBYTE:.2f} GiB free"
     return Finding("memory", needed <= free, text)

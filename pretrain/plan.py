@@ -1,4 +1,4 @@
-"""What a run consists of and when it ends: the runs of an experiment, their budgets and their schedules."""
+"""What a run consists of, when it ends and how its steps are laid out: budgets, schedules, placement."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.settings import UserError
-from pretrain.config import ExperimentSettings
+from model.memory import Placement
+from pretrain.config import ExperimentSettings, micro_size_of
+from pretrain.parallel.settings import ParallelSettings
+from pretrain.precision import expected
 from pretrain.schedule import Schedule
 
 
@@ -114,4 +117,17 @@ def branch_settings(settings: ExperimentSettings, flops: int, warmup_steps: int)
             "budget": settings.budget.model_copy(update={"flops": flops}),
             "schedule": settings.schedule.model_copy(update={"warmup_steps": warmup_steps}),
         }
+    )
+
+
+def placement_of(settings: ExperimentSettings, parallel: ParallelSettings, world_size: int, on_gpu: bool) -> Placement:
+    """How the steps of an experiment are laid out. parallel: its section, with the strategy settled."""
+    micro_batches = settings.batch.size // (micro_size_of(settings.batch, world_size) * world_size)
+    return parallel.placement(
+        world_size,
+        micro_batches=max(1, micro_batches),
+        precision=expected(settings.precision, on_gpu),
+        recompute=settings.recompute,
+        document_masking=settings.data.document_masking,
+        on_gpu=on_gpu,
     )

@@ -92,19 +92,13 @@ def link_seconds(
     A ring over nodes leaves a node once, and there are as many rings as the node has adapters: a rank's bandwidth is
     the smaller of NVLink's and of all adapters of its node. Copies of hybrid shards exchange over one adapter each.
     """
-    options = {"strategy": strategy.strategy, "world_size": world, "micro_batches": micro_batches}
-    hybrid = {"shard_size": strategy.shard_size} if strategy.shard_size else {}
-    units = {
-        "reshard_after_forward": strategy.reshard_after_forward,
-        "min_unit_parameters": strategy.min_unit_parameters,
-    }
-    sent = communication(config, **options, **hybrid, **units)  # type: ignore[arg-type]
+    sent = communication(config, strategy.placement(world, micro_batches=micro_batches))
     ranks = strategy.shard_size or world
     bandwidth = cluster.node_bandwidth
     if ranks > cluster.gpus_per_node:
         bandwidth = min(bandwidth, cluster.gpus_per_node * cluster.network_bandwidth)
     ring = 1 / (bandwidth * cluster.link_efficiency)
-    copies = 1 / (cluster.network_bandwidth * cluster.link_efficiency) if hybrid else ring
+    copies = 1 / (cluster.network_bandwidth * cluster.link_efficiency) if strategy.shard_size else ring
     hops = cluster.hop_seconds * (ranks - 1)
     gather, reduce = sent.all_gather * ring + sent.gathers * hops, sent.reduce_scatter * ring + sent.all_reduce * copies
     if strategy.strategy in ("zero1", "zero2"):
@@ -122,20 +116,9 @@ def fitting(cluster: Cluster, strategy: ParallelSettings, world: int, config: Mo
     found: tuple[int, Recompute, int] = (1, "block", 0)
     for recompute in ("none", "block"):
         for size in sizes:
-            memory = training_memory(
-                config,
-                cluster.sequence_length,
-                size,
-                strategy=strategy.strategy,  # type: ignore[arg-type]  # the files name one
-                world_size=world,
-                shard_size=strategy.shard_size,
-                reshard_after_forward=strategy.reshard_after_forward,
-                min_unit_parameters=strategy.min_unit_parameters,
-                micro_batches=own // size,
-                recompute=recompute,  # type: ignore[arg-type]
-                document_masking=cluster.document_masking,
-                on_gpu=True,
-            ).total
+            step = {"micro_batches": own // size, "recompute": recompute, "on_gpu": True}
+            placement = strategy.placement(world, document_masking=cluster.document_masking, **step)
+            memory = training_memory(config, cluster.sequence_length, size, placement).total
             found = (size, recompute, memory)  # type: ignore[assignment]
             if memory <= cluster.memory_gib * GIB:
                 return found

@@ -85,17 +85,18 @@ def make_model(settings: ExperimentSettings, config: MoRConfig, parallel: Parall
 def make_optimizer(model: nn.Module, settings: ExperimentSettings) -> torch.optim.AdamW:
     """AdamW: matrices and embeddings decay; norms, biases and other vectors do not; auxiliary routers learn faster."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        groups.setdefault((parameter.dim() > 1, "aux_router" in name), []).append(parameter)
+    apart = set(map(id, model.apart()))  # type: ignore[operator]
+    for parameter in model.parameters():
+        groups.setdefault((parameter.dim() > 1, id(parameter) in apart), []).append(parameter)
     rule = settings.optimizer
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
                 "weight_decay": rule.weight_decay if decays else 0.0,
-                "learning_rate_scale": rule.auxiliary_router_factor if auxiliary else 1.0,
+                "learning_rate_scale": rule.auxiliary_router_factor if own_rate else 1.0,
             }
-            for (decays, auxiliary), parameters in groups.items()
+            for (decays, own_rate), parameters in groups.items()
         ],
         lr=rule.learning_rate,
         betas=rule.betas,

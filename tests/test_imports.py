@@ -98,6 +98,11 @@ def test_what_only_prints_imports_no_model(command: list[str]) -> None:
     assert json.loads(ended.stderr.splitlines()[-1]) == []
 
 
+def test_how_ranks_share_the_work_is_read_without_torch() -> None:
+    ended = run("import sys, pretrain.parallel.settings; print('torch' in sys.modules)")
+    assert ended.stdout == "False\n", ended.stderr
+
+
 def test_the_watch_sees_what_is_imported() -> None:
     ended = run(WATCHED, json.dumps(["torch", "wandb"]), "-m", "pretrain.budget", "--help")
     assert json.loads(ended.stderr.splitlines()[-1]) == ["torch"]

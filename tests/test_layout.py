@@ -161,18 +161,26 @@ def unsafe_load(name: str, source: str) -> list[str]:
 
 # Files that may know a method by its name, or by how its keys are shared: its own, the settings, and conversions.
 KNOWS_METHODS = ("model/depth/", "model/config.py", "model/convert/")
-METHOD_WORDS = re.compile(
-    r"\bconfig\.(?:routing|kv_strategy|selection|balancing)\b"
-    r"|[\"'](?:expert_choice|token_choice|mixture_of_depths|early_exit)[\"']"
-)
+METHODS = {"expert_choice", "token_choice", "mixture_of_depths", "early_exit"}  # not "universal", a folder of DeepSpeed
+ASKED = {"kv_strategy", "selection", "balancing"}  # and `routing`, of a configuration: a pass has one too, its record
 
 
 def names_a_method(name: str, source: str) -> list[str]:
-    """Lines of a package that ask for a method's name; a layout or a rule of the method answers them (model/depth)."""
+    """Where a package asks for a method's name; a layout or a rule of the method answers it (model/depth)."""
     if name.startswith(KNOWS_METHODS):
         return []
-    lines = enumerate(source.splitlines(), 1)
-    return [f"{name}:{number} {found[0]}" for number, line in lines if (found := METHOD_WORDS.search(line))]
+    faults = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            of_config = node.attr == "routing" and ast.unparse(node.value).endswith("config")
+            asked = of_config or node.attr in ASKED
+        elif isinstance(node, ast.keyword):
+            asked = node.arg in ASKED
+        else:
+            asked = isinstance(node, ast.Constant) and node.value in METHODS | ASKED | {"routing"}
+        if asked:
+            faults.append(f"{name}:{node.lineno} {ast.unparse(node)}")  # type: ignore[attr-defined]
+    return faults
 
 
 MACHINE_TEXT = re.compile(
@@ -219,9 +227,12 @@ BROKEN = [
     (too_long, "model/x.py", "def f():\n" + "    pass\n" * LONGEST_FUNCTION),
     (unsafe_load, "pretrain/x.py", "import torch\ntorch.load('x')"),
     (unsafe_load, "pretrain/x.py", "import torch\ntorch.load('x', weights_only=False)"),
-    (names_a_method, "model/cache.py", "if self.config.routing == 'none':"),
+    (names_a_method, "model/cache.py", "if self.config.routing == 'none': pass"),
     (names_a_method, "pretrain/x.py", "config.kv_strategy"),
     (names_a_method, "pretrain/x.py", "name = 'expert_choice'"),
+    (names_a_method, "pretrain/x.py", "facts['model'].get('selection')"),
+    (names_a_method, "launchers/x.py", "getattr(settings, 'routing', None)"),
+    (names_a_method, "data_prep/x.py", "replace(one, balancing=None)"),
     (machine_text, "README.md", "cd /" + "work/main"),
     (machine_text, "README.md", "a\npip install -i http:" + "//192.168.0.1/simple"),
     (machine_text, "README.md", "https:" + "//user:password@example.org"),
@@ -239,7 +250,7 @@ SOUND = [
     (too_long, "model/x.py", "def f():\n" + "    pass\n" * (LONGEST_FUNCTION - 1)),
     (unsafe_load, "pretrain/x.py", "import torch\ntorch.load('x', weights_only=True)"),
     (names_a_method, "model/depth/x.py", "config.selection"),
-    (names_a_method, "pretrain/x.py", "config.routing_mode, random.choice, output.routing"),
+    (names_a_method, "pretrain/x.py", "'by routing', config.routing_mode, random.choice, output.routing"),
     (machine_text, "README.md", "https:" + "//example.org/home/, $HOME/" + "work/x, runs/" + "work/x"),
 ]
 Rule = Callable[[str, str], list[str]]

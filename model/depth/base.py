@@ -264,6 +264,10 @@ class DepthMethod(nn.Module):
 
     # --- the training step --------------------------------------------------------------------------------------------
 
+    def apart(self) -> list[nn.Parameter]:
+        """Parameters that learn at a rate of their own (`optimizer.auxiliary_router_factor`)."""
+        return []
+
     def losses(self, gate: int, x: Tensor, logits: Tensor, chosen: Tensor, used: Tensor | None, run: Any) -> None:
         """Auxiliary losses and figures of a top-k. x: [B, C, D]; logits, chosen, used (None: all): [B, C]."""
 

@@ -207,6 +207,9 @@ class ExpertChoice(DepthMethod):
             agrees = ((decision.detach() >= 0) == chosen).float()
             run.figure("selection_accuracy", routing.masked_mean(agrees, used))
 
+    def apart(self) -> list[nn.Parameter]:
+        return list(self.aux_routers.parameters()) if hasattr(self, "aux_routers") else []
+
     def coefficients(self) -> dict[str, float]:
         apart = self.config.selection == "aux_router"  # it trains nothing else, so its weight would be a learning rate
         selection = 1.0 if apart else self.config.selection_coefficient

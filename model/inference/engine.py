@@ -22,16 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.depth import stages_of
 from model.depth.base import DepthMethod
 from model.depth.layout import Stage, Use, last_gate, within
 from model.inference.flight import Carried, Flight, InFlight, Rules
+from model.inference.fused import FusedLayer, fits
 from model.inference.packed import Norm, PackedLayer, Product, rotary
+from model.inference.paged import KERNEL_PAGE, PagedPlan, PagedPool, kernel_serves, paged_plan
 from model.inference.policy import DepthPolicy
-from model.inference.pool import CallPlan, PagePool, Reader, Run, Writer
-from model.inference.sampling import SamplingParams, choose, score
+from model.inference.pool import CallPlan, PagePool, Pool, Reader, Run, Writer
+from model.inference.sampling import NOT_FINITE, SamplingParams, choose, score
 from model.inference.scheduler import Event, Request, Scheduler, gate_share
+from model.inference.slots import Slots
 
 if TYPE_CHECKING:
+    from model.config import MoRConfig
     from model.modeling import MoRForCausalLM
 
 
@@ -53,13 +58,19 @@ def recursion_of(stage: Stage) -> int:
     return max(use.recursion or 0 for use in stage.uses) if stage.level is None else stage.level
 
 
+def pageable(config: MoRConfig) -> bool:
+    """Whether block tables can say what tokens see: `shared_update` lays some keys over others of the same places."""
+    return not any(use.keys == "entered" and use.source is not None for s in stages_of(config) for use in s.uses)
+
+
 class Engine:
     """Serves requests with one model.
 
     max_batch: requests that run at once. kv_tokens: tokens of text that the pool holds at the expected depth; the pool
     is allocated once. prefill_tokens: prompt tokens that enter in one step. max_waiting: requests that may wait, None
     for any number. depth: see `DepthPolicy`; a request may have its own, of no
-    more recursions. To be used from one thread.
+    more recursions. paged: whether pages lie anywhere (`model.inference.paged`), by default on GPUs; page_size: None
+    takes 256 slots where torch's paged kernel reads them, else 16. To be used from one thread.
     """
 
     def __init__(
@@ -67,11 +78,16 @@ class Engine:
         model: MoRForCausalLM,
         max_batch: int = 32,
         kv_tokens: int = 32 * 512,
-        page_size: int = 16,
+        page_size: int | None = None,
         prefill_tokens: int = 128,
         max_waiting: int | None = None,
         depth: DepthPolicy | None = None,
+        paged: bool | None = None,
     ):
+        config = model.config
+        paged = (model.device.type == "cuda" and pageable(config)) if paged is None else paged
+        if page_size is None:
+            page_size = KERNEL_PAGE if paged and kernel_serves(config, model.dtype, model.device) else 16
         sizes = {
             "max_batch": max_batch,
             "kv_tokens": kv_tokens,
@@ -81,7 +97,8 @@ class Engine:
         for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
-        config = model.config
+        if paged and not pageable(config):
+            raise ValueError("paged: kv_strategy shared_update lays keys over others; leave it out, or use False")
         self.model, self.inner, self.config = model.eval(), model.model, config
         # As configured; refuses a model that cannot decide without looking ahead.
         full = "full" in (config.routing_mode, (depth or DepthPolicy()).mode)
@@ -92,14 +109,23 @@ class Engine:
         self.method: DepthMethod = self.inner.depth
         self._lay_out()
         silent = {use.layer for stage in self.layout for use in stage.uses if use.keys == "none"}
-        self.layers = [PackedLayer(layer, i in silent) for i, layer in enumerate(self.inner.layers)]
+        self.plan: Callable[..., CallPlan] = paged_plan if paged else CallPlan
+        self.layers: list[PackedLayer | FusedLayer] = [
+            FusedLayer(layer) if paged and fits(layer) else PackedLayer(layer, i in silent)
+            for i, layer in enumerate(self.inner.layers)
+        ]
         self.norm, self.head = Norm(self.inner.norm), Product(model.lm_head)
         share, pages = gate_share(config, self.policy), -(-kv_tokens // page_size)
         ragged = [len(s.uses) for s in self.layout if s.gate is not None and s.uses[0].keys == "entered"]
         layers = max(ragged, default=0)
-        self.everyone = PagePool(config, len(self.layer_of_use), pages, page_size, model.dtype, model.device)
-        self.recursed = PagePool(config, layers, round(pages * share), page_size, model.dtype, model.device)
+        kind: type[PagedPool | PagePool] = PagedPool if paged else PagePool
+        # Of pages as large as the kernel's, a run leaves half of the last one empty.
+        empty = max_batch // 2 if page_size >= KERNEL_PAGE else 0
+        recursed = round(pages * share) + empty * len(ragged)
+        self.everyone = kind(config, len(self.layer_of_use), pages + empty, page_size, model.dtype, model.device)
+        self.recursed = kind(config, layers, recursed, page_size, model.dtype, model.device)
         self.scheduler = Scheduler(config, self.everyone, self.recursed, self.policy, max_batch, max_waiting)
+        self.slots = Slots(self, max_batch) if paged else None
         self.prefill_tokens = prefill_tokens
         self.flights: list[Flight] = []
         self.air: InFlight | None = None
@@ -188,6 +214,7 @@ class Engine:
             self._run_call(call)
         done = [flight for flight in self.flights if flight.at == len(self.layout)]
         events = self._leave(done) if done else []
+        events += self._decode() if self.slots is not None else []
         self.statistics.steps += 1
         self.statistics.seconds += time.perf_counter() - began
         return events
@@ -203,11 +230,11 @@ class Engine:
         for flight in kept:
             flight.offset, offset = offset, offset + flight.count
 
-    def _reserve(self, wanted: list[tuple[Flight, PagePool, Run, int]]) -> None:
-        """Room in the pool for tokens of these flights, the oldest request first; if there is none, the youngest
-        requests are sent back, perhaps one of these."""
-        for flight, pool, run, tokens in sorted(wanted, key=lambda item: item[0].request.order):
-            while flight.request.running and not pool.reserve(run, tokens):
+    def _reserve(self, wanted: list[tuple[Request, Pool, Run, int]]) -> None:
+        """Room in the pool for tokens of these requests, the oldest first; if there is none, the youngest requests are
+        sent back, perhaps one of these."""
+        for request, pool, run, tokens in sorted(wanted, key=lambda item: item[0].order):
+            while request.running and not pool.reserve(run, tokens):
                 self.scheduler.preempt()
                 self.statistics.preemptions += 1
         self._retain(lambda flight: flight.request.running)
@@ -217,6 +244,8 @@ class Engine:
         began = time.perf_counter()
         cos, sin = self.inner.rotary_emb(hidden, positions[None])
         cos, sin = rotary(cos[0], sin[0])
+        if isinstance(plan, PagedPlan):
+            hidden = hidden.clone()  # which its layers write over
         for use in uses:
             hidden = self.layers[use.layer](hidden, cos, sin, use.recursion or 0, plan, use.depth)
             if self.inner.recursion_encoding is not None and use.encoding is not None:
@@ -233,16 +262,28 @@ class Engine:
         """Start the next token of every decoding request, and chunks of prompts within the step's budget."""
         flying = {flight.request for flight in self.flights}
         entering: list[Flight] = []
+        decoding: list[Request] = []
+        if self.slots is not None:
+            self.slots.forget()
         budget = self.prefill_tokens
         for request in self.scheduler.running:
             pending = len(request.text) - request.done
             count = 1 if pending == 1 else min(pending, budget)
             if request in flying or not count:
                 continue
+            if self.slots is not None and pending == 1 and self.slots.serves(request):
+                decoding += [request] if self.slots.waits_for(request) else []
+                continue
             if pending > 1:
                 budget -= count
             entering.append(Flight(request, request.done, count, count == pending))
-        self._reserve([(flight, self.everyone, flight.request.runs[0], flight.count) for flight in entering])
+        wanted: list[tuple[Request, Pool, Run, int]] = [] if self.slots is None else self.slots.wanted(decoding)
+        wanted += [(flight.request, self.everyone, flight.request.runs[0], flight.count) for flight in entering]
+        self._reserve(wanted)
+        for request in decoding:
+            if self.slots is not None and request.running:
+                self.slots.enter(request)
+                self.statistics.prompt_tokens += len(request.text) <= len(request.prompt)
         entering = [flight for flight in entering if flight.request.running]
         if not entering:
             return
@@ -354,12 +395,13 @@ class Engine:
         waiting = [flight for flight in self.flights if flight.at in call]
         if not waiting:
             return
-        computes, wanted = self.tokens.computes, []
+        computes = self.tokens.computes
+        wanted: list[tuple[Request, Pool, Run, int]] = []
         for flight in waiting:
             stage = self.layout[flight.at]
             if stage.gate is not None and stage.uses[0].keys == "entered":
                 run, tokens = flight.request.runs[1 + stage.gate], int(computes[flight.place].sum())
-                wanted.append((flight, self.recursed, run, tokens))
+                wanted.append((flight.request, self.recursed, run, tokens))
         if wanted:
             self._reserve(wanted)
         flights = sorted((flight for flight in self.flights if flight.at in call), key=lambda flight: flight.at)
@@ -443,35 +485,34 @@ class Engine:
     def _plan_gates(self, flights: list[Flight], reading: list[np.ndarray], giving: list[np.ndarray]) -> CallPlan:
         """Who writes and reads where. flights: by stage; reading, giving: tokens of each that take part."""
         readers: list[Reader] = []
-        writing: list[tuple[PagePool, int, np.ndarray]] = []
+        writing: list[tuple[Pool, int, np.ndarray]] = []
         for flight, own in zip(flights, reading, strict=True):
             use, run_of_all, count = self.layout[flight.at].uses[0], flight.request.runs[0], len(own)
             positions, over = flight.start + own, None
             base = self.reads.get(use.depth, 0)
             if use.keys == "everyone":
-                writing.append((self.everyone, base, run_of_all.first * self.everyone.page_size + positions))
+                writing.append((self.everyone, base, self.everyone.slots(run_of_all, positions)))
             elif use.keys == "entered":
                 run = flight.request.runs[1 + self._gate(flight.at)]
                 held = flight.request.places[1 + self._gate(flight.at)]
-                first = run.first * self.recursed.page_size + run.length
-                writing.append((self.recursed, 0, first + np.arange(count)))
+                writing.append((self.recursed, 0, self.recursed.slots(run, np.arange(run.length, run.length + count))))
                 held += positions.tolist()
                 seen = list(range(run.length + 1, run.length + count + 1))
                 run.length += count
                 if use.source is None:
                     readers.append(Reader(self.recursed, 0, run, seen))
                     continue
+                assert isinstance(self.recursed, PagePool)
                 over = (self.recursed, run, torch.tensor(held, device=self.model.device))
             if count:
                 readers.append(Reader(self.everyone, base, run_of_all, (positions + 1).tolist(), over))
         for flight, own in zip(flights, giving, strict=True):
             base = self.reads.get(self.layout[flight.at].uses[0].depth, 0)
-            first = flight.request.runs[0].first * self.everyone.page_size
-            writing.append((self.everyone, base, first + flight.start + own))
+            writing.append((self.everyone, base, self.everyone.slots(flight.request.runs[0], flight.start + own)))
         uses = self.layout[flights[0].at].uses
-        return CallPlan(self._writers(writing), readers, {use.depth: i for i, use in enumerate(uses)})
+        return self.plan(self._writers(writing), readers, {use.depth: i for i, use in enumerate(uses)})
 
-    def _writers(self, writing: list[tuple[PagePool, int, np.ndarray]]) -> list[Writer]:
+    def _writers(self, writing: list[tuple[Pool, int, np.ndarray]]) -> list[Writer]:
         """One writer for neighbours that write to the same layers of the same pool."""
         writers, begin = [], 0
         for (_, layer), parts in itertools.groupby(writing, key=lambda part: (id(part[0]), part[1])):
@@ -487,13 +528,12 @@ class Engine:
         readers, slots = [], []
         for flight in flights:
             run, end = flight.request.runs[0], flight.start + flight.count
-            first = run.first * self.everyone.page_size
-            slots.append(np.arange(first + flight.start, first + end))
+            slots.append(self.everyone.slots(run, np.arange(flight.start, end)))
             seen = list(range(flight.start + 1, end + 1))
             readers.append(Reader(self.everyone, 0, run, seen))
         index = self._indices(slots)
         writer = Writer(0, len(index), self.everyone, 0, index)
-        return CallPlan([writer], readers, self.reads, self.silent)
+        return self.plan([writer], readers, self.reads, self.silent)
 
     # Out -------------------------------------------------------------------------------------------------------------
 
@@ -536,13 +576,42 @@ class Engine:
         self.statistics.model_seconds += time.perf_counter() - began
         params = [request.params for request in requests]
         tokens = choose(logits, params, [r.generator for r in requests], [r.tokens for r in requests])
+        return self._hand_out(requests, tokens, logits)
+
+    def _decode(self) -> list[Event]:
+        """A step of the slots, and the next token of requests whose token is done."""
+        assert self.slots is not None
+        began = time.perf_counter()
+        done = self.slots.step()
+        self.statistics.model_seconds += time.perf_counter() - began
+        if not done:
+            return []
+        requests, tokens = [request for _, request, _ in done], [told["token"] for _, _, told in done]
+        for slot, request, told in done:
+            request.done += 1
+            request.depths[request.done - 1 :] = [told["depth"]]
+            request.passed[request.done - 1 :] = [told["passed"]]
+            request.judged[request.done - 1 :] = [told["judged"]]
+            request.heads[request.done - 1 :] = [told["heads"]]
+            if request.params.gates:
+                request.gates[request.done - 1 :] = self.slots.kept["scores"][slot : slot + 1].tolist()
+        logits, params = None, [request.params for request in requests]
+        if not all(p.greedy and not p.adjusts and p.logprobs is None for p in params):
+            logits = self.slots.head[torch.tensor([slot for slot, _, _ in done], device=self.model.device)]
+            tokens = choose(logits, params, [r.generator for r in requests], [r.tokens for r in requests])
+        elif not all(told["finite"] for _, _, told in done):
+            raise FloatingPointError(NOT_FINITE)
+        return self._hand_out(requests, tokens, logits)
+
+    def _hand_out(self, requests: list[Request], tokens: list[int], logits: Tensor | None) -> list[Event]:
+        """The next token of each request. logits: [len(requests), V], where one wants their scores."""
         events = []
         for i, (request, token) in enumerate(zip(requests, tokens, strict=True)):
             if not request.params.max_tokens:  # the prompt's scores are all that was asked for
                 self.scheduler.finish(request, "length")
                 events.append(Event(request, [], "length"))
                 continue
-            if request.params.logprobs is not None:
+            if request.params.logprobs is not None and logits is not None:
                 request.scores[len(request.text)] = score(logits[i : i + 1], [token], request.params.logprobs)[0]
             ready = request.append(token, self.context)
             if request.finished:

@@ -101,13 +101,13 @@ class PackedLayer:
         count = plan.writers(depth, len(x))
         projected = self.query(x, recursion).unflatten(-1, (-1, self.head_dim))
         if self.keys is not None:
-            query = _rotate(projected, cos, sin)
+            query = rotate(projected, cos, sin)
             if not count:
                 return query, None, None
             key, value = self.keys(x[:count], recursion).unflatten(-1, (-1, self.head_dim)).chunk(2, 1)
-            return query, _rotate(key, cos[:count], sin[:count]), value
+            return query, rotate(key, cos[:count], sin[:count]), value
         groups = (projected.shape[1] - self.heads) // 2
-        rotated = _rotate(projected[:, : self.heads + groups], cos, sin)
+        rotated = rotate(projected[:, : self.heads + groups], cos, sin)
         query, key, value = rotated[:, : self.heads], rotated[:, self.heads :], projected[:, self.heads + groups :]
         return query, key[:count], value[:count]
 
@@ -118,6 +118,6 @@ def rotary(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return cos.unsqueeze(-2), torch.cat([-first, second], -1).unsqueeze(-2)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, as `model.layers` has it but for the sign. x: [N, H, Dh]; cos, sin: see `rotary`."""
     return x * cos + x.roll(x.shape[-1] // 2, -1) * sin

@@ -1,13 +1,14 @@
 """A bounded pool of keys and values: each request holds one growing run of pages for each recursion that it entered.
 
 Shapes: N tokens of a call, H query heads, G key/value heads, Dh head dimension, S slots (one token each) of a pool.
-A page is `page_size` slots. A run of pages is contiguous, so that attention reads it as it lies, without gathering;
-when its neighbour is taken a run moves to where there is room, and when free pages lie scattered the pool is compacted.
+A page is `page_size` slots. Here a run of pages is contiguous, so that attention reads it as it lies, without
+gathering, in a call for each request; when its neighbour is taken a run moves to where there is room, and when free
+pages lie scattered the pool is compacted. `model.inference.paged` has pages that lie anywhere.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,40 +20,66 @@ from model.config import MoRConfig
 
 @dataclass(eq=False)
 class Run:
-    """Contiguous pages [first, first + pages) of a pool, of which the leading `length` slots are in use."""
+    """`pages` pages of a pool, of which the leading `length` slots are in use: [first, first + pages), or, where pages
+    lie anywhere, those that `table` lists."""
 
     first: int = 0
     pages: int = 0
     length: int = 0
+    table: list[int] = field(default_factory=list)
 
 
-class PagePool:
+class Pool:
     """Keys and values of `layers` layers for at most `pages` pages of tokens, allocated once."""
 
-    def __init__(self, config: MoRConfig, layers: int, pages: int, page_size: int, dtype: torch.dtype, device):
-        assert config.num_key_value_heads is not None and config.head_dim is not None
+    def __init__(self, pages: int, page_size: int):
         self.page_size, self.pages = page_size, pages
-        shape = (layers, 1, config.num_key_value_heads, pages * page_size, config.head_dim)
-        # Each [layers, 1, G, S, Dh]; zeros, so that the memory is claimed now and not when a request needs it.
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.layer_keys, self.layer_values = list(self.keys), list(self.values)
-        self.free = np.ones(pages, dtype=bool)
         self.runs: set[Run] = set()
         self.moves = 0
 
     def memory_bytes(self) -> int:
         """Bytes of the pool, used or not."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        raise NotImplementedError
 
     def free_pages(self) -> int:
-        return int(self.free.sum())
+        raise NotImplementedError
 
     def pages_for(self, tokens: float) -> int:
         return int(-(-tokens // self.page_size))
 
     def reserve(self, run: Run, tokens: int) -> bool:
         """Give a run room for `tokens` more; False, and nothing changed, if the pool has not enough free pages."""
+        raise NotImplementedError
+
+    def release(self, run: Run) -> None:
+        """Give a run's pages back."""
+        raise NotImplementedError
+
+    def slots(self, run: Run, places: np.ndarray) -> np.ndarray:
+        """Where the tokens lie that stand at `places` [N] of a run, counted from its first."""
+        raise NotImplementedError
+
+
+class PagePool(Pool):
+    """Runs of contiguous pages."""
+
+    def __init__(self, config: MoRConfig, layers: int, pages: int, page_size: int, dtype: torch.dtype, device):
+        assert config.num_key_value_heads is not None and config.head_dim is not None
+        super().__init__(pages, page_size)
+        shape = (layers, 1, config.num_key_value_heads, pages * page_size, config.head_dim)
+        # Each [layers, 1, G, S, Dh]; zeros, so that the memory is claimed now and not when a request needs it.
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.layer_keys, self.layer_values = list(self.keys), list(self.values)
+        self.free = np.ones(pages, dtype=bool)
+
+    def memory_bytes(self) -> int:
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def free_pages(self) -> int:
+        return int(self.free.sum())
+
+    def reserve(self, run: Run, tokens: int) -> bool:
         wanted = self.pages_for(run.length + tokens)
         more = wanted - run.pages
         if more <= 0:
@@ -74,8 +101,10 @@ class PagePool:
         self.runs.add(run)
         return True
 
+    def slots(self, run: Run, places: np.ndarray) -> np.ndarray:
+        return run.first * self.page_size + places
+
     def release(self, run: Run) -> None:
-        """Give a run's pages back."""
         self.free[run.first : run.first + run.pages] = True
         self.runs.discard(run)
         run.first = run.pages = run.length = 0
@@ -131,20 +160,30 @@ class Reader:
     its pool.
     """
 
-    pool: PagePool
+    pool: Pool
     layer: int
     run: Run
     seen: list[int]
     over: tuple[PagePool, Run, Tensor] | None = None
 
-    def __post_init__(self) -> None:
-        self.count, span = len(self.seen), self.seen[-1]
-        first = self.run.first * self.pool.page_size
+    @property
+    def count(self) -> int:
+        return len(self.seen)
+
+
+class View:
+    """What a reader sees of a contiguous run."""
+
+    def __init__(self, reader: Reader):
+        pool, span = reader.pool, reader.seen[-1]
+        assert isinstance(pool, PagePool)
+        self.layer, self.over, self.seen = reader.layer, reader.over, reader.seen
+        first = reader.run.first * pool.page_size
         # Views of all layers at once: one call each, not one a layer.
-        self.keys, self.values = self.pool.keys.narrow(3, first, span), self.pool.values.narrow(3, first, span)
+        self.keys, self.values = pool.keys.narrow(3, first, span), pool.values.narrow(3, first, span)
         self.layer_keys, self.layer_values = self.keys.unbind(0), self.values.unbind(0)
         self.mask: Tensor | None = None
-        if self.count > 1:
+        if reader.count > 1:
             seen = torch.tensor(self.seen, device=self.keys.device)
             self.mask = torch.arange(span, device=seen.device) < seen[:, None]
 
@@ -167,7 +206,7 @@ class Writer:
 
     start: int
     count: int
-    pool: PagePool
+    pool: Pool
     layer: int
     slots: Tensor
 
@@ -189,6 +228,7 @@ class CallPlan:
     ):
         self.layers, self.silent = layers, silent
         self.writing, self.readers = writers, readers
+        self.views: list[View] = []
         self.written = max((writer.start + writer.count for writer in writers), default=0)
         self.counts = [reader.count for reader in readers]
         self.reading = sum(self.counts)
@@ -204,14 +244,17 @@ class CallPlan:
             for writer in self.writing:
                 own = slice(writer.start, writer.start + writer.count)
                 layer, pool = writer.layer + offset, writer.pool
+                assert isinstance(pool, PagePool)
                 pool.layer_keys[layer][0].index_copy_(1, writer.slots, key[own].transpose(0, 1))
                 pool.layer_values[layer][0].index_copy_(1, writer.slots, value[own].transpose(0, 1))
         if not self.readers:
             return query.flatten(1)
+        if not self.views:
+            self.views = [View(reader) for reader in self.readers]
         # The heads of a group may be as many queries to the same keys, which fp32 likes better and bf16 worse.
-        groups = query.shape[1] if query.dtype.itemsize < 4 else self.readers[0].keys.shape[2]
+        groups = query.shape[1] if query.dtype.itemsize < 4 else self.views[0].keys.shape[2]
         parts = query.unflatten(1, (groups, -1)).split(self.counts)
-        mixed = [reader.attend(part, offset) for reader, part in zip(self.readers, parts, strict=True)]
+        mixed = [view.attend(part, offset) for view, part in zip(self.views, parts, strict=True)]
         return torch.cat(mixed).flatten(1)
 
 

@@ -19,6 +19,7 @@ GREEDY_BELOW = 1e-5  # a temperature under which the likeliest token is all that
 MAX_LOGPROBS = 20
 # What OpenAI's completions take.
 PENALTY, BIAS = 2.0, 100.0
+NOT_FINITE = "the model's logits are not finite; are the weights trained and of the right type?"
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def choose(
     logits = _adjust(logits.float(), params, answers)
     best, places = logits.max(-1)  # the maximum of a row with a nan is nan
     if not torch.isfinite(best).all():
-        raise FloatingPointError("the model's logits are not finite; are the weights trained and of the right type?")
+        raise FloatingPointError(NOT_FINITE)
     tokens = places.tolist()
     drawn = [i for i, p in enumerate(params) if not p.greedy]
     if drawn:

@@ -14,8 +14,10 @@ from model.depth import stages_of
 from model.depth.layout import within
 from model.flops import capacities, gates_of
 from model.inference.policy import DepthPolicy
-from model.inference.pool import PagePool, Run
+from model.inference.pool import Pool, Run
 from model.inference.sampling import SamplingParams, TokenScore
+
+GROWTH = 16  # tokens
 
 
 class QueueFull(Exception):
@@ -115,8 +117,8 @@ class Scheduler:
     def __init__(
         self,
         config: MoRConfig,
-        everyone: PagePool,
-        recursed: PagePool,
+        everyone: Pool,
+        recursed: Pool,
         policy: DepthPolicy,
         max_batch: int,
         max_waiting: int | None,
@@ -173,13 +175,20 @@ class Scheduler:
         while self.waiting and len(self.running) < self.max_batch:
             request = self.waiting[0]
             need, need_recursed = self._needs(request)
-            # One page of growth for each run that lives, so that a newcomer is not sent back at once.
-            spare = len(self.running)
-            if self.running and (everyone - need < spare or recursed - need_recursed < spare * len(self.ragged)):
+            # A page for each run that lives and will soon need one, so that a newcomer is not sent back at once.
+            ready, ready_recursed = everyone - need, recursed - need_recursed
+            if self.running and (ready < self._growing(True) or ready_recursed < self._growing(False)):
                 return
             everyone, recursed = everyone - need, recursed - need_recursed
             request.running = True
             self.running.append(self.waiting.pop(0))
+
+    def _growing(self, everyone: bool) -> int:
+        """Runs of the running requests, in one of the pools, that fill their last page within some tokens."""
+        size = self.everyone.page_size
+        gates = {0} if everyone else {1 + gate for gate in self.ragged}
+        runs = [run for request in self.running for i, run in enumerate(request.runs) if i in gates]
+        return sum(run.pages * size - run.length < GROWTH for run in runs)
 
     def _needs(self, request: Request) -> tuple[int, int]:
         length = len(request.text) + 1

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
 from data_prep.settings import SWITCHES, Settings, UserError
+
+if TYPE_CHECKING:  # it brings torch, for which who reads settings alone does not wait
+    from model.memory import Placement
 
 Strategy = Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
 
@@ -57,6 +60,22 @@ class ParallelSettings(Settings):
         ge=0,
         description="longest time without progress before the watchdog names the stalled rank and stops all; 0: off",
     )
+
+    def placement(self, world_size: int, **step: Any) -> Placement:
+        """What memory and communication hang on, on so many ranks. step: the fields of Placement that are not here."""
+        from model.memory import Placement
+
+        assert self.strategy != "auto"  # resolve_strategy has settled it
+        return Placement(
+            strategy=self.strategy,
+            world_size=world_size,
+            shard_size=self.shard_size,
+            reshard_after_forward=self.reshard_after_forward,
+            min_unit_parameters=self.min_unit_parameters,
+            offload_optimizer=self.offload_optimizer,
+            offload_parameters=self.offload_parameters,
+            **step,
+        )
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 
 from model import flops
 from model.config import MoRConfig
-from model.depth import all_settings, method_of
+from model.depth import method_fields, method_of
 from pretrain.config import LLAMA_FIELDS, make_model_config
 from pretrain.report import analysis
 from pretrain.report.runs import Variant
@@ -32,7 +32,6 @@ CONTROLS = {
 # What each step from the baseline to the model adds; a control that is missing joins its step to the next one.
 STEPS = {"recursive": "sharing", "gate_only": "gate", "random_router": "more tokens"}
 LAST_STEP = "choice of tokens"
-METHOD_FIELDS = frozenset({"routing", *all_settings()})
 UNSTABLE = ("transformers_version", "dtype", "architectures", "_name_or_path")  # of a configuration that was written
 Fields = dict[str, Any]
 
@@ -84,7 +83,7 @@ def _unrouted(config: MoRConfig, model: Mapping[str, Any], whole: bool) -> Field
     if mean != int(mean):
         raise ValueError(f"a token passes its block {float(mean):.2f} times on average, which is no whole number")
     layers = flops.unshared_layers(config) + int(mean) * flops.recursion_layers(config)
-    fields = {name: value for name, value in model.items() if name not in METHOD_FIELDS}
+    fields = {name: value for name, value in model.items() if name not in method_fields()}
     fields |= {"num_recursions": int(mean), "num_hidden_layers": layers}
     _refuse_itself(make_model_config(fields), config)
     return fields

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.settings import UserError, read_yaml
+from model.config import MoRConfig
+from model.depth import method_of, stages_of
 
 # What must agree before two losses are compared: the user's word for it -> the keys of run.json.
 CONDITIONS = {
@@ -152,14 +154,15 @@ class Variant:
         return len(self.losses()) == len(self.runs)
 
     def mean_recursions(self) -> float:
-        """Mean recursions that a training token executed, over the last lines of all runs.
+        """Mean recursions that a training token executed, over the last lines of all runs; 1 where nothing recurs.
 
-        Without routing, every token executes all of them.
+        A recursion behind a gate is executed by those that passed it; any other, by every token.
         """
-        shares = [run.depth_lines[-1]["depth_shares"] for run in self.runs if run.depth_lines]
-        if not shares:
-            return float(self.model.get("num_recursions", 1))
-        return sum(sum(depth * share for depth, share in enumerate(row)) for row in shares) / len(shares)
+        stages = stages_of(MoRConfig.from_dict(self.model))
+        gates = {use.recursion: stage.gate for stage in stages for use in stage.uses if use.recursion is not None}
+        shares = [run.depth_lines[-1]["depth_shares"] for run in self.runs if run.depth_lines] or [[]]
+        executed = [sum(1.0 if gate is None else sum(row[gate + 1 :]) for gate in gates.values()) for row in shares]
+        return sum(executed) / len(executed) if gates else 1.0
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -263,8 +266,8 @@ def _remarks(run: Run) -> list[str]:
     """What a reader of the run's figures must know, one sentence each."""
     found = []
     if run.last_validation.get("validation_loss") is None:
-        look = run.facts["model"].get("selection") == "none"
-        why = "selection: none makes no causal decision" if look else "its last one is not finite"
+        config = MoRConfig.from_dict(run.facts["model"])
+        why = method_of(config).refuses(config, "causal") or "its last one is not finite"
         found.append(f"{run.folder}: no causal validation loss ({why}); left out of differences and figures")
     if (epoch := run.last.get("epoch") or 0) > 1:
         found.append(f"{run.folder}: its data repeats itself: {epoch:.2f} epochs")

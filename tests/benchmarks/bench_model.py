@@ -40,7 +40,7 @@ from torch import Tensor
 
 from model.config import MoRConfig
 from model.flops import training_flops, work_of
-from model.memory import activation_bytes
+from model.memory import Placement, activation_bytes
 from model.modeling import MoRForCausalLM
 
 CPU_BASE = {
@@ -170,9 +170,8 @@ def routed(config: MoRConfig, output: Any, options: argparse.Namespace) -> tuple
     if output.routing is not None:
         counts, pairs = output.routing.counts.sum(0).tolist(), output.routing.pairs.sum(0).tolist()
     work = work_of(config, *shape, counts, pairs)
-    saved = activation_bytes(
-        config, *shape, precision=options.dtype, document_masking=options.documents, work=work
-    ).saved
+    placement = Placement(precision=options.dtype, document_masking=options.documents)
+    saved = activation_bytes(config, *shape, placement, work).saved
     return training_flops(config, *shape, counts, pairs), saved
 
 

@@ -1,11 +1,11 @@
 """The server against its engine, under open-loop arrivals, under attack, and over many requests. `make bench-serve`.
 
     throughput    streams at once, without a break, against the engine alone on the same prompts and lengths, in turn;
-                  tokens a second, and seconds of processor time a token
+                  tokens a second, and seconds of processor time a token: the engine's, the server's, and the clients',
+                  which share the machine with the server
     arrivals      a Poisson process of requests, whatever the server has got done: seconds from the arrival to the first
                   token, and between tokens, as percentiles
-    transformers  the same two of `transformers serve` on the same vanilla weights, exported; its answers are counted
-                  by their chunks
+    transformers  the same two of `transformers serve` on the same vanilla weights, exported
     attacks       the slowest answer of /health while one client does its worst
     soak          resident memory over varied requests, good and bad
 
@@ -25,12 +25,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from model.config import MoRConfig
@@ -55,16 +56,27 @@ from tests.helpers.serving import (
 )
 from tests.helpers.tiny import tiny_model
 from tests.model.inference.test_load import soak
-from tests.model.test_export import byte_bpe
 
 CONTEXT, VOCABULARY = 1024, 290
 HEALTH_BAR, THROUGHPUT_BAR = 0.2, 0.95
 PERCENTILES = (50, 90, 99)
 
 
+def letters(file: Path, size: int) -> None:
+    """A tokenizer with a token for each letter, so that every token is text at once."""
+    written = "abcdefghijklmnopqrstuvwxyz 0123456789.,?"
+    characters = [*written, *(chr(0x100 + i) for i in range(size - 1 - len(written)))]
+    vocabulary = {"<eos>": 0} | {character: i for i, character in enumerate(characters, 1)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<eos>"])
+    tokenizer.save(str(file))
+
+
 def write_models(root: Path, options: argparse.Namespace) -> dict[str, Path]:
     """Folders of a vanilla model, of MoR on the same base, of the vanilla one as transformers' Llama, of a tiny one."""
-    byte_bpe(root / "tokenizer.json")
+    letters(root / "tokenizer.json", VOCABULARY)
     shape, dtype = SIZES[options.size], getattr(torch, options.dtype)
     folders = {}
     for name, routed in (("vanilla", {}), ("MoR-3", {"num_recursions": 3, "routing": "expert_choice"})):
@@ -114,10 +126,16 @@ def percentiles(values: Sequence[float]) -> list[str]:
 # --- throughput -------------------------------------------------------------------------------------------------------
 
 
-def engine_round(
-    engine: Engine, tokenizer: Any, requests: Sequence[dict[str, Any]], streams: int
-) -> tuple[float, float]:
-    """Tokens a second and processor seconds a token of the engine alone, never with more than `streams` requests."""
+class Round(NamedTuple):
+    """Tokens a second, and milliseconds of processor time a token: of the engine or server, and of its clients."""
+
+    speed: float
+    busy: float
+    clients: float = 0.0
+
+
+def engine_round(engine: Engine, tokenizer: Any, requests: Sequence[dict[str, Any]], streams: int) -> Round:
+    """The engine alone, never with more than `streams` requests."""
     left: Iterator[dict[str, Any]] = iter(requests)
     before, busy, began = engine.statistics.generated_tokens, time.process_time(), time.perf_counter()
     running = 0
@@ -130,17 +148,19 @@ def engine_round(
             break
         running -= sum(bool(event.finished) for event in engine.step())
     tokens = engine.statistics.generated_tokens - before
-    return tokens / (time.perf_counter() - began), (time.process_time() - busy) / tokens
+    return Round(tokens / (time.perf_counter() - began), 1000 * (time.process_time() - busy) / tokens)
 
 
 def server_round(
     server: Server, requests: Sequence[dict[str, Any]], streams: int, path: str = "/v1/completions"
-) -> tuple[float, float]:
-    """The same of a server; a chunk is a token."""
-    busy, began = server.cpu_seconds(), time.perf_counter()
+) -> Round:
+    """The same of a server, and of the clients in this process."""
+    busy, clients, began = server.cpu_seconds(), time.process_time(), time.perf_counter()
     done = asyncio.run(closed_loop(server.port, requests, streams, path))
-    tokens = sum(len(stream.chunks) for stream in done)
-    return tokens / (time.perf_counter() - began), (server.cpu_seconds() - busy) / tokens
+    seconds = time.perf_counter() - began
+    tokens = sum(stream.tokens for stream in done)
+    spent = server.cpu_seconds() - busy, time.process_time() - clients
+    return Round(tokens / seconds, *(1000 * each / tokens for each in spent))
 
 
 def throughput(name: str, folder: Path, options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -160,9 +180,14 @@ def throughput(name: str, folder: Path, options: argparse.Namespace, console: Co
                 server_round(server, requests, options.streams),
             )
             rounds.append(pair)
-            console.print(f"{name}: engine {pair[0][0]:.1f}, server {pair[1][0]:.1f} tokens/s")
-    ratio = statistics.median(served[0] / alone[0] for alone, served in rounds)
-    busy = statistics.median(served[1] / alone[1] for alone, served in rounds)
+            alone, served = pair
+            console.print(
+                f"{name}: engine {alone.speed:.1f}, server {served.speed:.1f} tokens/s; processor ms a token: engine "
+                f"{alone.busy:.3f}, server {served.busy:.3f}, clients {served.clients:.3f}; "
+                f"load {os.getloadavg()[0]:.1f}"
+            )
+    ratio = statistics.median(served.speed / alone.speed for alone, served in rounds)
+    busy = statistics.median(served.busy / alone.busy for alone, served in rounds)
     return {"rounds": rounds, "ratio": ratio, "processor_ratio": busy, "bar": THROUGHPUT_BAR}
 
 
@@ -279,7 +304,7 @@ def compare_arrivals(
     """Percentiles at one rate of arrivals for every server: half of what our vanilla server can do, unless set."""
     rows: dict[str, dict[str, Any]] = {}
     with serving_folder(folders["vanilla"], "--dtype", options.dtype) as server:
-        speed = server_round(server, bodies(options.streams, options, 7), options.streams)[0]
+        speed = server_round(server, bodies(options.streams, options, 7), options.streams).speed
         rate = options.load * speed / options.tokens
         rows["ours, vanilla"] = arrivals(server, rate, options)
     if "arrivals" in wanted:
@@ -290,8 +315,8 @@ def compare_arrivals(
             name = "transformers serve" + (" --continuous-batching" if batching else "")
             try:
                 with transformers_server(folders["llama"], options, batching) as server:
-                    tokens, _ = server_round(server, bodies(options.streams, options, 7), options.streams)
-                    console.print(f"{name}: {tokens:.1f} chunks/s at {options.streams} streams; ours {speed:.1f}")
+                    tokens = server_round(server, bodies(options.streams, options, 7), options.streams).speed
+                    console.print(f"{name}: {tokens:.1f} tokens/s at {options.streams} streams; ours {speed:.1f}")
                     rows[name] = arrivals(server, rate, options) | {"throughput": tokens}
             except (AssertionError, OSError) as error:
                 console.print(f"{name}: does not run here: {str(error)[:300]}")

@@ -34,7 +34,7 @@ from model.flops import StepFlops, training_flops
 from model.hardware import describe, device_here
 from model.inference.engine import Engine
 from model.inference.sampling import SamplingParams
-from model.memory import training_memory
+from model.memory import Placement, training_memory
 from model.modeling import MoRForCausalLM
 from tests.helpers.tiny import VOCABULARY, tiny_model
 
@@ -299,20 +299,32 @@ def build(check: Check, name: str, length: int, **fields: Any) -> MoRForCausalLM
 
 
 def engine(check: Check) -> None:
-    """Tokens a second of 32 requests at once in bf16; random routers, for the weights are random."""
+    """The tokens that a CPU decodes, and how many a second of 32 requests at once in bf16, once all is compiled.
+
+    Random routers there, for the weights are random.
+    """
+    prompts, params = [[i + 1, *range(1, 2 * i)] for i in range(9)], SamplingParams(max_tokens=12)
+    for variant in ("vanilla", "expert-recursion_wise", "token-shared"):
+        with check.part("engine", variant=variant):
+            wanted = Engine(tiny_model(variant).float()).generate(prompts, params)
+            got = Engine(tiny_model(variant).float().to(check.device), paged=True).generate(prompts, params)
+            pairs = zip(wanted, got, strict=True)
+            other = sum(one.tokens != two.tokens or one.depths != two.depths for one, two in pairs)
+            check.hold("engine", "fp32, other texts", other, 0, variant=variant)
     rates: dict[str, float] = {}
     requests, new = (4, 4) if check.tiny else (32, 128)
     for name in ("360m_vanilla", "360m_mor_expert_nr3"):
         with check.part("engine", model=name):
             model = build(check, name, 2048, **({"router": "random"} if "mor" in name else {})).to(torch.bfloat16)
             served = Engine(model, max_batch=requests, kv_tokens=requests * 512)
-            for _ in range(requests):
-                served.submit(list(range(1, 33)), SamplingParams(max_tokens=new))
-            start = time.perf_counter()
-            while not served.idle and time.perf_counter() - start < 40:
-                served.step()
-            check.wait()
-            rates[name] = served.statistics.generated_tokens / (time.perf_counter() - start)
+            for tokens in (4, new):  # those that compile and record, then those that count
+                for _ in range(requests):
+                    served.submit(list(range(1, 33)), SamplingParams(max_tokens=tokens))
+                before, start = served.statistics.generated_tokens, time.perf_counter()
+                while not served.idle and time.perf_counter() - start < 60:
+                    served.step()
+                check.wait()
+            rates[name] = (served.statistics.generated_tokens - before) / (time.perf_counter() - start)
             check.hold_speed("engine", f"{name}, tokens a second", rates[name], TOKENS_PER_SECOND)
     if len(rates) == 2:
         vanilla, routed = rates.values()
@@ -377,7 +389,7 @@ def measure(check: Check, name: str) -> tuple[float, float, float, float]:
     else:
         routed = (getattr(routing, field).sum(0).tolist() for field in ("counts", "pairs", "offered"))
         flops = float(StepFlops(model.config, length)(rows, *routed))
-    return seconds, flops, peak, float(training_memory(model.config, length, rows, on_gpu=True).total)
+    return seconds, flops, peak, float(training_memory(model.config, length, rows, Placement(on_gpu=True)).total)
 
 
 SECTIONS = {section.__name__: section for section in (environment, parity, waits, run, fsdp2, train, engine)}

@@ -266,10 +266,12 @@ def attacks(words: str, context: int) -> dict[str, Callable[[int], Any]]:
 
 @dataclass
 class Stream:
-    """One streamed answer: seconds of its request and of each of its chunks, on one clock."""
+    """One streamed answer: seconds of its request and of each of its chunks, on one clock; tokens, as its usage says: a
+    token that ends within a character makes no chunk."""
 
     asked: float
     chunks: list[float] = field(default_factory=list)
+    tokens: int = 0
 
     @property
     def first(self) -> float:
@@ -282,19 +284,25 @@ class Stream:
 
 async def stream(port: int, body: dict[str, Any], path: str = "/v1/completions", asked: float | None = None) -> Stream:
     """Ask for a streamed answer; the times of its chunks with text."""
-    result = Stream(time.perf_counter() if asked is None else asked)
+    result, usage = Stream(time.perf_counter() if asked is None else asked), b"{}"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        writer.write(request(body | {"stream": True}, path))
+        writer.write(request(body | {"stream": True, "stream_options": {"include_usage": True}}, path))
         first = await reader.readline()
         assert b" 200 " in first, first + await reader.read(2000)
         while line := await reader.readline():
             if line.startswith(b"data: {") and b'"error"' not in line[:20]:
                 result.chunks.append(time.perf_counter())
+                if b'"completion_tokens"' in line:
+                    usage = line
     finally:
         writer.close()
         with contextlib.suppress(ConnectionError):
             await writer.wait_closed()
+    told = json.loads(usage.removeprefix(b"data: "))
+    result.tokens = told["usage"]["completion_tokens"] if told else 0
+    if told and not told["choices"]:
+        result.chunks.pop()  # the usage alone
     return result
 
 

@@ -21,7 +21,7 @@ from tests.helpers.tiny import VOCABULARY, tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 IDS = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
 VARIANTS = ["vanilla", "recursive-shared", "expert-aux-shared_update", "expert-lora", "token-recursion_wise"]
-VARIANTS += ["expert-propagated", "mod-predictor", "ut"]
+VARIANTS += ["expert-propagated", "mod-predictor", "ut", "exit-state", "exit-classifier"]
 
 # Runs with neither the current folder nor the environment's paths; a finder ahead of all others hides this repository.
 READER = """

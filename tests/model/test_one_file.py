@@ -19,7 +19,7 @@ from data_prep.settings import UserError
 from model import MoRConfig, MoRForCausalLM
 from model.convert.export import main as export
 from model.depth import METHODS, architectures, find_methods
-from model.memory import activation_bytes, kv_cache_bytes_per_token
+from model.memory import Placement, activation_bytes, kv_cache_bytes_per_token
 from pretrain import main, views
 from pretrain.config import read_settings
 from pretrain.metrics import MetricsFile
@@ -101,7 +101,7 @@ def test_its_depths_vary() -> None:
 def test_its_memory_is_estimated() -> None:
     config = test_memory.small(**FIELDS | {"num_hidden_layers": 8})
     activations, _, work = test_memory.measured(config, "none", False, False)
-    estimate = activation_bytes(config, test_memory.LENGTH, test_memory.BATCH, precision="fp32", work=work).saved
+    estimate = activation_bytes(config, test_memory.LENGTH, test_memory.BATCH, Placement(precision="fp32"), work).saved
     assert estimate == pytest.approx(activations, rel=0.1)
     vanilla = kv_cache_bytes_per_token(test_memory.small())
     assert kv_cache_bytes_per_token(config) == vanilla * (3 + sum(0.5**n for n in range(1, 6))) / 8

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import profile
 
 from model.config import MoRConfig
-from model.memory import communication, training_memory
+from model.memory import Placement, communication, training_memory
 from model.modeling import MoRForCausalLM
 from pretrain.parallel.settings import ParallelSettings
 from pretrain.parallel.start import start_parallel
@@ -98,12 +98,12 @@ def test_bytes_sent_and_states_held_are_those_of_a_real_step(tmp_path: Path, nam
     section, precision = STRATEGIES[name]
     options: dict[str, Any] = {"world_size": 2, "micro_batches": 2, "precision": precision} | section
     sent, gathers, (weights, states) = run_ranks(measure, 2, name, 2, tmp_path)[0]
-    expected = communication(MoRConfig(**MODEL), **options)
+    expected = communication(MoRConfig(**MODEL), Placement(**options))
     for kind, count in sent.items():
         assert count == pytest.approx(getattr(expected, kind), rel=0.01, abs=2000), kind  # norms, flags; padding
     if name.startswith("fsdp2"):
         assert gathers == expected.gathers
-    memory = training_memory(MoRConfig(**MODEL), 8, 1, **options)
+    memory = training_memory(MoRConfig(**MODEL), 8, 1, Placement(**options))
     assert weights == pytest.approx(memory.parameters, rel=0.01)
     assert states == pytest.approx(memory.optimizer, rel=0.01)
 
@@ -138,7 +138,7 @@ def test_the_roofline_by_hand() -> None:
     bare = estimate(Cluster(**slow | {"node_bandwidth": 1e30}), ddp, 4, config)
     assert bare.mfu == pytest.approx(0.45) and bare.seconds == pytest.approx(bare.compute_seconds)
     bound = estimate(Cluster(**slow), ddp, 4, config)
-    assert bound.communication_seconds == communication(config, strategy="ddp", world_size=4).total == bound.sent
+    assert bound.communication_seconds == communication(config, Placement("ddp", 4)).total == bound.sent
     assert bound.seconds == pytest.approx(bound.communication_seconds, rel=1e-3)
     exposed = estimate(Cluster(**slow | {"overlap": 0.0, "node_bandwidth": 1e12}), ddp, 4, config)
     assert exposed.seconds == pytest.approx(exposed.compute_seconds + exposed.communication_seconds)
@@ -149,7 +149,7 @@ def test_the_roofline_by_hand() -> None:
 def test_a_model_that_does_not_fit_is_recomputed_and_then_marked() -> None:
     config, ddp = small(hidden_size=256), ParallelSettings(strategy="ddp")
     options: dict[str, Any] = {"strategy": "ddp", "world_size": 256, "document_masking": True, "on_gpu": True}
-    below_one_sequence = training_memory(config, 2048, 1, **options).total / 2**30 - 1e-6
+    below_one_sequence = training_memory(config, 2048, 1, Placement(**options)).total / 2**30 - 1e-6
     roomy, tight, none = (estimate(Cluster(memory_gib=gib), ddp, 256, config) for gib in (78, below_one_sequence, 0.01))
     assert (roomy.micro_batch, roomy.micro_batches, roomy.recompute) == (4, 1, "none")
     assert tight.recompute == "block" and tight.memory <= below_one_sequence * 2**30

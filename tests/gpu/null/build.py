@@ -113,7 +113,7 @@ def missing_libraries(torch_lib: Path) -> list[str]:
     for name in LIBRARIES:
         command = ["readelf", "-d", torch_lib / f"lib{name}.so"]
         listing = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-        asked |= set(re.findall(r"NEEDED.*\[(lib(?:cu|nv|nccl)\w+\.so\.\d+)\]", listing))
+        asked |= set(re.findall(r"NEEDED.*\[(lib(?:cu|nv|nccl)\w*\.so\.\d+)\]", listing))
     there = {path.name for path in torch_lib.parents[1].glob("nvidia/**/*.so.*")}
     return sorted(asked - there - {"libcuda.so.1"})
 

@@ -3,7 +3,7 @@
     python -m tests.gpu.null.device OUT MODULE [ARGUMENTS]      OUT: where tests.gpu.null.build built it
 
 torch's own host code runs: dispatch, choice of kernels, allocator, streams, inductor, Triton, ptxas. Kernels do
-nothing, so a tensor holds what its memory held, and a time is no time. cuDNN, NCCL and CUDA graphs are not there.
+nothing, so a tensor holds what its memory held, and a time is no time. cuDNN and NCCL are not there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-COUNTERS = ("launches", "products", "waits", "to_host", "to_device", "to_device_unpinned")
+COUNTERS = ("launches", "products", "waits", "to_host", "to_device", "to_device_unpinned", "graphs")
 FOLDER = "NULL_DEVICE"
 
 

@@ -19,7 +19,7 @@
 #define PAGE 4096
 #define TOUCHED (1 << 20) // copies and fills within the device are left out from this size on
 
-enum { LAUNCHES, PRODUCTS, WAITS, TO_HOST, TO_DEVICE, TO_DEVICE_UNPINNED, COUNTERS };
+enum { LAUNCHES, PRODUCTS, WAITS, TO_HOST, TO_DEVICE, TO_DEVICE_UNPINNED, GRAPHS, COUNTERS };
 unsigned long null_counters[COUNTERS];
 #define COUNT(which) __sync_fetch_and_add(&null_counters[which], 1)
 
@@ -202,7 +202,6 @@ GIVES(cudaDeviceCanAccessPeer, int, (int *out, int a, int b), 0)
 GIVES(cudaStreamGetPriority, int, (cudaStream_t s, int *out), 0)
 GIVES(cudaEventElapsedTime, float, (float *out, cudaEvent_t a, cudaEvent_t b), 1.0f)
 GIVES(cudaGetSymbolAddress, void *, (void **out, const void *symbol), symbol)
-GIVES(cudaStreamIsCapturing, enum cudaStreamCaptureStatus, (cudaStream_t s, enum cudaStreamCaptureStatus *out), 0)
 GIVES(__cudaGetKernel, cudaKernel_t, (cudaKernel_t *out, const void *f), f)
 GIVES(cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags, int,
       (int *out, const void *f, int threads, size_t shared, unsigned flags), 2)
@@ -250,14 +249,43 @@ cudaError_t cudaStreamSynchronize(cudaStream_t s) { return counted(WAITS); }
 cudaError_t cudaDeviceSynchronize(void) { return counted(WAITS); }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) { return counted(WAITS); }
 
+// One recording at a time, of one stream. A graph that is launched is counted, not what it holds.
+static cudaStream_t recorded;
+static unsigned long long recordings;
+
+static enum cudaStreamCaptureStatus status_of(cudaStream_t s) {
+  return recorded && recorded == s ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+}
+GIVES(cudaStreamIsCapturing, enum cudaStreamCaptureStatus, (cudaStream_t s, enum cudaStreamCaptureStatus *out),
+      status_of(s))
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode mode) {
+  recorded = s;
+  recordings++;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t *graph) {
+  recorded = NULL;
+  *graph = handle();
+  return cudaSuccess;
+}
+
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
                                      cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges,
                                      size_t *count) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = status_of(s);
   if (id)
-    *id = 0;
+    *id = recordings;
   return cudaSuccess;
 }
+
+GIVES(cudaGraphGetNodes, size_t, (cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *out), 1)
+GIVES(cudaGraphInstantiate, cudaGraphExec_t, (cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags),
+      handle())
+GIVES(cudaGraphInstantiateWithFlags, cudaGraphExec_t,
+      (cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long flags), handle())
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t s) { return counted(GRAPHS); }
 
 cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **a, size_t n, cudaStream_t s) {
   return counted(LAUNCHES);

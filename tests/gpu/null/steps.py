@@ -19,7 +19,7 @@ import warnings
 import torch
 
 from model.config import MoRConfig
-from model.memory import training_memory
+from model.memory import Placement, training_memory
 from model.modeling import MoRForCausalLM
 from tests.gpu.check import model_fields
 from tests.gpu.null.device import counters
@@ -103,7 +103,8 @@ def main() -> int:
                 if options.compiled:
                     line["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
                 if options.model:
-                    states = training_memory(config, length, rows, on_gpu=True)
+                    placement = Placement(micro_batches=2, on_gpu=True)  # gradients stay
+                    states = training_memory(config, length, rows, placement)
                     line["estimate_gib"] = round((states.total - states.optimizer) / 2**30, 3)
                 del model
             except Exception as error:

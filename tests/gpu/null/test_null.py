@@ -1,4 +1,4 @@
-"""The training step on a CUDA device that computes nothing: what the host does there, without a GPU.
+"""Training and decoding on a CUDA device that computes nothing: what the host does there, without a GPU.
 
 Opt-in, as torch's CUDA build takes gigabytes: `make null-gpu VENV=...`, or NULL_DEVICE=FOLDER of a built null device
 in an environment whose torch is a CUDA build.
@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[3]
 WHY_NOT = build.refusal() or (None if FOLDER in os.environ else f"{FOLDER} names no folder; see `make null-gpu`")
 
 
-def lines_of(*arguments: str) -> list[dict]:
-    command = [sys.executable, "-m", "tests.gpu.null.steps", *arguments]
+def lines_of(*arguments: str, script: str = "steps") -> list[dict]:
+    command = [sys.executable, "-m", f"tests.gpu.null.{script}", *arguments]
     folder = Path(os.environ[FOLDER]).resolve()
     ended = subprocess.run(command, cwd=ROOT, env=environment(folder), capture_output=True, text=True, timeout=1500)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
@@ -45,6 +45,16 @@ def test_recomputation_runs_there_too(policy: str):
     lines_of("--policy", policy, "vanilla", "expert-shared_update", "token-shared", "mod", "ut")
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"the null device: {WHY_NOT}")
+def test_a_decoding_step_is_few_launches_one_graph_and_one_read():
+    lines = lines_of(script="decode")
+    assert len(lines) == 2
+    for line in lines:
+        assert line["launches"] <= 350 and line["graphs"] == 1, line
+        assert line["waits"] == line["to_host"] == line["to_device"] == 1 and not line["to_device_unpinned"], line
+
+
 def test_what_keeps_it_from_being_built_is_said(monkeypatch):
     monkeypatch.setattr(build.shutil, "which", lambda tool: None)
     assert build.refusal() in ("this Python's torch is no CUDA build", "gcc is not installed")
@@ -52,10 +62,10 @@ def test_what_keeps_it_from_being_built_is_said(monkeypatch):
 
 def test_stubs_are_made_for_what_a_library_asks_of_others(tmp_path: Path, monkeypatch):
     """What runtime.c defines is not made again; products are counted, and everything else succeeds."""
-    asked = {"torch_cuda": {"cudaMalloc", "cudaGraphLaunch", "cublasGemmEx", "cublasLtCreate"}}
+    asked = {"torch_cuda": {"cudaMalloc", "cudaGraphDestroy", "cublasGemmEx", "cublasLtCreate"}}
     monkeypatch.setattr(build, "wanted", lambda library: asked.get(library.stem.removeprefix("lib"), set()))
     build.write_stubs(Path("unused"), tmp_path)
     rest, driver = (tmp_path / "rest.c").read_text(), (tmp_path / "driver.c").read_text()
-    assert "cudaMalloc(" not in rest and "int cudaGraphLaunch(void) { return 0; }" in rest
+    assert "cudaMalloc(" not in rest and "int cudaGraphDestroy(void) { return 0; }" in rest
     assert "int cublasGemmEx(void) { COUNTED(0); COUNTED(1); return 0; }" in rest
     assert "int cuLaunchKernel(void) { COUNTED(0); return 0; }" in driver and "int cuInit(void) { return 0; }" in driver

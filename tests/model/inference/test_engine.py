@@ -10,11 +10,11 @@ import psutil
 import pytest
 import torch
 
-from model.inference.engine import Engine
+from model.inference.engine import Engine, pageable
 from model.inference.policy import DepthPolicy
 from model.inference.sampling import SamplingParams
 from model.inference.scheduler import QueueFull, Request
-from tests.helpers.tiny import VOCABULARY, tiny_model
+from tests.helpers.tiny import VOCABULARY, tiny_config, tiny_model
 from tests.helpers.variants import GENERATING
 
 CROWDED = {"max_batch": 6, "kv_tokens": 90, "page_size": 4, "prefill_tokens": 7}
@@ -52,6 +52,63 @@ def test_a_crowded_engine_yields_what_decoding_alone_yields(variant):
             routed = model(torch.tensor([request.text[:-1]]), prompt_length=len(prompt)).routing
         assert routed is None or routed.depth[0].tolist() == request.depths
     assert_empty(engine)
+
+
+@pytest.mark.parametrize("variant", [name for name in GENERATING if pageable(tiny_config(name))])
+def test_pages_that_lie_anywhere_change_nothing(variant):
+    model, prompts = tiny_model(variant, 1), random_prompts(7, 4)
+    params = SamplingParams(max_tokens=6, gates=True)
+    engine, whole = Engine(model, **CROWDED, paged=True), Engine(model, **CROWDED)
+    for one, other in zip(engine.generate(prompts, params), whole.generate(prompts, params), strict=True):
+        assert (one.tokens, one.depths, one.heads) == (other.tokens, other.depths, other.heads)
+        assert (one.passed, one.judged) == (other.passed, other.judged)
+        torch.testing.assert_close(torch.tensor(one.gates), torch.tensor(other.gates), equal_nan=True)
+    assert engine.everyone.moves == 0
+    assert_empty(engine)
+
+
+def test_pages_that_lie_anywhere_see_requests_sent_back_cancelled_sampled_and_of_other_depths():
+    """In both pools the same texts, though other requests are sent back; a depth of its own is left to the host."""
+    model, prompts = tiny_model("expert-recursion_wise", 1), random_prompts(12, 3)
+    kinds = [{}, {"temperature": 0.9, "top_k": 20, "seed": 4}, {"depth": DepthPolicy.parse("progressive:1-3")}]
+    kinds += [{"logprobs": 2, "presence_penalty": 0.5}]
+    texts = []
+    for paged in (True, False):
+        engine = Engine(model, **CROWDED, paged=paged)
+        requests = [engine.submit(p, SamplingParams(16, **kinds[i % 4])) for i, p in enumerate(prompts)]
+        for _ in range(9):
+            engine.step()
+        engine.cancel(requests[2])
+        list(engine.stream())
+        assert requests[2].finished == "cancelled" and engine.statistics.preemptions > 0
+        assert_empty(engine)
+        texts.append([(r.tokens, r.depths, [r.scores[i].top for i in sorted(r.scores)]) for r in requests[3:]])
+    for one, other in zip(*texts, strict=True):
+        assert one[:2] == other[:2]
+        for top, expected in zip(one[2], other[2], strict=True):
+            assert [token for token, _ in top] == [token for token, _ in expected]
+            assert [value for _, value in top] == pytest.approx([value for _, value in expected])
+
+
+def test_a_decoding_step_with_block_tables_reads_once_from_the_device(monkeypatch):
+    """What forbids a graph: a value that the host asks for. Requests without a wish of their own need none."""
+    engine = Engine(tiny_model("expert-recursion_wise", 1), max_batch=4, kv_tokens=400, paged=True)
+    requests = [engine.submit([i + 1], SamplingParams(max_tokens=20)) for i in range(3)]
+    for _ in range(3):
+        engine.step()
+    for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"the host asked: {name}"))
+    for _ in range(6):
+        engine.step()
+    monkeypatch.undo()
+    list(engine.stream())
+    for request in requests:
+        assert request.tokens == alone(engine.model, request.prompt, 20)
+
+
+def test_keys_laid_over_others_have_no_block_tables():
+    with pytest.raises(ValueError, match="paged: kv_strategy shared_update"):
+        Engine(tiny_model("expert-shared_update"), paged=True)
 
 
 def test_the_crowd_is_real():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.flops import forward_flops, linear_flops, work_of
-from model.inference.cost import of_request, spent
+from model.inference.cost import Prices
 from model.inference.engine import Engine
 from model.inference.policy import DepthPolicy
 from model.inference.sampling import SamplingParams
@@ -85,7 +85,7 @@ def test_a_request_goes_no_deeper_than_its_engine():
 def test_an_answer_costs_what_the_model_counts_for_it(variant):
     """Sent back on the way or not; read out at every position, as a whole pass is."""
     model, prompts = tiny_model(variant, 1), random_prompts(3, 3)
-    engine, config = Engine(model, **CROWDED), model.config
+    engine, config, prices = Engine(model, **CROWDED), model.config, Prices(model.config)
     for request in engine.generate(prompts, SamplingParams(max_tokens=6, gates=True)):
         ids = torch.tensor([request.text[:-1]])
         with torch.no_grad():
@@ -97,9 +97,9 @@ def test_an_answer_costs_what_the_model_counts_for_it(variant):
         expected = round(sum(forward_flops(config, work).values()))
         early = 0 if record is None else record.heads
         expected += linear_flops(early, config.hidden_size, config.vocab_size)
-        assert spent(config, request.passed, request.judged, ids.shape[1] + early) == expected
+        assert prices.spent(request.passed, request.judged, ids.shape[1] + early) == expected
         assert sum(request.heads) == early
-        took, whole = of_request(config, request)
+        took, whole = prices.of_request(request)
         assert 0 < took <= whole or early
         if record is not None and len(record.scores) == len(request.gates[0]):
             seen = sum(not math.isnan(value) for scores in request.gates for value in scores)
@@ -112,6 +112,6 @@ def test_a_cap_costs_less(variant):
     costs = []
     for text in ("cap:1", "cap:2", "uniform:3"):
         params = SamplingParams(max_tokens=4, depth=DepthPolicy.parse(text))
-        costs.append(of_request(model.config, Engine(model).generate([prompt], params)[0]))
+        costs.append(Prices(model.config).of_request(Engine(model).generate([prompt], params)[0]))
     assert costs[0][0] < costs[1][0] < costs[2][0] <= costs[2][1]
     assert costs[0][1] == costs[1][1] == costs[2][1]

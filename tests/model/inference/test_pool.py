@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from model.inference.paged import PagedPool
 from model.inference.pool import PagePool, Run
 from tests.helpers.tiny import tiny_config
 
@@ -38,6 +40,29 @@ def test_runs_keep_their_contents_and_never_overlap(moves):
         assert [written(pool, run) for run in runs] == contents
         taken = [page for run in runs for page in range(run.first, run.first + run.pages)]
         assert len(set(taken)) == len(taken) == 13 - pool.free_pages()
+
+
+@settings(deadline=None, max_examples=30, derandomize=True)
+@given(moves=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.booleans()), max_size=40))
+def test_pages_that_lie_anywhere_are_handed_out_once_and_come_back(moves):
+    pool, runs = (
+        PagedPool(tiny_config("vanilla"), 1, 13, 3, torch.float64, torch.device("cpu")),
+        [Run() for _ in "abcdef"],
+    )
+    for which, tokens, release in moves:
+        run = runs[which]
+        if release:
+            pool.release(run)
+            continue
+        free, needed = pool.free_pages(), -(-(run.length + tokens) // 3) - run.pages
+        before = pool.slots(run, np.arange(run.length)).tolist()
+        assert pool.reserve(run, tokens) == (needed <= free)
+        if needed <= free:
+            run.length += tokens
+        assert pool.slots(run, np.arange(run.length)).tolist()[: len(before)] == before  # nothing moves
+        taken = [slot for run in runs for slot in pool.slots(run, np.arange(run.length)).tolist()]
+        assert len(set(taken)) == len(taken) and pool.scratch not in taken
+        assert sum(run.pages for run in runs) == 13 - pool.free_pages()
 
 
 def test_a_run_grows_in_place_while_its_neighbour_is_far():

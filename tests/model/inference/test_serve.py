@@ -20,11 +20,12 @@ from tokenizers import Tokenizer
 
 from model.inference.app import build_app
 from model.inference.connection import guarded
-from model.inference.cost import of_request
+from model.inference.cost import Prices
 from model.inference.engine import Engine
 from model.inference.protocol import CompletionRequest, Limits
 from model.inference.sampling import SamplingParams
 from model.inference.serve import model_name
+from model.inference.worker import EngineThread
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
 HTTP = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
@@ -34,10 +35,10 @@ LIMITS = Limits(body=20_000, choices=4, stop_length=50, scores=2000)
 
 
 @contextmanager
-def serving(engine: Engine, tokenizer: Tokenizer, limits: Limits | None = None, key: str | None = None):
+def serving(engine: Engine, tokenizer: Tokenizer, limits: Limits | None = None, key: str | None = None, template=None):
     """A server of the model `tiny` on a free port; its address."""
     limits = limits or Limits()
-    app = build_app(engine, tokenizer, "tiny", limits, hosts=["allowed.example"], key=key)
+    app = build_app(engine, tokenizer, "tiny", limits, hosts=["allowed.example"], key=key, template=template)
     config = uvicorn.Config(
         app, port=0, log_level="warning", timeout_graceful_shutdown=5, http=guarded(limits), ws="none"
     )
@@ -256,6 +257,23 @@ def test_load_of_many_clients_gives_everyone_their_own_text(server):
     wait_until_idle(engine)
 
 
+def test_a_step_is_handed_out_at_once_for_all_its_requests():
+    engine, steps = Engine(tiny_model("expert-recursion_wise", 1), max_batch=8, kv_tokens=1200), []
+    worker = EngineThread(engine, steps.append)
+    sinks = [lambda events: None, lambda events: None]
+    prompts = [tiny_tokenizer().encode(text).ids for text in ("abc", "de")]
+    params = SamplingParams(max_tokens=6, logit_bias={0: -100})
+    submitted = [worker.submit(prompts, [params] * 2, sink) for sink in sinks]
+    worker.thread.start()
+    requests = [request for done in submitted for request in done.result()]
+    worker.stop()
+    worker.thread.join(60)
+    assert len(steps) <= engine.statistics.steps and all(set(step) <= set(sinks) for step in steps)
+    for request, sink in zip(requests, [sinks[0]] * 2 + [sinks[1]] * 2, strict=True):
+        events = [event for step in steps for event in step.get(sink, []) if event.request is request]
+        assert [token for event in events for token in event.tokens] == request.tokens and len(request.tokens) == 6
+
+
 def test_health_and_metrics(server):
     address, engine = server
     assert HTTP.get(f"{address}/health").json() == {"status": "ok"}
@@ -432,7 +450,7 @@ def test_scores_flops_and_depth_policies_by_request(server):
     assert "scores" not in capped and set(capped["depths"]) == {1}
     assert capped["flops"] < free["flops"] < free["full_depth_flops"] == capped["full_depth_flops"]
     request = reference("hello", max_tokens=4, gates=True, prompt_logprobs=False)
-    assert (free["flops"], free["full_depth_flops"]) == of_request(server[1].config, request)
+    assert (free["flops"], free["full_depth_flops"]) == Prices(server[1].config).of_request(request)
     raw_scores = torch.tensor(request.gates, dtype=torch.float64)
     given = [[math.nan if x is None else x for x in row] for row in free["prompt_scores"] + free["scores"]]
     torch.testing.assert_close(torch.tensor(given).double(), raw_scores.sigmoid(), equal_nan=True, atol=2e-6, rtol=0)
@@ -576,7 +594,7 @@ def test_a_client_that_leaves_in_its_body_is_one_line(server, caplog, monkeypatc
 )
 def test_large_requests_are_refused_before_anything_is_done_with_them(body, monkeypatch):
     """Nothing is tokenized or validated item by item."""
-    from model.inference import protocol
+    from model.inference import protocol, reader
 
     def refuse(*_, **__):
         raise AssertionError("looked into what is too large")
@@ -587,12 +605,12 @@ def test_large_requests_are_refused_before_anything_is_done_with_them(body, monk
         def get_vocab(self):
             return {"a": 0}
 
-    reader = protocol.Reader(Untouched(), 256, [[0]], Limits())  # type: ignore[arg-type]
+    bodies = reader.Reader(Untouched(), 256, [[0]], Limits())  # type: ignore[arg-type]
     monkeypatch.setattr(
         CompletionRequest, "model_validate", lambda content: CompletionRequest.model_construct(**content)
     )
     with pytest.raises(protocol.ServiceError) as refused:
-        reader.read(json.dumps(body).encode())
+        bodies.read(json.dumps(body).encode())
     assert refused.value.status == 400 and len(str(refused.value)) < 1100
 
 
