@@ -14,6 +14,7 @@ number or a time of day.
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import re
 import signal
@@ -406,6 +407,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     A Ctrl-C that comes once `main` has done its work changes nothing any more.
     """
+    gc.freeze()  # what is imported stays: Python's end need not look through it once more
     try:
         code = main() or 0
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python gives back the default as it ends, which kills it
