@@ -14,6 +14,7 @@ number or a time of day.
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import re
 import signal
@@ -252,6 +253,17 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _value(text: str) -> Any:
+    """A value of the command line: YAML, in which nothing is a comment, or a path as it stands (`[a]/b`)."""
+    try:
+        value = _parse(text)
+    except ValueError:
+        if "/" in text and text[:1] not in "'\"" and "\n" not in text:
+            return Plain(text)
+        raise
+    return Plain(text.strip()) if isinstance(value, Plain) else value
+
+
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Turn `["a.b=1", "c=x"]` into `{"a": {"b": 1}, "c": "x"}`, without a schema. Raises UserError."""
     return guess(_overrides(overrides))
@@ -269,7 +281,7 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(key.split(".")):
             raise UserError(f"{item!r}: expected key=value, for instance seed=1 or model.hidden_size=64")
         try:
-            value = _parse(text)
+            value = _value(text)
         except ValueError as error:
             raise UserError(f"{item!r}: the value cannot be read: {error}") from None
         for earlier, whole in given:
@@ -395,6 +407,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     A Ctrl-C that comes once `main` has done its work changes nothing any more.
     """
+    gc.freeze()  # what is imported stays: Python's end need not look through it once more
     try:
         code = main() or 0
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python gives back the default as it ends, which kills it

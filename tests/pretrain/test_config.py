@@ -69,6 +69,21 @@ def test_mistakes_are_named_with_file_key_and_what_would_do(path: Path, override
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("routing", "given"),
+    [
+        ("token_choice", "selection=aux_loss"),
+        ("token_choice", "capacity_factors=[0.1, 0.9, 5.0]"),
+        ("token_choice", "capacity_warmup_steps=0"),
+        ("expert_choice", "balancing=loss"),
+        ("none", "router=linear"),
+    ],
+)
+def test_a_setting_of_another_method_is_refused_even_at_its_default(path: Path, routing: str, given: str) -> None:
+    text = message(path, "model.num_recursions=3", f"model.routing={routing}", f"model.{given}")
+    assert f"{given.partition('=')[0]}: means nothing for routing '{routing}'" in text and "leave it out" in text
+
+
 STARTS = re.findall(r"`(start_from[=.][^`]+)`", Path("README.md").read_text(encoding="utf-8"))
 
 

@@ -414,12 +414,17 @@ def test_same_losses_as_one_process(runs: Runs, name: str):
 
 # Of halting by `accumulated`, at a threshold where sequences, and so ranks, end at different steps.
 ACCUMULATED = {"act_combine": "accumulated", "act_epsilon": 0.1, "initializer_range": 0.1}
+# Of exits: who skips a layer, and in validation who leaves where, is another number of tokens on each rank. After a few
+# steps the best two tokens' probabilities are so far apart.
+DROPPING = {"layer_dropout": 0.5, "layer_dropout_steps": 4, "exit_threshold": 4e-4}
 # architecture, changes of its model, ranks and strategies
 OTHERS: list[tuple[str, dict[str, Any], list[tuple[int, str]]]] = [
     ("mod", {}, [(4, "ddp"), (2, "zero1"), (2, "zero3"), (4, "fsdp2")]),
     ("ut", {}, [(4, "ddp"), (2, "zero2"), (2, "fsdp2")]),
     ("ut", ACCUMULATED, [(4, "ddp"), (2, "zero3"), (2, "fsdp2")]),
     ("mor_expert", {"kv_strategy": "propagated"}, [(2, "fsdp2")]),
+    ("early_exit", DROPPING, [(2, "zero1"), (2, "zero3")]),
+    ("early_exit", DROPPING, [(4, "ddp"), (4, "fsdp2")]),
 ]
 
 
@@ -441,7 +446,44 @@ def test_other_ways_of_spending_depth_train_alike_on_ranks(
             [line["loss"] for line in expected if "loss" in line], rel=1e-5
         )
         assert found[-1]["flops"] == expected[-1]["flops"]
-        assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
+        for key in ("validation_loss", "validation_loss_full"):
+            assert found[-1].get(key) == pytest.approx(expected[-1].get(key), rel=1e-5)
+    if architecture == "early_exit":
+        assert found[-1]["validation_loss"] != found[-1]["validation_loss_full"]
+        assert 0 < found[-1]["validation_depth_shares"][0] < 1  # some leave at the first exit, not all of them
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "source", "target"),
+    [
+        ("mod", (2, "zero3"), (4, "ddp")),
+        ("ut", (4, "ddp"), (2, "fsdp2")),
+        ("early_exit", (2, "fsdp2"), (2, "zero1")),
+    ],
+)
+def test_other_ways_of_spending_depth_resume_under_another_strategy(
+    data: Path, tmp_path: Path, architecture: str, source: tuple[int, str], target: tuple[int, str]
+):
+    """Three steps of one, three of the other."""
+    changes: dict[str, Any] = {"budget": {"steps": 6}, "batch": {"size": 4, "micro_size": 1}}
+    if architecture == "early_exit":
+        changes["model"] = DROPPING
+    alone = changes | {"parallel": {"strategy": "single"}}
+    expected = train_on_ranks(tmp_path / "alone", data, architecture, alone)
+    run, stopping = tmp_path / "run", {"checkpoint": {"every_steps": 3, "keep": 9}}
+    for ranks, strategy in (source, target):
+        arguments = (run, data, architecture, changes | stopping | {"parallel": {"strategy": strategy}})
+        found = run_ranks(train_on_ranks, ranks, *arguments)[0]
+        if (ranks, strategy) == source:  # as if it had died after its first checkpoint
+            shutil.rmtree(run / "checkpoints" / "step-00000006")
+            lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "finished" not in line]
+            (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    assert [line["loss"] for line in found if "loss" in line] == pytest.approx(
+        [line["loss"] for line in expected if "loss" in line], rel=1e-5
+    )
+    assert found[-1]["flops"] == expected[-1]["flops"]
+    assert found[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-5)
 
 
 BF16_CHANGES: dict[str, Any] = {
