@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -18,13 +19,16 @@ import torch
 import uvicorn
 from tokenizers import Tokenizer
 
+from model.inference.answer import Choice, Completion
 from model.inference.app import build_app
 from model.inference.connection import guarded
 from model.inference.cost import Prices
 from model.inference.engine import Engine
 from model.inference.protocol import CompletionRequest, Limits
 from model.inference.sampling import SamplingParams
+from model.inference.scheduler import Request
 from model.inference.serve import model_name
+from model.inference.text import TextStream
 from model.inference.worker import EngineThread
 from tests.helpers.tiny import tiny_model, tiny_tokenizer
 
@@ -272,6 +276,33 @@ def test_a_step_is_handed_out_at_once_for_all_its_requests():
     for request, sink in zip(requests, [sinks[0]] * 2 + [sinks[1]] * 2, strict=True):
         events = [event for step in steps for event in step.get(sink, []) if event.request is request]
         assert [token for event in events for token in event.tokens] == request.tokens and len(request.tokens) == 6
+
+
+def test_nothing_of_an_answer_is_kept():
+    """Whole, streamed, refused or left by its client; what an engine's last step handed out stands until the next."""
+    kinds = [{}, {"stream": True}, {"n": 3, "best_of": 4}, {"logprobs": 3, "echo": True}, {"stop": "e"}, {"n": 0}]
+    before = len(alive())
+    with running() as (address, engine):
+        for fields in kinds * 3:
+            HTTP.post(f"{address}/v1/completions", json={"prompt": "the sea", "max_tokens": 6} | fields)
+        host, port = address.removeprefix("http://").split(":")
+        body = json.dumps({"prompt": "a", "max_tokens": 240, "stream": True}).encode()
+        with socket.create_connection((host, int(port))) as leaving:
+            leaving.sendall(request_head(len(body)) + body)
+            leaving.recv(100)
+        wait_until_idle(engine)
+        HTTP.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        until = time.monotonic() + 20
+        while len(kept := alive()) > before + 1 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert len(kept) <= before + 1, kept
+
+
+def alive() -> list[str]:
+    """Kinds of the objects of answers that are still there."""
+    gc.collect()
+    kinds = (Request, Completion, Choice, TextStream)
+    return sorted(type(one).__name__ for one in gc.get_objects() if isinstance(one, kinds))
 
 
 def test_health_and_metrics(server):
