@@ -149,6 +149,7 @@ def test_the_roofline_by_hand() -> None:
 def test_a_model_that_does_not_fit_is_recomputed_and_then_marked() -> None:
     config, ddp = small(hidden_size=256), ParallelSettings(strategy="ddp")
     options: dict[str, Any] = {"strategy": "ddp", "world_size": 256, "document_masking": True, "on_gpu": True}
+    options["compiled"] = True
     below_one_sequence = training_memory(config, 2048, 1, Placement(**options)).total / 2**30 - 1e-6
     roomy, tight, none = (estimate(Cluster(memory_gib=gib), ddp, 256, config) for gib in (78, below_one_sequence, 0.01))
     assert (roomy.micro_batch, roomy.micro_batches, roomy.recompute) == (4, 1, "none")
