@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +29,10 @@ class Zero(Parallel):
 
     checkpoint_format = "deepspeed"
 
+    def building(self) -> AbstractContextManager[Any]:
+        """ZeRO-3 divides the model while it is handed round, so that no rank but rank 0 ever holds it whole."""
+        return torch.device("meta") if self.settings.strategy == "zero3" and not self.is_main else nullcontext()
+
     def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory) -> None:
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -35,7 +40,7 @@ class Zero(Parallel):
 
         if self.device.type == "cpu":  # its shared-memory collectives would be compiled at start; gloo serves
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.module = model.to(self.device)
+        self.module = self._divided(model) if self.settings.strategy == "zero3" else model.to(self.device)
         optimizer = optimizer_factory(self.module)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=self._configuration(), dist_init_required=False
@@ -43,6 +48,30 @@ class Zero(Parallel):
         self.model = self.engine
         self.stage = int(self.settings.strategy[-1])
         self._begin()
+
+    @torch.no_grad()
+    def _divided(self, model: nn.Module) -> nn.Module:
+        """Rank 0's weights in parts, one parameter after the other; buffers whole, everywhere."""
+        import deepspeed
+
+        twins: dict[int, nn.Parameter] = {}  # a parameter that modules share stays one
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if id(parameter) not in twins:
+                    alone = nn.Module()
+                    if parameter.is_meta:
+                        empty = torch.empty_like(parameter, device=self.device)
+                        twins[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                    else:
+                        twins[id(parameter)] = parameter
+                    alone.register_parameter("parameter", twins[id(parameter)])
+                    deepspeed.zero.Init(module=alone, config_dict_or_path=self._configuration())
+                module.register_parameter(name, twins[id(parameter)])
+            for name, buffer in module.named_buffers(recurse=False):
+                value = torch.empty_like(buffer, device=self.device) if buffer.is_meta else buffer.to(self.device)
+                dist.broadcast(value, 0)
+                module.register_buffer(name, value, name not in module._non_persistent_buffers_set)
+        return model
 
     def _configuration(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": int(self.settings.strategy[-1]), "overlap_comm": self.device.type == "cuda"}
