@@ -40,8 +40,14 @@ class Zero(Parallel):
 
         if self.device.type == "cpu":  # its shared-memory collectives would be compiled at start; gloo serves
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.module = self._divided(model) if self.settings.strategy == "zero3" else model.to(self.device)
-        optimizer = optimizer_factory(self.module)
+        self.module, divides = model, self.settings.strategy == "zero3"
+        if divides:
+            self._stand_in(model)
+        else:
+            model.to(self.device)
+        optimizer = optimizer_factory(model)  # which looks at shapes, as long as there are some
+        if divides:
+            self._divide(model)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=self._configuration(), dist_init_required=False
         )
@@ -49,29 +55,32 @@ class Zero(Parallel):
         self.stage = int(self.settings.strategy[-1])
         self._begin()
 
+    def _stand_in(self, model: nn.Module) -> None:
+        """Parameters that take no room in place of those on the meta device; one that modules share stays one."""
+        twins: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if parameter.is_meta:
+                    empty = torch.empty(1, dtype=parameter.dtype, device=self.device).expand(parameter.shape)
+                    twin = twins.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+                    module.register_parameter(name, twin)
+
     @torch.no_grad()
-    def _divided(self, model: nn.Module) -> nn.Module:
+    def _divide(self, model: nn.Module) -> None:
         """Rank 0's weights in parts, one parameter after the other; buffers whole, everywhere."""
         import deepspeed
 
-        twins: dict[int, nn.Parameter] = {}  # a parameter that modules share stays one
+        for parameter in model.parameters():
+            if not self.is_main:
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            alone = nn.Module()
+            alone.register_parameter("parameter", parameter)
+            deepspeed.zero.Init(module=alone, config_dict_or_path=self._configuration())
         for module in model.modules():
-            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-                if id(parameter) not in twins:
-                    alone = nn.Module()
-                    if parameter.is_meta:
-                        empty = torch.empty_like(parameter, device=self.device)
-                        twins[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-                    else:
-                        twins[id(parameter)] = parameter
-                    alone.register_parameter("parameter", twins[id(parameter)])
-                    deepspeed.zero.Init(module=alone, config_dict_or_path=self._configuration())
-                module.register_parameter(name, twins[id(parameter)])
             for name, buffer in module.named_buffers(recurse=False):
                 value = torch.empty_like(buffer, device=self.device) if buffer.is_meta else buffer.to(self.device)
                 dist.broadcast(value, 0)
                 module.register_buffer(name, value, name not in module._non_persistent_buffers_set)
-        return model
 
     def _configuration(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": int(self.settings.strategy[-1]), "overlap_comm": self.device.type == "cuda"}

@@ -545,32 +545,32 @@ def test_fsdp2_starts_from_the_weights_of_one_process_which_rank_0_alone_builds(
 def divide(seed: int) -> tuple[bool, float, dict[str, torch.Tensor], bool]:
     """(whether this rank built without weights, most bytes of parameters that it held while they were divided, over
     those of a whole model; all tensors whole; whether head and embedding are still one)."""
+    import deepspeed
+
     parallel = start_parallel(ParallelSettings(strategy="zero3"), "fp32", seed)
     fields = ROUTED["mor_token"] | {"balancing": "loss_free", "relaxation": "lora", "vocab_size": 64}
     fields |= {"hidden_size": 320, "intermediate_size": 384}  # small matrices are not divided
     with parallel.building():
         model = MoRForCausalLM(MoRConfig(**fields))
     empty, bytes_whole = all(p.is_meta for p in model.parameters()), 4 * sum(p.numel() for p in model.parameters())
-    held, put = [0], nn.Module.register_parameter
+    held, hand_round = [0], deepspeed.comm.broadcast
 
-    def watched(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
-        put(module, name, parameter)
-        parts = [(p, getattr(p, "ds_tensor", p)) for p in {*model.parameters(), parameter}]
-        held.append(
-            4 * sum(part.numel() + (p.numel() if part is not p else 0) for p, part in parts if not part.is_meta)
-        )
+    def watched(tensor: torch.Tensor, *options: Any, **more: Any) -> Any:
+        storages = {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if p.numel()
+        }
+        parts = [p.ds_tensor for p in model.parameters() if getattr(p, "ds_tensor", None) is not None]
+        held.append(sum(storages.values()) + sum(part.numel() * part.element_size() for part in parts))
+        return hand_round(tensor, *options, **more)
 
-    nn.Module.register_parameter = watched  # type: ignore[method-assign]
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepspeed.comm.broadcast", watched)  # by which each parameter is handed round
         parallel.prepare(model, lambda module: torch.optim.AdamW(module.parameters()))
-    finally:
-        nn.Module.register_parameter = put  # type: ignore[method-assign]
-    import deepspeed
-
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         whole = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(held) > 10
     parallel.finish()
     return empty, max(held) / bytes_whole, whole, tied
 
