@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import json
 import os
 import signal
@@ -28,9 +29,14 @@ from data_prep.settings import UserError
 from data_prep.stages import STAGES, Stage, cores
 
 JOBS = "jobs.json"  # numbers of the jobs of Slurm that prepare a folder, in its work
+REFUSAL = "ray-refusal"  # what a task on a Ray cluster refused, in a folder's work
 SMALL = 4 << 20  # bytes, documents or tokens that are done sooner than processes start
 GRACE = 10.0  # seconds in which tasks that have ended are told
 TASKS_PER_WORKER = 8  # short tasks, so that workers end at about the same time
+
+
+# Of a process of a pool, whose tasks are all of one stage: what a task has read (tokenizer, marks) serves the next.
+_OPEN: dict[tuple[str, str], Stage] = {}
 
 
 class Step:
@@ -49,14 +55,35 @@ class Step:
         _leave_with_parent()
 
     def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        stage = STAGES[self.stage](self.settings, self.threads)
+        key = (str(self.settings.folder), self.stage)
+        stage = _OPEN.setdefault(key, STAGES[self.stage](self.settings, self.threads))
         with told_in_job(stage):
-            for line in stage.check():
-                if rank == 0:
-                    say(line)
-            for part in stage.missing():
-                if part % world_size == rank:
-                    stage.do(part)
+            self.do(stage, rank, world_size)
+
+    def do(self, stage: Stage, rank: int, world_size: int) -> None:
+        for line in stage.check():
+            if rank == 0:
+                say(line)
+        for part in stage.missing():
+            if part % world_size == rank:
+                stage.do(part)
+
+
+class RayStep(Step):
+    """The same for a Ray cluster, whose workers begin in a folder of their own, and whose errors datatrove keeps."""
+
+    def __init__(self, settings: DataSettings, stage: str) -> None:
+        super().__init__(settings, stage)
+        self.began_in = os.getcwd()
+
+    def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        os.chdir(self.began_in)
+        stage = STAGES[self.stage](self.settings)
+        try:
+            self.do(stage, rank, world_size)
+        except UserError as error:
+            (stage.work / REFUSAL).write_text(str(error), encoding="utf-8")
+            raise
 
 
 @contextmanager
@@ -87,7 +114,7 @@ def run_stage(settings: DataSettings, name: str) -> None:
             for part in missing:
                 stage.do(part)
         elif settings.executor == "ray":
-            _ray(settings, stage, len(missing)).run()
+            _ray(settings, stage, len(missing))
         else:
             _local(stage, workers)
     for part in range(len(stage.sizes())):  # what an interruption came before
@@ -104,21 +131,24 @@ def _local(stage: Stage, workers: int) -> None:
 
     datatrove's pool would wait for ever for a process that was killed, and cannot be taken down then: the leader can.
     """
-    try:
-        import datatrove.executor.local  # noqa: F401
-        import multiprocess
-    except ImportError:
-        raise no_engine() from None
-    # Not forked: a forked child of a process whose tokenizer has run threads may hang.
-    context = multiprocess.get_context("spawn")
+    if importlib.util.find_spec("datatrove") is None:
+        raise no_engine()
+    import multiprocess
+
+    # Not forked from here: a forked child of a process whose tokenizer has run threads may hang. The server that it is
+    # forked from has imported what tasks need, once for all stages.
+    context = multiprocess.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.engine", "datatrove.executor.local"])
     told, tell = context.Pipe(duplex=False)
     leader = context.Process(target=_lead, args=(stage.settings, stage.name, workers, tell))
-    leader.start()
+    with _importable():
+        leader.start()
     tell.close()
+    process = psutil.Process(leader.pid)
     seen: set[int] = set()
     try:
         while not told.poll(0.5) and leader.is_alive():
-            present = {task.pid for task in _below(leader.pid)}
+            present = {task.pid for task in _below(process)}
             if seen - present and not told.poll(GRACE) and leader.is_alive() and stage.missing():
                 break
             seen |= present
@@ -138,18 +168,30 @@ def _local(stage: Stage, workers: int) -> None:
             f"{stage.folder}: the tasks were ended; work done is kept: run the same command again"
         ) from None
     finally:
-        tasks = _below(leader.pid)
-        leader.kill()
-        for task in tasks:
+        for task in [process, *_below(process)]:  # its own `kill` does nothing once the server has died
             with contextlib.suppress(psutil.NoSuchProcess):
                 task.kill()
         leader.join()
 
 
-def _below(pid: int) -> list[psutil.Process]:
+@contextmanager
+def _importable() -> Iterator[None]:
+    """Let a fork server that starts find what this process imports; unlike spawned processes it is not told."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _below(process: psutil.Process) -> list[psutil.Process]:
     """Living descendants of a process."""
     try:
-        return psutil.Process(pid).children(recursive=True)
+        return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
@@ -161,9 +203,11 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
 
     _quiet()
     _leave_with_parent()
+    method = "spawn"
     if sys.platform == "linux":  # datatrove keeps its counters in one more process, which would outlive this one
+        method = "fork"  # no tokenizer has run here
         os.register_at_fork(after_in_child=_end_with_parent)
-        multiprocess.set_start_method("fork", force=True)
+        multiprocess.set_start_method(method, force=True)
     stage = STAGES[name](settings)
     missing = len(stage.missing())
     executor = LocalPipelineExecutor(
@@ -172,7 +216,7 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
         workers=min(workers, missing),
         logging_dir=str(stage.work / "logs" / name),
         skip_completed=False,
-        start_method="spawn",
+        start_method=method,
     )
     try:
         executor.run()
@@ -187,20 +231,26 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _ray(settings: DataSettings, stage: Stage, missing: int) -> Any:
+def _ray(settings: DataSettings, stage: Stage, missing: int) -> None:
+    """Do what a stage lacks on a Ray cluster that runs. Raises UserError as a task did."""
     try:
         import ray
         from datatrove.executor.ray import RayPipelineExecutor
     except ImportError:
         raise UserError("executor=ray needs the packages datatrove and ray: pip install datatrove ray") from None
-    ray.init(address="auto", ignore_reinit_error=True)
+    _quiet()
+    ray.init(address="auto", ignore_reinit_error=True, log_to_driver=False, logging_level="warning")
     cpus = int(ray.cluster_resources().get("CPU", 1))
-    return RayPipelineExecutor(
-        [Step(settings, stage.name)],
+    refusal = stage.work / REFUSAL
+    refusal.unlink(missing_ok=True)
+    RayPipelineExecutor(
+        [RayStep(settings, stage.name)],
         tasks=_tasks(missing, cpus),
-        logging_dir=str(stage.work / "logs" / stage.name),
+        logging_dir=str((stage.work / "logs" / stage.name).resolve()),
         skip_completed=False,
-    )
+    ).run()
+    if refusal.exists():
+        raise UserError(refusal.read_text(encoding="utf-8"))
 
 
 def no_engine() -> UserError:

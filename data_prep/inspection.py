@@ -13,17 +13,21 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tokenizers import Tokenizer
 
 from data_prep.documents import SPLITS
 from data_prep.files import atomic
 from data_prep.manifest import read_manifest
 from data_prep.settings import UserError
+from data_prep.stages import EXCERPT
 
+MOST_FREQUENT = "most frequent documents, before duplicates were dropped"
 SHOWN = 5  # blocks as text
 SAMPLE = 1000  # blocks, spread over the split, from which repeated tokens are counted
-EXCERPT = 80  # characters of a repeated document in the terminal
+# Control characters as pictures of them: a corpus has escape codes too, which a terminal would obey.
+PICTURES = {n: 0x2400 + n for n in range(32) if chr(n) not in "\t\n"} | {0x7F: 0x2421}
+PICTURES |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def look(folder: Path, position: int) -> Source:
     texts = []
     for number, block in zip(numbers.tolist(), read_blocks(folder, manifest, numbers), strict=True):
         pieces = np.split(block, np.flatnonzero(block == manifest["eos_token_id"]) + 1)
-        texts.append((number, [tokenizer.decode(piece.tolist()) for piece in pieces if len(piece)]))
+        texts.append((number, [tokenizer.decode(piece.tolist()).translate(PICTURES) for piece in pieces if len(piece)]))
     sample = read_blocks(folder, manifest, np.unique(np.linspace(0, samples - 1, SAMPLE).astype(int)))
     return Source(folder, manifest, texts, float((sample[:, 1:] == sample[:, :-1]).mean()))
 
@@ -104,26 +108,41 @@ def histogram(source: Source) -> list[tuple[str, int, float]]:
     return rows
 
 
+def _numbers(name: str) -> Column:
+    return Column(name, justify="right", no_wrap=True)
+
+
+def most_frequent(source: Source) -> list[tuple[int, str]]:
+    """How often the documents that occur most often do, and how they begin."""
+    found = []
+    for item in source.manifest.get("repeated_documents", []):
+        cut = "…" if len(item["text"].encode()) > EXCERPT - 4 else ""  # in the middle of a character, perhaps
+        found.append((item["times"], " ".join(item["text"].split()).translate(PICTURES) + cut))
+    return found
+
+
 def inspect(folders: list[Path], position: int, page: Path) -> None:
     """Print tables of the folders and write the page. Raises UserError as `look`."""
     sources = [look(folder, position) for folder in folders]
     console = Console(soft_wrap=False, highlight=False, markup=False)
     table = Table("", *(str(source.folder) for source in sources), title="Prepared data", title_justify="left")
-    columns = [facts(source) for source in sources]
-    for name in columns[0]:
-        table.add_row(name, *(column[name] for column in columns))
+    values = [facts(source) for source in sources]
+    for name in values[0]:
+        table.add_row(name, *(column[name] for column in values))
     console.print(table)
     for source in sources:
-        lengths = Table("tokens", "documents", "", title=f"{source.folder}: lengths", title_justify="left")
+        lengths = Table(
+            *map(_numbers, ("tokens", "documents")), "", title=f"{source.folder}: lengths", title_justify="left"
+        )
         for name, count, share in histogram(source):
             lengths.add_row(name, f"{count:,}", "█" * max(1, round(40 * share)) if count else "")
         if source.lengths:  # an earlier version's manifest does not state them
             console.print(lengths)
-        repeated = source.manifest.get("repeated_documents", [])
-        if repeated:
-            most = Table("times", "begins", title=f"{source.folder}: most frequent documents", title_justify="left")
-            for item in repeated:
-                most.add_row(f"{item['times']:,}", " ".join(item["text"].split())[:EXCERPT])
+        columns = _numbers("times"), Column("begins", no_wrap=True)
+        most = Table(*columns, title=f"{source.folder}: {MOST_FREQUENT}", title_justify="left")
+        for times, text in most_frequent(source):
+            most.add_row(f"{times:,}", text)
+        if most.rows:
             console.print(most)
         for number, texts in source.texts:
             console.print(f"\n── {source.folder}, train block {number}", soft_wrap=True)
@@ -137,7 +156,7 @@ STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1c2330}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;width:100%}
 td,th{text-align:left;vertical-align:top;padding:.25rem .6rem;border-bottom:1px solid #dde2ea}
-td.n{text-align:right;white-space:nowrap}td.b{width:55%}
+.n{text-align:right;white-space:nowrap}td.b{width:55%}
 td.b div{background:#3b6ea5;height:.9rem;min-width:1px}
 pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f5f7fa;padding:.8rem;border-radius:4px}
 hr{border:0;border-top:2px dashed #3b6ea5}
@@ -155,18 +174,18 @@ def _page(sources: list[Source]) -> str:
     body = [f"<h1>Prepared data</h1><table><tr><th></th>{head}</tr>{rows}</table>"]
     for source in sources:
         name = html.escape(str(source.folder))
-        body.append(f"<h2>{name}: tokens of a document</h2><table>")
+        body.append(f"<h2>{name}: lengths</h2><table>")
+        body.append('<tr><th class="n">tokens</th><th class="n">documents</th><th></th></tr>')
         for label, count, share in histogram(source):
             bar = f'<div style="width:{100 * share:.1f}%"></div>' if count else ""
             body.append(f'<tr><td class="n">{label}</td><td class="n">{count:,}</td><td class="b">{bar}</td></tr>')
-        body.append(f"</table><h2>{name}: most frequent documents, before duplicates were dropped</h2><table>")
-        for item in source.manifest.get("repeated_documents", []):
-            text = html.escape(item["text"])
-            body.append(f'<tr><td class="n">{item["times"]:,} times</td><td>{text}</td></tr>')
-        body.append("</table>")
+        body.append(f"</table><h2>{name}: {MOST_FREQUENT}</h2><table>")
+        for times, text in most_frequent(source):
+            body.append(f'<tr><td class="n">{times:,} times</td><td dir="auto">{html.escape(text)}</td></tr>')
+        body.append("</table>" if source.manifest.get("repeated_documents") else "</table><p>none occurs twice</p>")
         for number, texts in source.texts:
-            shown = "</pre><hr><pre>".join(map(html.escape, texts))
-            body.append(f"<h2>{name}: train block {number}</h2><pre>{shown}</pre>")
+            shown = '</pre><hr><pre dir="auto">'.join(map(html.escape, texts))
+            body.append(f'<h2>{name}: train block {number}</h2><pre dir="auto">{shown}</pre>')
     title = html.escape(", ".join(str(source.folder) for source in sources))
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'

@@ -14,14 +14,16 @@ number or a time of day.
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import re
 import signal
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -251,6 +253,17 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _value(text: str) -> Any:
+    """A value of the command line: YAML, in which nothing is a comment, or a path as it stands (`[a]/b`)."""
+    try:
+        value = _parse(text)
+    except ValueError:
+        if "/" in text and text[:1] not in "'\"" and "\n" not in text:
+            return Plain(text)
+        raise
+    return Plain(text.strip()) if isinstance(value, Plain) else value
+
+
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Turn `["a.b=1", "c=x"]` into `{"a": {"b": 1}, "c": "x"}`, without a schema. Raises UserError."""
     return guess(_overrides(overrides))
@@ -268,7 +281,7 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(key.split(".")):
             raise UserError(f"{item!r}: expected key=value, for instance seed=1 or model.hidden_size=64")
         try:
-            value = _parse(text)
+            value = _value(text)
         except ValueError as error:
             raise UserError(f"{item!r}: the value cannot be read: {error}") from None
         for earlier, whole in given:
@@ -307,13 +320,24 @@ def _open_sections(values: dict[str, Any]) -> dict[str, Any]:
     return opened
 
 
-def load(cls: type[S], path: str | Path | None, overrides: Sequence[str] = (), sections: Sequence[str] = ()) -> S:
+def load(
+    cls: type[S],
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    sections: Sequence[str] = (),
+    alone: Mapping[str, str] = MappingProxyType({}),
+) -> S:
     """Build `cls` from a YAML file and `key=value` overrides.
 
     sections: top-level keys where the path of a YAML file may stand for a mapping (`model: configs/model/x.yaml`).
+    alone: top-level keys whose mapping may be given by one of its values, `start_from=X` for `start_from.path=X`.
     Raises UserError that names the file, the key and, for an unknown key, the nearest valid names.
     """
     values = _read(path) if path is not None else {}
+    for key, field in alone.items():
+        if isinstance(values.get(key), str):
+            values[key] = {field: values[key]}
+        overrides = [_spelt_out(item, key, field) for item in overrides]
     for key in sections:
         if isinstance(values.get(key), str):
             values[key] = _read(values[key])
@@ -323,6 +347,13 @@ def load(cls: type[S], path: str | Path | None, overrides: Sequence[str] = (), s
             values[key] = _read(over.pop(key))
     values = _open_sections(merge(values, over))
     return build(cls, values, str(path or "command line"))
+
+
+def _spelt_out(override: str, key: str, field: str) -> str:
+    """`key=X` as `key.field=X`, where X is text."""
+    start, _, text = override.partition("=")
+    plain = start == key and text not in NULLS and not text.startswith("{")
+    return f"{key}.{field}={text}" if plain else override
 
 
 def build(cls: type[S], values: dict[str, Any], where: str) -> S:
@@ -376,6 +407,7 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
 
     A Ctrl-C that comes once `main` has done its work changes nothing any more.
     """
+    gc.freeze()  # what is imported stays: Python's end need not look through it once more
     try:
         code = main() or 0
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python gives back the default as it ends, which kills it

@@ -7,12 +7,14 @@ accelerate itself ends its ranks 30 s after a SIGTERM and exits with 1 and a tra
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # run by path: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    gc.disable()  # until all is imported (exit_status)
 
 from accelerate.commands.launch import launch_command, launch_command_parser
 

@@ -10,6 +10,7 @@ ranks that have not ended by then are killed.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -17,6 +18,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from types import FrameType
+
+if __name__ == "__main__":
+    gc.disable()  # until all is imported (exit_status)
 
 import psutil
 from torch.distributed.elastic.multiprocessing import api
@@ -93,6 +97,8 @@ def _send(process: psutil.Process, number: int) -> None:
 
 def exit_status(launch: Callable[[], object], patience: float) -> int:
     """Call `launch`, which starts ranks and waits for them; 0, the first failed rank's status, or 128 + its signal."""
+    gc.freeze()  # what is imported stays, and need not be looked through again
+    gc.enable()
     try:
         with PassedOn(patience):
             launch()

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .depth import METHODS, all_settings, method_of
+from .depth import all_settings, method_of, refuse_foreign
 
 Sharing = Literal["cycle", "sequence", "middle_cycle", "middle_sequence"]
 KVStrategy = Literal["recursion_wise", "shared", "shared_update", "propagated"]
@@ -184,15 +184,10 @@ class MoRConfig(LlamaFields):
 
     def _validate_meaning(self):
         """Refuse settings of other methods. Resolved configurations name every default, so defaults are let through."""
-        own = method_of(self).settings
-        for name, setting in sorted(all_settings().items()):
-            value = getattr(self, name)
-            if name not in own and value not in (None, setting.default, UNUSED.get(name)):
-                users = [repr(method.name) for method in METHODS.values() if name in method.settings]
-                raise ValueError(
-                    f"{name}: means nothing for routing {self.routing!r}, only for {', '.join(users)}; got {value!r}, "
-                    "leave it out"
-                )
+        settings = all_settings()
+        told = {name: getattr(self, name) for name in settings}
+        unsaid = {name for name, value in told.items() if value in (settings[name].default, UNUSED.get(name))}
+        refuse_foreign({"routing": self.routing} | {name: told[name] for name in told.keys() - unsaid})
 
     def _validate_lora(self):
         if self.lora_rank < 1:

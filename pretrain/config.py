@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from data_prep.settings import Plain, Settings, UserError, describe, load, typed
 from model.config import MoRConfig
-from model.depth import all_settings, method_of
+from model.depth import all_settings, method_of, refuse_foreign
 from pretrain.manifest import Manifest, Mixture
 from pretrain.parallel.settings import ParallelSettings
 from pretrain.schedule import ScheduleKind
@@ -389,7 +389,7 @@ class ExperimentSettings(Settings):
 
 def read_settings(path: str | Path | None, overrides: Sequence[str] = ()) -> ExperimentSettings:
     """Read an experiment and its `key=value` overrides. Raises UserError that names the file and the key."""
-    return load(ExperimentSettings, path, overrides, sections=("model", "parallel"))
+    return load(ExperimentSettings, path, overrides, sections=("model", "parallel"), alone={"start_from": "path"})
 
 
 def read_data(given: Sequence[str]) -> Manifest:
@@ -405,13 +405,15 @@ def read_data(given: Sequence[str]) -> Manifest:
     return Mixture.of({name: (Manifest.read(Path(at)), [(0.0, 1.0)]) for name, at in zip(names, given, strict=True)})
 
 
-def check_model_fields(fields: Iterable[str]) -> None:
-    """Raise ValueError for a name that is no field of a model, with the nearest that are."""
+def check_model_fields(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a name that is no field of a model, with the nearest that are, and for one that someone gave
+    though it means nothing for the method, be it the default of another."""
     known = list(dict.fromkeys([*LLAMA_FIELDS, *MoRConfig.__annotations__, *all_settings()]))
     for key in fields:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5) or sorted(known)
             raise ValueError(f"unknown key {key!r}; nearest valid: {', '.join(near)}")
+    refuse_foreign(fields)
 
 
 def typed_model_fields(fields: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ checkpoint, run it again; 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 
 if __name__ == "__main__":  # run by path: import from the repository, not from this folder
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    gc.disable()  # imports make a million objects, and nearly all of them stay: to look through them takes longer
 
 from data_prep.settings import UserError, run_command
 from pretrain.config import DataSettings, ExperimentSettings, print_config, read_settings
@@ -64,6 +66,8 @@ def train(settings: ExperimentSettings, restart: bool = False) -> int:
     from pretrain.precision import settle
     from pretrain.trainer import Trainer
 
+    gc.freeze()  # what stands now stays: no step has to wait until all of it is looked through
+    gc.enable()
     parallel = start_parallel(
         settings.parallel, settings.precision, settings.seed, first=lambda: prepare_data(settings.data)
     )

@@ -183,7 +183,11 @@ def prune(removals: Sequence[Removal], yes: bool, console: Console) -> None:
             else:
                 shutil.rmtree(path)
     done = "removed" if yes else "would be removed; add --yes to remove them"
-    console.print(f"{len(removals)} folders, {freed / 1e6:,.1f} MB {done}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(removals)} folder{'s' * (len(removals) != 1)}, {freed / 1e6:,.1f} MB {done}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

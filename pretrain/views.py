@@ -29,7 +29,7 @@ from model.depth import method_of
 from model.flops import gates_of
 from model.inference.text import pieces
 from model.modeling import MoRForCausalLM
-from model.routing import RoutingRecord
+from model.record import RoutingRecord
 from pretrain.config import read_data
 from pretrain.data import fixed_batches, number_documents
 from pretrain.manifest import Mixture

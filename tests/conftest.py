@@ -1,5 +1,6 @@
 """Settings of every test: properties are drawn the same way each time, and a busy machine is no failure."""
 
+import gc
 import os
 import random
 import signal
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         weights[item.path] += 10 * bool(item.get_closest_marker("slurm")) + bool(item.get_closest_marker("slow"))
     items.sort(key=lambda item: -weights[item.path])
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected stays: no collection of garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 # What a shell starts in its background ignores ctrl-C, and so would every process of a test.

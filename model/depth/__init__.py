@@ -6,7 +6,8 @@ import importlib
 import itertools
 import pkgutil
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from .base import METHODS, DepthMethod, Setting
 from .layout import Stage
@@ -47,6 +48,20 @@ def all_settings() -> dict[str, Setting]:
 def method_fields() -> frozenset[str]:
     """The fields of a configuration that say how depth is spent: the method's name, and every method's settings."""
     return frozenset({"routing", *all_settings()})
+
+
+def refuse_foreign(fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting, among the fields of a configuration, of another method than the one it names."""
+    method = METHODS.get(fields.get("routing", "none"))
+    if method is None:  # `method_of` says which there are
+        return
+    for name in sorted(fields.keys() & all_settings().keys()):
+        if fields[name] is not None and name not in method.settings:
+            users = ", ".join(repr(other.name) for other in METHODS.values() if name in other.settings)
+            raise ValueError(
+                f"{name}: means nothing for routing {method.name!r}, only for {users}; got {fields[name]!r}, "
+                "leave it out"
+            )
 
 
 def architectures() -> dict[str, str]:

@@ -19,7 +19,7 @@ from fastapi import Request, Response
 from model.inference import scheduler
 from model.inference.engine import Engine
 from model.inference.protocol import Prepared, ServiceError, error_body
-from model.inference.text import TextStream, pieces
+from model.inference.text import TextStream, bytes_of, pieces
 
 if TYPE_CHECKING:
     from model.inference.app import Service
@@ -36,6 +36,7 @@ class Choice:
         if self.asked.echo:
             text = prepared.texts[prompt]
             self.echo = service.tokenizer.decode(request.prompt, skip_special_tokens=False) if text is None else text
+        self.begun = False  # whether a part of it was given
         self.listed = 0  # tokens of the answer whose log-probabilities were given
         self.offset = len(self.echo)
 
@@ -86,11 +87,22 @@ class Choice:
         named = {self.service.token_text(other): value for other, value in reversed(scored.top)}
         return named | {self.service.token_text(token): scored.logprob}
 
-    def body(self, text: str, whole: bool) -> dict[str, Any]:
-        answer = {"text": text, "finish_reason": self.reason, "logprobs": self.logprobs(whole)}
-        if whole or self.reason:
-            answer |= self.extension()
-        return answer
+    def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        return self._content(self.echo + self.stream.shown, True) | self._end(True)
+
+    def part(self, text: str) -> dict[str, Any]:
+        """What a stream says of the text that an answer gains."""
+        content = self._content(text if self.begun else self.echo + text, False)
+        self.begun = True
+        return content | self._end(False)
+
+    def _content(self, text: str, whole: bool) -> dict[str, Any]:
+        return {"text": text}
+
+    def _end(self, whole: bool) -> dict[str, Any]:
+        end = {"finish_reason": self.reason, "logprobs": self.logprobs(whole)}
+        return end | self.extension() if whole or self.reason else end
 
     def extension(self) -> dict[str, Any]:
         """`mor`: what was asked for of depths, scores and FLOPs. The last token has not been run and has none."""
@@ -108,6 +120,32 @@ class Choice:
         return {"mor": found} if found else {}
 
 
+class Message(Choice):
+    """An answer in a conversation."""
+
+    def _content(self, text: str, whole: bool) -> dict[str, Any]:
+        if whole:
+            return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"delta": {"content": text} if self.begun else {"role": "assistant", "content": text}}
+
+    def logprobs(self, whole: bool) -> dict[str, Any] | None:
+        """A list of the answer's tokens, or of those since the last call; those that end it are not among them."""
+        if self.asked.logprobs is None:
+            return None
+        start, first, ids = len(self.request.prompt), 0 if whole else self.listed, self.stream.ids
+        self.listed = len(ids)
+        content = []
+        for place, token in enumerate(ids[first:], first):
+            scored = self.request.scores[start + place]
+            likeliest = [self._scored(*pair) for pair in scored.top]
+            content.append({**self._scored(token, scored.logprob), "top_logprobs": likeliest})
+        return {"content": content, "refusal": None}
+
+    def _scored(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.service.token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(bytes_of(text))}
+
+
 def shown_scores(engine: Engine, gates: list[list[float]]) -> list[list[float | None]]:
     """Scores in 0..1 of each token: of each depth where a token chooses one, else of each gate that it met."""
     if not gates or not gates[0]:
@@ -123,12 +161,15 @@ def shown_scores(engine: Engine, gates: list[list[float]]) -> list[list[float | 
 class Completion:
     """One HTTP request's texts while they are made."""
 
+    choice: type[Choice] = Choice
+    prefix, kind, kind_of_chunk = "cmpl-", "text_completion", "text_completion"
+
     def __init__(self, service: Service, prepared: Prepared, requests: list[scheduler.Request], events: asyncio.Queue):
         self.service, self.asked, self.requests, self.events = service, prepared.asked, requests, events
         each = self.asked.candidates
-        self.choices = [Choice(service, prepared, request, i // each) for i, request in enumerate(requests)]
+        self.choices = [self.choice(service, prepared, request, i // each) for i, request in enumerate(requests)]
         self.index = {request.order: i for i, request in enumerate(requests)}
-        self.id, self.created, self.began = f"cmpl-{uuid.uuid4().hex}", int(time.time()), time.perf_counter()
+        self.id, self.created, self.began = f"{self.prefix}{uuid.uuid4().hex}", int(time.time()), time.perf_counter()
 
     async def pieces(self) -> AsyncGenerator[list[tuple[int, str]], None]:
         """(choice, text that it gains) of each step, until all have ended. Leaving early cancels the rest."""
@@ -163,9 +204,10 @@ class Completion:
         answer = sum(len(choice.stream.ids) for choice in self.choices)
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
-    def body(self, choices: list[dict], **more: Any) -> dict[str, Any]:
-        head = {"id": self.id, "object": "text_completion", "created": self.created, "model": self.service.name}
-        return {**head, "choices": choices, **more}
+    def body(self, kind: str, **more: Any) -> dict[str, Any]:
+        """An answer without its choices."""
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.service.name}
+        return {**head, "choices": [], **more}
 
     async def whole(self, http: Request) -> Response:
         """The answer in one piece; stops when the client is gone."""
@@ -185,7 +227,7 @@ class Completion:
         task.result()
         # Each choice on its own: a list of log-probabilities can be long.
         parts = [await self.service.off_loop(self._part, i, choice) for i, choice in enumerate(self._best())]
-        text = json.dumps(self.body([], usage=self.usage())).replace(
+        text = json.dumps(self.body(self.kind, usage=self.usage())).replace(
             '"choices": []', f'"choices": [{", ".join(parts)}]'
         )
         return Response(text, media_type="application/json")
@@ -202,29 +244,33 @@ class Completion:
 
     @staticmethod
     def _part(index: int, choice: Choice) -> str:
-        return json.dumps({"index": index, **choice.body(choice.echo + choice.stream.shown, whole=True)})
+        return json.dumps({"index": index, **choice.whole()})
 
     async def chunks(self) -> AsyncGenerator[str, None]:
         """The answer as server-sent events, those of a step together."""
         usage = self.asked.stream_options and self.asked.stream_options.include_usage
         # All but the choice is the same in every one of them.
-        before, after = json.dumps(self.body([], **({"usage": None} if usage else {}))).rsplit("[]", 1)
-        begun: set[int] = set()
+        before, after = json.dumps(self.body(self.kind_of_chunk, **({"usage": None} if usage else {}))).rsplit("[]", 1)
         try:
             async with contextlib.aclosing(self.pieces()) as pieces:
                 async for gained in pieces:
                     items = []
                     for place, text in gained:
                         choice = self.choices[place]
-                        if place not in begun:
-                            begun.add(place)
-                            text = choice.echo + text
-                        if text or choice.reason or self.asked.logprobs is not None:
-                            items.append({"index": place, **choice.body(text, whole=False)})
+                        shows = text or (choice.echo and not choice.begun)
+                        if shows or choice.reason or self.asked.logprobs is not None:
+                            items.append({"index": place, **choice.part(text)})
                     if items:
                         yield "".join(f"data: {before}[{json.dumps(item)}]{after}\n\n" for item in items)
             if usage:
-                yield f"data: {json.dumps(self.body([], usage=self.usage()))}\n\n"
+                yield f"data: {json.dumps(self.body(self.kind_of_chunk, usage=self.usage()))}\n\n"
             yield "data: [DONE]\n\n"
         except ServiceError as error:
             yield f"data: {json.dumps(error_body(error))}\n\n"
+
+
+class Conversation(Completion):
+    """The same for messages."""
+
+    choice = Message
+    prefix, kind, kind_of_chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"

@@ -1,11 +1,12 @@
-"""The web application of the server (serve.py): OpenAI's text completions on one engine.
+"""The web application of the server (serve.py): OpenAI's completions on one engine.
 
 POST /v1/completions (streaming or not; log-probabilities, so that lm-evaluation-harness's `local-completions` works),
-GET /v1/models, /health, /metrics (Prometheus), and / (a page that colours tokens by depth). The engine runs in a thread
-of its own; requests reach it through a queue of commands, so that no request ever waits for a lock; bodies are read and
-tokenized in other threads, so that no request stops the event loop.
+POST /v1/chat/completions (where the tokenizer has a template), GET /v1/models, /health, /metrics (Prometheus), and / (a
+page that colours tokens by depth). The engine runs in a thread of its own; requests reach it through a queue of
+commands, so that no request ever waits for a lock; bodies are read and tokenized in other threads, so that no request
+stops the event loop.
 
-`model/inference/protocol.py` has the fields and the limits, `connection.py` who may ask and for how long.
+`protocol.py` and `chat.py` have the fields and the limits, `connection.py` who may ask and for how long.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ from starlette.requests import ClientDisconnect
 from tokenizers import Tokenizer
 
 from model.inference import scheduler
-from model.inference.answer import Completion
+from model.inference.answer import Completion, Conversation
+from model.inference.chat import ChatTemplate
 from model.inference.connection import Gate
 from model.inference.engine import Engine
 from model.inference.metrics import Metrics
 from model.inference.page import PAGE
-from model.inference.protocol import Limits, Prepared, Reader, ServiceError, error_body
+from model.inference.protocol import Limits, Prepared, ServiceError, error_body
+from model.inference.reader import Reader
 from model.inference.text import end_of_text, token_text
 from model.inference.worker import EngineThread, Events, Sink
 
@@ -43,11 +46,13 @@ logger = logging.getLogger("uvicorn.error")
 class Service:
     """Turns a body into completions."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits):
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer, name: str, limits: Limits, template: ChatTemplate | None = None
+    ):
         self.engine, self.tokenizer, self.name, self.limits = engine, tokenizer, name, limits
         self.metrics, self.worker = Metrics(engine), EngineThread(engine, self._hand_out)
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.reader = Reader(tokenizer, engine.context, end_of_text(engine.model), limits)
+        self.reader = Reader(tokenizer, engine.context, end_of_text(engine.model), limits, template)
         self.threads = ThreadPoolExecutor(2, "tokenize")
         self.token_text = lru_cache(100_000)(lambda token: token_text(tokenizer, token))
 
@@ -65,8 +70,8 @@ class Service:
         """The result of a function that may take long, computed beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self.threads, function, *arguments)
 
-    async def read(self, http: Request) -> Prepared:
-        """The body, within its limits, checked and tokenized. Raises ServiceError."""
+    async def read(self, http: Request, reader: Callable[[bytearray], Prepared]) -> Prepared:
+        """The body, within its limits, checked and tokenized by `reader`. Raises ServiceError."""
         body, limits = bytearray(), self.limits
         try:
             async with asyncio.timeout(limits.body_seconds):
@@ -79,9 +84,9 @@ class Service:
         except ClientDisconnect:
             logger.info("%s: the client left while it sent its request", http.client.host if http.client else "?")
             raise ServiceError(499, "the client is gone") from None
-        return await self.off_loop(self.reader.read, body)
+        return await self.off_loop(reader, body)
 
-    async def start(self, prepared: Prepared) -> Completion:
+    async def start(self, prepared: Prepared, kind: type[Completion]) -> Completion:
         """Queue what is asked for. Raises ServiceError."""
         asked = prepared.asked
         if asked.model not in (None, self.name):
@@ -95,7 +100,7 @@ class Service:
             raise ServiceError(429, f"{error}; try again later", "rate_limit_error") from None
         except ValueError as error:
             raise ServiceError(400, str(error)) from None
-        return Completion(self, prepared, requests, events)
+        return kind(self, prepared, requests, events)
 
 
 def build_app(
@@ -105,10 +110,12 @@ def build_app(
     limits: Limits | None = None,
     hosts: Sequence[str] | None = (),
     key: str | None = None,
+    template: ChatTemplate | None = None,
 ) -> FastAPI:
     """The web application. name: of the model, as clients ask for it; hosts: names that a request's Host may hold
-    beside loopback's, None for any; key: what clients must send as Bearer, None for no check."""
-    service = Service(engine, tokenizer, name, limits or Limits())
+    beside loopback's, None for any; key: what clients must send as Bearer, None for no check; template: of
+    conversations, without which none are held."""
+    service = Service(engine, tokenizer, name, limits or Limits(), template)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI):
@@ -150,15 +157,22 @@ def _add_refusals(app: FastAPI, service: Service) -> None:
 def _add_routes(app: FastAPI, service: Service) -> None:
     card = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "local"}
 
-    @app.post("/v1/completions")
-    async def completions(http: Request) -> Response:
-        completion = await service.start(await service.read(http))
+    async def answer(http: Request, reader: Callable[[bytearray], Prepared], kind: type[Completion]) -> Response:
+        completion = await service.start(await service.read(http, reader), kind)
         if completion.asked.stream:
             service.metrics.requests.labels(200).inc()
             return StreamingResponse(completion.chunks(), media_type="text/event-stream")
         answer = await completion.whole(http)
         service.metrics.requests.labels(200).inc()
         return answer
+
+    @app.post("/v1/completions")
+    async def completions(http: Request) -> Response:
+        return await answer(http, service.reader.read, Completion)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(http: Request) -> Response:
+        return await answer(http, service.reader.read_chat, Conversation)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

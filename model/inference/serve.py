@@ -1,4 +1,4 @@
-"""Serve a checkpoint over HTTP as OpenAI's text completions.
+"""Serve a checkpoint over HTTP as OpenAI's completions, and chat completions where its tokenizer has a template.
 
 python -m model.inference.serve --checkpoint DIR [--host 127.0.0.1] [--port 8000]
 
@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import uvicorn
 
     from model.inference.app import build_app
+    from model.inference.chat import ChatTemplate
     from model.inference.connection import guarded, is_loopback
 
     disable_progress_bar()
@@ -61,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.api_key and not key:
             raise ValueError(f"--api-key: the environment variable {options.api_key} is not set")
         engine, tokenizer = load_engine(options, max_waiting=options.max_waiting)
+        described = Path(options.tokenizer or options.checkpoint)
+        template = ChatTemplate.of(described if described.is_dir() else described.parent)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -73,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     limits = Limits(connections=options.max_connections)
     # Behind another address a name of the network is as good as any, unless names are given.
     hosts = options.allowed_host if local or options.allowed_host else None
-    app = build_app(engine, tokenizer, options.model_name or model_name(options.checkpoint), limits, hosts, key or None)
+    name = options.model_name or model_name(options.checkpoint)
+    app = build_app(engine, tokenizer, name, limits, hosts, key or None, template)
     # What stands now stays for good; looked through at every collection it would stop everyone for a second.
     gc.collect()
     gc.freeze()

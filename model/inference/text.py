@@ -159,6 +159,11 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return name
 
 
+def bytes_of(text: str) -> bytes:
+    """UTF-8 of what `token_text` gives."""
+    return bytes.fromhex(text[6:].replace("\\x", "")) if text.startswith("bytes:\\x") else text.encode()
+
+
 class StopFinder:
     """Looks for one string in a text that comes in parts, each character once (Knuth, Morris, Pratt 1977).
 

@@ -60,7 +60,8 @@ def set_blocks(results: Results, runs: Sequence[Run], published: Results | None,
         blocks.append(
             Picture(
                 f"{prefix}depth_shares",
-                "Share of training tokens by the number of recursions that they executed.",
+                "Share of tokens by the number of gates that they passed: of recursions or steps, of routed layers in "
+                "Mixture-of-Depths, in training; of exits that they did not take, in validation.",
                 shares,
             )
         )

@@ -39,6 +39,12 @@ def looks_ahead(variant: Variant) -> bool:
     return "topk" in method_of(config).modes(config)
 
 
+def has_exits(variant: Variant) -> bool:
+    """Whether tokens leave it at exits, which they do outside training alone."""
+    config = MoRConfig.from_dict(variant.model)
+    return "full" in method_of(config).modes(config)
+
+
 def styles(variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
     """Plot style per variant: colour by architecture, lightness and marker apart within one architecture."""
     result = {}
@@ -108,31 +114,33 @@ def loss_curves(variants: Sequence[Variant], x: str, counted: Mapping[str, float
 
 
 def _final_losses(axes: Axes, variants: Sequence[Variant]) -> None:
-    """The last loss of every run, a row per variant, with the mean in words."""
+    """The last loss of every run, a row per variant, with the mean in words; hollow, that by top-k or at full depth."""
     style = styles(variants)
     for place, variant in enumerate(variants):
         look = style[variant.name]
         losses = list(variant.losses().values())
-        if looks_ahead(variant):
-            topk = list(variant.losses("validation_loss_topk").values())
-            axes.plot(topk, [place] * len(topk), ls="", ms=5, mfc="white", **look)
+        if looks_ahead(variant) or has_exits(variant):
+            beside = variant.losses("validation_loss_full" if has_exits(variant) else "validation_loss_topk")
+            axes.plot(list(beside.values()), [place] * len(beside), ls="", ms=5, mfc="white", **look)
         axes.plot(losses, [place] * len(losses), ls="", ms=6, **look)
         spread = f" ± {np.std(losses, ddof=1):.4f}" if len(losses) > 1 else ""
         axes.annotate(f"{np.mean(losses):.4f}{spread}", (float(np.mean(losses)), place), xytext=(0, 6),
                       textcoords="offset points", fontsize=8, ha="center")  # fmt: skip
     axes.set(yticks=range(len(variants)), yticklabels=[v.name for v in variants], ylim=(len(variants) - 0.4, -0.7))
-    axes.set_xlabel("last validation loss; filled: causal, hollow: top-k")
+    full = ", of exits: full depth" if any(has_exits(variant) for variant in variants) else ""
+    axes.set_xlabel(f"last validation loss; filled: causal, hollow: top-k{full}")
     axes.tick_params(axis="y", labelsize=8)
     axes.margins(x=0.2)
     _finish(axes)
 
 
 def depth_shares(variants: Sequence[Variant]) -> Figure | None:
-    """Share of training tokens per executed depth over training: a panel per routed variant, its first seed.
+    """Share of tokens by the gates that they passed, over training: a panel per routed variant, its first seed.
 
-    Of many variants, the last `MAX_PANELS` (those of the largest budgets) are drawn.
+    In training; of models with exits, which nobody takes there, in validation. Of many variants, the last `MAX_PANELS`
+    (those of the largest budgets) are drawn.
     """
-    routed = [v for v in variants if v.runs[0].depth_lines][-MAX_PANELS:]
+    routed = [v for v in variants if _depths(v)][-MAX_PANELS:]
     if not routed:
         return None
     columns = min(3, len(routed))
@@ -141,23 +149,35 @@ def depth_shares(variants: Sequence[Variant]) -> Figure | None:
     figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
     for axes in grid.flat[len(routed) :]:
         axes.set_visible(False)
+    most = max(len(_depths(variant)[0][1]) for variant in routed)
+    colours = matplotlib.colormaps[DEPTH_COLOURS](np.linspace(0.1, 0.95, most))
     for variant, axes in zip(routed, grid.flat):
         run = variant.runs[0]
-        shares = np.array([line["depth_shares"] for line in run.depth_lines]).T  # [Nr + 1, lines]
-        tokens = [line["tokens"] for line in run.depth_lines]
-        colours = matplotlib.colormaps[DEPTH_COLOURS](np.linspace(0.1, 0.95, len(shares)))
+        tokens, rows_of = zip(*_depths(variant))
+        shares = np.array(rows_of).T  # [G + 1, lines]
         axes.stackplot(tokens, shares, colors=colours, labels=[f"{depth}" for depth in range(len(shares))])
         axes.set(ylim=(0, 1), xlim=(tokens[0], max(tokens[-1], tokens[0] + 1)))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_title(f"{variant.name}, seed {run.seed}", fontsize=9)
+        where = ", in validation" if has_exits(variant) else ""
+        axes.set_title(f"{variant.name}, seed {run.seed}{where}", fontsize=9)
     figure.supxlabel("training tokens", fontsize=9)
     grid.flat[0].set_ylabel("share of tokens")
     handles, names = max((axes.get_legend_handles_labels() for axes in grid.flat), key=lambda pair: len(pair[1]))
-    figure.legend(
-        handles, names, title="recursions executed", loc="outside upper center", ncols=len(names), frameon=False
-    )
+    recurs = all(variant.model.get("num_recursions", 1) == len(_depths(variant)[0][1]) - 1 for variant in routed)
+    title = "recursions executed" if recurs else "gates passed"
+    figure.legend(handles, names, title=title, loc="outside upper center", ncols=len(names), frameon=False)
     return figure
+
+
+def _depths(variant: Variant) -> list[tuple[float, list[float]]]:
+    """(tokens so far, share of tokens by the number of gates that they passed) of the first seed's lines."""
+    run = variant.runs[0]
+    if not run.depth_lines:
+        return []
+    if has_exits(variant):
+        return [(line["tokens"], line["validation_depth_shares"]) for line in run.validations]
+    return [(line["tokens"], line["depth_shares"]) for line in run.depth_lines]
 
 
 def differences(

@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep.settings import UserError, read_yaml
 from model.config import MoRConfig
-from model.depth import method_of
+from model.depth import method_of, stages_of
 
 # What must agree before two losses are compared: the user's word for it -> the keys of run.json.
 CONDITIONS = {
@@ -154,14 +154,15 @@ class Variant:
         return len(self.losses()) == len(self.runs)
 
     def mean_recursions(self) -> float:
-        """Mean recursions that a training token executed, over the last lines of all runs.
+        """Mean recursions that a training token executed, over the last lines of all runs; 1 where nothing recurs.
 
-        Without routing, every token executes all of them.
+        A recursion behind a gate is executed by those that passed it; any other, by every token.
         """
-        shares = [run.depth_lines[-1]["depth_shares"] for run in self.runs if run.depth_lines]
-        if not shares:
-            return float(self.model.get("num_recursions", 1))
-        return sum(sum(depth * share for depth, share in enumerate(row)) for row in shares) / len(shares)
+        stages = stages_of(MoRConfig.from_dict(self.model))
+        gates = {use.recursion: stage.gate for stage in stages for use in stage.uses if use.recursion is not None}
+        shares = [run.depth_lines[-1]["depth_shares"] for run in self.runs if run.depth_lines] or [[]]
+        executed = [sum(1.0 if gate is None else sum(row[gate + 1 :]) for gate in gates.values()) for row in shares]
+        return sum(executed) / len(executed) if gates else 1.0
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

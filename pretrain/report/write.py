@@ -93,7 +93,8 @@ def read_evidence(path: Path) -> list[Results]:
 def terminal_tables(results: Results) -> list[Table]:
     """The two tables that matter most, narrow enough for a terminal of 80 columns."""
     full = has_exits(results["variants"])
-    header = ["model", "params", "FLOPs", "tokens", "loss, causal", "top-k", *(["full"] if full else [])]
+    losses = ["causal", "top-k", "full"] if full else ["loss, causal", "top-k"]
+    header = ["model", "params", "FLOPs", "tokens", *losses]
     rows = [
         [
             row["name"] + ("" if row["finished"] else " *"),

@@ -1,11 +1,12 @@
 """What a preparation takes: memory of a task and disk at two sizes of corpus, and two local tasks against one.
 
-    python tests/benchmarks/bench_corpus.py [--documents 60000 240000] [--shuffle 16 128]
+    python tests/benchmarks/bench_corpus.py [--documents 60000 240000] [--shuffle 16 128] [--rounds 2] [--parts ...]
 
 `memory`: largest private memory of one process (mapped files are not private) that prepares each corpus, and the
 largest size of its folder, beside what data_prep/estimate.py says; both are carried on to the paper's corpus, 220
 billion tokens. `shuffle`: the same for the last two stages alone, over random tokens (MB). `tasks`: seconds of the read
-and encode stages with one and two tasks, by the clock and on the CPU; on a busy machine only the latter say something.
+and encode stages of the larger corpus with one and two tasks in turn, by the clock and on the CPU, medians over rounds;
+on a busy machine only the latter say something.
 `mixture`: seconds to position 1,000,000 of a mixture of three sources.
 """
 
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -54,7 +57,8 @@ from data_prep import documents, prepare as module, shuffle
 shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 8 << 20, 1 << 15
 seconds, original = {}, module.run_stage
 def cpu():
-    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    waited = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return waited + sum(sum(task.cpu_times()[:4]) for task in psutil.Process().children())  # the server of the tasks
 def run_stage(settings, name):
     started = time.perf_counter(), cpu()
     original(settings, name)
@@ -144,48 +148,76 @@ def write_corpus(folder: Path, count: int) -> Path:
     return config
 
 
+def memory(folder: Path, counts: list[int]) -> None:
+    for count in counts:
+        config = write_corpus(folder, count)
+        text = (folder / f"{count}.jsonl").stat().st_size
+        found = run(MEASURED + PREPARE, config, folder / "out", "workers=1")
+        shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 8 << 20, 1 << 15  # small as these corpora
+        need = needs(load(DataSettings, config, ["folder=x"]), text, text // 8_000_000, 4096)
+        print(
+            f"{count:,} documents, {text / 1e6:.0f} MB: memory {found['peak'] / 1e6:.0f} MB (estimate "
+            f"{need.memory / 1e6:.0f}), disk {found['disk'] / 1e6:.0f} MB (estimate {need.disk / 1e6:.0f}), "
+            f"{found['disk'] / text:.2f} times the text, {found['final'] / 1e6:.0f} MB in the end",
+            flush=True,
+        )
+        shutil.rmtree(folder / "out")
+    shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 128 << 20, 1 << 20
+    paper = needs(load(DataSettings, "configs/data/fineweb_edu_dedup.yaml"), PAPER_TEXT, 14_901, PAPER_VOCABULARY)
+    print(
+        f"220 billion tokens, {PAPER_TEXT / 1e12:.1f} TB of text: disk at most {paper.disk / 1e12:.2f} TB, of it "
+        f"{2 * PAPER_TOKENS / 1e12:.2f} TB of tokens in the end; memory {paper.memory / 1e9:.2f} GB a task"
+    )
+
+
+def shuffled(folder: Path, sizes: list[int]) -> None:
+    for size in sizes:
+        (folder / "shuffled").mkdir()
+        found = run(MEASURED + SHUFFLE, size, folder / "shuffled")
+        print(f"shuffle of {size} MB: memory {found['peak'] / 1e6:.0f} MB, disk {found['disk'] / 1e6:.0f} MB")
+        shutil.rmtree(folder / "shuffled")
+
+
+def tasks(folder: Path, count: int, rounds: int) -> None:
+    config = write_corpus(folder, count)
+    clocks: list[float] = []
+    cpus: list[float] = []
+    for number in range(rounds):
+        times = {}
+        for workers in (1, 2):
+            found = run(MEASURED + PREPARE, config, folder / "tasks", f"workers={workers}")
+            times[workers] = [sum(found["seconds"][stage][clock] for stage in ("read", "encode")) for clock in (0, 1)]
+            shutil.rmtree(folder / "tasks")
+        clocks.append(times[1][0] / times[2][0])
+        cpus.append(2 * times[1][1] / times[2][1])
+        told = (f"{workers} tasks {clock:.1f} s, {cpu:.1f} s of CPU" for workers, (clock, cpu) in times.items())
+        print(f"read and encode, round {number + 1}: {'; '.join(told)}", flush=True)
+    print(
+        f"two tasks: {statistics.median(clocks):.2f} times one by the clock; {statistics.median(cpus):.2f} times where "
+        "two cores are free, by CPU seconds"
+    )
+
+
+PARTS = ("memory", "shuffle", "tasks", "mixture")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--documents", type=int, nargs=2, default=[60_000, 240_000])
     parser.add_argument("--shuffle", type=int, nargs=2, default=[16, 128], metavar="MB")
+    parser.add_argument("--rounds", type=int, default=2, help="of one task and two, in turn")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for count in options.documents:
-            config = write_corpus(folder, count)
-            text = (folder / f"{count}.jsonl").stat().st_size
-            found = run(MEASURED + PREPARE, config, folder / "out", "workers=1")
-            shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 8 << 20, 1 << 15  # small as these corpora
-            need = needs(load(DataSettings, config, ["folder=x"]), text, text // 8_000_000, 4096)
-            print(
-                f"{count:,} documents, {text / 1e6:.0f} MB: memory {found['peak'] / 1e6:.0f} MB (estimate "
-                f"{need.memory / 1e6:.0f}), disk {found['disk'] / 1e6:.0f} MB (estimate {need.disk / 1e6:.0f}), "
-                f"{found['disk'] / text:.2f} times the text, {found['final'] / 1e6:.0f} MB in the end",
-                flush=True,
-            )
-            subprocess.run(["rm", "-rf", folder / "out"], check=True)
-        shuffle.BUCKET_BYTES, documents.RANGE_ROWS = 128 << 20, 1 << 20
-        paper = needs(load(DataSettings, "configs/data/fineweb_edu_dedup.yaml"), PAPER_TEXT, 14_901, PAPER_VOCABULARY)
-        print(
-            f"220 billion tokens, {PAPER_TEXT / 1e12:.1f} TB of text: disk at most {paper.disk / 1e12:.2f} TB, of it "
-            f"{2 * PAPER_TOKENS / 1e12:.2f} TB of tokens in the end; memory {paper.memory / 1e9:.2f} GB a task"
-        )
-        for size in options.shuffle:
-            (folder / "shuffled").mkdir()
-            found = run(MEASURED + SHUFFLE, size, folder / "shuffled")
-            print(f"shuffle of {size} MB: memory {found['peak'] / 1e6:.0f} MB, disk {found['disk'] / 1e6:.0f} MB")
-            subprocess.run(["rm", "-rf", folder / "shuffled"], check=True)
-        config = folder / f"{options.documents[1]}.yaml"
-        times = {}
-        for workers in (1, 2):
-            found = run(MEASURED + PREPARE, config, folder / f"tasks-{workers}", f"workers={workers}")
-            times[workers] = [sum(found["seconds"][stage][clock] for stage in ("read", "encode")) for clock in (0, 1)]
-            print(f"read and encode, {workers} tasks: {times[workers][0]:.1f} s, {times[workers][1]:.1f} s of CPU")
-        print(
-            f"two tasks: {times[1][0] / times[2][0]:.2f} times one by the clock; {2 * times[1][1] / times[2][1]:.2f} "
-            "times where two cores are free, by CPU seconds"
-        )
-        print(f"mixture of three, position 1,000,000: {run(MIXTURE, folder / 'mixture')['seconds']:.2f} s")
+        if "memory" in options.parts:
+            memory(folder, options.documents)
+        if "shuffle" in options.parts:
+            shuffled(folder, options.shuffle)
+        if "tasks" in options.parts:
+            tasks(folder, options.documents[1], options.rounds)
+        if "mixture" in options.parts:
+            print(f"mixture of three, position 1,000,000: {run(MIXTURE, folder / 'mixture')['seconds']:.2f} s")
     return 0
 
 

@@ -363,8 +363,8 @@ def test_status_tells_each_stage_by_the_marks(texts, tmp_path, monkeypatch, caps
 
 
 def test_inspection_shows_what_the_folder_holds(texts, tmp_path, capsys):
-    for number in range(3):
-        (texts / f"copy-{number}.txt").write_text((texts / "07.txt").read_text())
+    for name in ("07", "copy-0", "copy-1", "copy-2"):
+        (texts / f"{name}.txt").write_text("\x1b[31mred\x1b[0m <script> " + "This is document number 7. " * 20)
     prepare(settings_for(texts, tmp_path / "out"))
     assert main(["--inspect", str(tmp_path / "out"), "--position", "2", "--page", str(tmp_path / "page.html")]) == 0
     printed, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
@@ -372,6 +372,7 @@ def test_inspection_shows_what_the_folder_holds(texts, tmp_path, capsys):
         assert "40 train" in shown or "documents" in shown
         assert "This is document number 7." in shown and "document number" in shown
         assert "train block 2" in shown and "train block 1<" not in shown
+        assert "␛[31mred␛[0m" in shown and "\x1b" not in shown
     assert "4 times" in page and "<script" not in page and "http" not in page
     lengths = read_manifest(tmp_path / "out")["document_lengths"]
     assert sum(map(sum, lengths.values())) == 40

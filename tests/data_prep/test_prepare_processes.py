@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -82,7 +83,7 @@ def test_a_preparation_killed_ten_times_ends_with_the_same_bytes(tmp_path, sized
         kill = kills.pop() if kills and process.poll() is None else None
         if kill == "task":
             below = psutil.Process(process.pid).children(recursive=True)
-            tasks = [task for task in below if "spawn_main" in str(task.cmdline())]
+            tasks = [task for task in below if "forkserver" in str(task.cmdline())]
             (drawn.choice(tasks) if tasks else process).kill()
         elif kill is not None:
             process.send_signal(signal.SIGINT if kill == "interrupt" else signal.SIGKILL)
@@ -97,6 +98,39 @@ def test_a_preparation_killed_ten_times_ends_with_the_same_bytes(tmp_path, sized
             assert (process.returncode, "run the same command again" in stderr) == (130, True), stderr
         else:
             assert process.returncode == (2 if kill == "task" and tasks else -signal.SIGKILL), stderr
+
+
+CLUSTER = "import ray, sys; ray.init(num_cpus=2, include_dashboard=False, _node_ip_address='127.0.0.1'); "
+CLUSTER += "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("RAY_PYTHON" not in os.environ, reason="RAY_PYTHON: a Python that has these packages and ray")
+def test_a_ray_cluster_writes_the_bytes_of_one_process_and_says_what_a_task_refused(tmp_path, sized, whole, request):
+    """Its workers begin in another folder, so that a relative one has to be told."""
+    python = os.environ["RAY_PYTHON"]
+    variables = os.environ | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([python, "-c", CLUSTER], env=variables, cwd=tmp_path, **pipes) as cluster:
+        address = cluster.stdout.readline().strip()
+        (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n' * 400_000 + "{\n")
+        target = Path("data") / tmp_path.name
+        request.addfinalizer(lambda: shutil.rmtree(target, ignore_errors=True))
+        for changes, code in ((f"source.paths=[{tmp_path / 'bad.jsonl'}]", 2), ("workers=2", 0)):
+            arguments = [*sized, f"folder={target}", "executor=ray", changes]
+            done = subprocess.run(
+                [python, *COMMAND[1:], *map(str, arguments)],
+                env=variables | {"RAY_ADDRESS": address},
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == code, done.stderr
+            if code:
+                assert re.search(r"error: \S+bad.jsonl, line \d+ after byte \d+: not JSON", done.stderr), done.stderr
+                assert "Traceback" not in done.stderr
+                shutil.rmtree(target)
+        cluster.stdin.close()
+    assert bytes_of(target) == bytes_of(whole)
 
 
 def marks(folder: Path) -> list[Path]:

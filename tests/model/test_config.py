@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from model.config import MoRConfig
+from model.depth import METHODS, all_settings, refuse_foreign
 
 MOR = {"num_recursions": 3, "routing": "expert_choice"}
 TOKEN = {"num_recursions": 3, "routing": "token_choice"}
@@ -40,6 +41,17 @@ def test_impossible_configuration_names_field_and_remedy(changes, field, works):
     with pytest.raises(ValueError) as caught:
         MoRConfig(**changes)
     assert field in str(caught.value) and works in str(caught.value)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_every_setting_of_another_method_is_refused_by_name(method):
+    own = {name: setting.default for name, setting in method.settings.items()}
+    refuse_foreign({"routing": method.name, "hidden_size": 64, **own})
+    foreign = all_settings().keys() - own.keys()
+    assert foreign
+    for name in foreign:
+        with pytest.raises(ValueError, match=rf"^{name}: means nothing for routing '{method.name}', only for "):
+            refuse_foreign({"routing": method.name, name: all_settings()[name].default or 1})
 
 
 @pytest.mark.parametrize("depth", range(3, 40))

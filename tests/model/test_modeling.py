@@ -339,7 +339,7 @@ def test_generation_sees_only_the_past():
     "name",
     [
         *("vanilla", "recursive-norms", "recursive-shared", "expert-z", "expert-z-update"),
-        *("expert-propagated", "mod-z", "mod-predictor", "ut"),
+        *("expert-propagated", "mod-z", "mod-predictor", "ut", "exit-recursive"),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
@@ -351,7 +351,7 @@ def test_compiles_without_graph_breaks(name, packed):
     documents = (torch.arange(24) // 10)[None].expand(2, -1) if packed else None
     losses = [compiled(batch(i), targets=batch(i), document_ids=documents, step=i).loss for i in range(3)]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-    expected = [model(batch(i), targets=batch(i), document_ids=documents).loss.item() for i in range(3)]
+    expected = [model(batch(i), targets=batch(i), document_ids=documents, step=i).loss.item() for i in range(3)]
     assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled(batch(9), targets=batch(9), document_ids=documents, step=9).loss.backward()
@@ -392,7 +392,7 @@ def test_masked_attention_by_block_changes_nothing(name, packed, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vanilla", "expert-z", "token-z-shared"])
+@pytest.mark.parametrize("name", ["vanilla", "expert-z", "token-z-shared", "mod-z", "ut-frozen", "exit-dropout"])
 def test_layers_compile_once_for_all_depths(name):
     """Compiled layer by layer the losses stay, and after the first steps nothing is compiled again."""
     torch._dynamo.reset()

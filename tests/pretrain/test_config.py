@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,38 @@ def test_mistakes_are_named_with_file_key_and_what_would_do(path: Path, override
     text = message(path, override)
     for word in [str(path), *words]:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("routing", "given"),
+    [
+        ("token_choice", "selection=aux_loss"),
+        ("token_choice", "capacity_factors=[0.1, 0.9, 5.0]"),
+        ("token_choice", "capacity_warmup_steps=0"),
+        ("expert_choice", "balancing=loss"),
+        ("none", "router=linear"),
+    ],
+)
+def test_a_setting_of_another_method_is_refused_even_at_its_default(path: Path, routing: str, given: str) -> None:
+    text = message(path, "model.num_recursions=3", f"model.routing={routing}", f"model.{given}")
+    assert f"{given.partition('=')[0]}: means nothing for routing '{routing}'" in text and "leave it out" in text
+
+
+STARTS = re.findall(r"`(start_from[=.][^`]+)`", Path("README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("command", STARTS)
+def test_what_the_readme_types_to_start_from_a_run_is_read_in_any_order(path: Path, command: str) -> None:
+    words = [word for word in command.replace("LOWER", "1e-4").split() if "=" in word]
+    if "start_from=runs/old" not in words:
+        words = ["start_from=runs/old", *(["start_from.take=run"] if "take" not in command else []), *words]
+    asked = read_settings(path, words).start_from
+    assert asked is not None and asked.path == Path("runs/old")
+    assert asked == read_settings(path, words[::-1]).start_from
+    path.write_text(yaml.safe_dump(MINIMAL | {"start_from": "runs/old"}))
+    assert asked == read_settings(path, [word for word in words if word != "start_from=runs/old"]).start_from
+    with pytest.raises(UserError, match="drops 'start_from=null'"):
+        read_settings(path, ["start_from=null", "start_from.step=3"])
 
 
 def test_a_models_fields_are_typed_by_its_configuration(path: Path) -> None:

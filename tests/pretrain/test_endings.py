@@ -20,8 +20,9 @@ from data_prep.settings import UserError
 from pretrain import checkpoint, main, metrics, run_folder
 from pretrain.data import BlockLoader, Blocks
 from pretrain.metrics import MetricsFile, Tracker, last_step
+from pretrain.parallel.settings import ParallelSettings
 from pretrain.parallel.start import start_parallel
-from pretrain.parallel.strategy import Parallel, RunFailed, _check_devices
+from pretrain.parallel.strategy import Parallel, RunFailed
 from pretrain.parallel.watchdog import Watchdog
 from pretrain.parallel.zero import Zero
 from pretrain.stop import CANNOT_WRITE, disk_error
@@ -317,12 +318,23 @@ def test_a_busy_rank_stops_the_clock_while_its_thread_lives(
 # --- devices ------------------------------------------------------------
 
 
-def test_more_ranks_than_gpus_are_refused_on_every_rank_alike():
-    for rank in range(4):
-        with pytest.raises(UserError, match=r"4 ranks run on this machine, but 2 GPUs are visible .*=0,1\)"):
-            _check_devices(2, {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": "0,1"})
-    _check_devices(4, {"LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"})
-    _check_devices(1, {})
+def test_more_ranks_than_gpus_are_refused_on_every_rank_alike(monkeypatch: pytest.MonkeyPatch):
+    """Without a GPU: what torch says of the machine, and how a rank takes its device, are stand-ins."""
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for ranks in (2, 4):
+        for rank in range(ranks):
+            for name, value in (("WORLD_SIZE", ranks), ("LOCAL_WORLD_SIZE", ranks), ("LOCAL_RANK", rank)):
+                monkeypatch.setenv(name, str(value))
+            if ranks == 2:
+                assert Parallel(ParallelSettings(), "fp32", 0).device == taken[-1]
+                continue
+            with pytest.raises(UserError, match=r"4 ranks run on this machine, but 2 GPUs are visible .*=0,1\)"):
+                Parallel(ParallelSettings(), "fp32", 0)
+    assert taken == [torch.device("cuda", 0), torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("fused", [True, False])

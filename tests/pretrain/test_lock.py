@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from data_prep.settings import UserError
 from pretrain import lock as lock_module
 from pretrain.lock import LOCK, STALE_SECONDS, Owner, RunLock
+from tests.helpers.corpus import prepare_tiny
+from tests.helpers.experiments import read_lines, settings_for
 
 JOB = {"SLURM_JOB_ID": "71", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3"}
 
@@ -100,6 +103,26 @@ def test_a_killed_owner_is_taken_over_at_once(tmp_path: Path):
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     take(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_second_command_in_a_run_directory_trains_nothing(tmp_path: Path):
+    """The command itself, twice; the first is held still meanwhile, so that the second could do as it likes."""
+    run, data, config = tmp_path / "run", tmp_path / "data", tmp_path / "experiment.yaml"
+    prepare_tiny(data)
+    settings = settings_for(run, data, budget={"steps": 60})
+    config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    command = [sys.executable, "pretrain/main.py", "--config", str(config)]
+    with subprocess.Popen(command) as first:
+        try:
+            wait_until(lambda: (run / "metrics.jsonl").is_file() and read_lines(run))
+            first.send_signal(signal.SIGSTOP)
+            second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        finally:
+            first.send_signal(signal.SIGCONT)
+    assert [line["step"] for line in read_lines(run) if "loss" in line] == list(range(1, 61))
+    assert (first.returncode, second.returncode) == (0, 2), second.stderr
+    assert f"process {first.pid} on" in second.stderr and "is at work there" in second.stderr
 
 
 def hold_for_a_moment(folder: Path, number: int) -> None:

@@ -1,11 +1,14 @@
 """Mixtures: exact proportions at every length, every sample of every source once an epoch, any position at once."""
 
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +19,7 @@ from pretrain.data import BlockLoader, Blocks
 from pretrain.manifest import Manifest, Mixture
 from pretrain.mixture import Phase, Proportions, pattern, starts_of, whole_weights
 from tests.helpers.corpus import prepare_tiny, tiny_settings
-from tests.helpers.experiments import figures, settings_for, train, trainer_for
+from tests.helpers.experiments import figures, read_lines, settings_for, train, trainer_for
 
 WEIGHTS = st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any)
 
@@ -170,13 +173,14 @@ def test_mixtures_that_make_no_sense_are_refused(data, message):
         DataSettings.model_validate(data)
 
 
-def mixed_settings(run_dir, folders):
+def mixed_settings(run_dir, folders, steps=8):
     sources = {
         "edu": {"folder": str(folders / "edu"), "weight": [[0, 0.7], [0.5, 0.2]]},
         "code": {"folder": str(folders / "code"), "weight": [[0, 0.3], [0.5, 0.8]]},
     }
     changes = {
         "data": {"mixture": sources},
+        "budget": {"steps": steps},
         "evaluation": {"times": 2, "sequences": 4},
         "checkpoint": {"every_steps": 1},
     }
@@ -213,3 +217,17 @@ def test_a_run_on_a_mixture_goes_on_where_it_was_and_tells_each_source(folders, 
     # 8 steps of 4: 16 samples at 7 to 3, then 16 at 2 to 8
     assert counts["edu"] + counts["code"] == 32
     assert abs(counts["edu"] - (11.2 + 3.2)) < 2
+
+
+@pytest.mark.slow
+def test_a_mixture_killed_at_drawn_moments_equals_one_that_was_left_alone(folders, tmp_path):
+    """Before and after its weights change, in and between saves."""
+    whole = train(mixed_settings(tmp_path / "whole", folders, steps=40))
+    config = tmp_path / "killed.yaml"
+    settings = mixed_settings(tmp_path / "killed", folders, steps=40)
+    config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    command = [sys.executable, "-m", "tests.helpers.killing", str(config), "3", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1])["killed"] >= 3
+    assert figures(read_lines(tmp_path / "killed")) == figures(whole)

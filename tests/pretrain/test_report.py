@@ -77,7 +77,26 @@ def test_models_with_exits_stand_with_both_their_losses(four, tmp_path):
     cells = dict(zip(header.split("|"), row.split("|"), strict=True))
     assert cells[" validation loss, causal "] == " 2.9500 " and cells[" full depth (nobody exits) "] == " 2.9200 "
     assert "of models with exits the causal loss is that of decoding" in text
+    assert rows["calm_nr3"]["mean_recursions"] == 2.5 and rows["vanilla"]["mean_recursions"] == 1.0
     assert "full depth" not in (four / "report" / "report.md").read_text()
+
+
+def test_recursions_are_counted_from_the_gates_before_them(tmp_path):
+    """Two gates of exits stand between three recursions; the routed layers of Mixture-of-Depths are none."""
+    mod = {"routing": "mixture_of_depths"}
+    for name, model in (("mor_expert_nr3", {}), ("mor_token_nr3", {}), ("calm_nr3", {}), ("mod", mod), ("vanilla", {})):
+        make_run(tmp_path / name, name, model=model)
+    found = {group.name: group for group in variants(read_runs([tmp_path])[0])}
+    recursions = {name: group.mean_recursions() for name, group in found.items()}
+    assert recursions["mor_expert_nr3"] == recursions["mor_token_nr3"] == pytest.approx(2.0)
+    # Of two gates half the tokens passed one, half both.
+    assert recursions["calm_nr3"] == pytest.approx(2.5) and recursions["mod"] == recursions["vanilla"] == 1.0
+    drawn = figures.depth_shares(list(found.values()))
+    titles = [axes.get_title() for axes in drawn.axes if axes.get_visible()]
+    assert "calm_nr3, seed 0, in validation" in titles and len(titles) == 4
+    assert drawn.legends[0].get_title().get_text() == "gates passed"
+    alike = figures.depth_shares([found["mor_expert_nr3"], found["mor_token_nr3"]])
+    assert alike.legends[0].get_title().get_text() == "recursions executed"
 
 
 def test_differences_are_paired_and_judged(four):

@@ -98,11 +98,15 @@ def test_a_run_that_died_goes_on_to_the_same_figures(
     assert_same(tmp_path, whole)
 
 
-@pytest.mark.parametrize("architecture", ["mod", "ut"])
+@pytest.mark.parametrize(
+    ("architecture", "model"),
+    [("mod", {}), ("ut", {}), ("early_exit", {"layer_dropout": 0.5, "layer_dropout_steps": 6})],
+)
 def test_other_ways_of_spending_depth_go_on_to_the_same_figures(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, architecture: str
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, model: dict[str, Any]
 ) -> None:
-    run = RUN | {"budget": {"steps": 8}}
+    """Of exits, which of them learn and how likely a layer is dropped hang on the step at which the run goes on."""
+    run = RUN | {"budget": {"steps": 8}, "model": model}
     train(settings_for(tmp_path / "whole", data, architecture, **run))
     settings = settings_for(tmp_path / "died", data, architecture, **run)
     with monkeypatch.context() as patch:

@@ -144,7 +144,7 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("architecture", ["mor_expert", "mor_token"])
+@pytest.mark.parametrize("architecture", ["mor_expert", "mor_token", "mod", "ut", "early_exit"])
 def test_the_command_writes_page_pictures_and_figures(data, tmp_path, architecture) -> None:
     run, output, text = tmp_path / "run", tmp_path / "views", tmp_path / "text.txt"
     train(settings_for(run, data, architecture))

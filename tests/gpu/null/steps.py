@@ -105,9 +105,8 @@ def main() -> int:
                 if options.compiled:
                     line["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
                 if options.model:
-                    states = training_memory(
-                        config, length, rows, Placement(micro_batches=2, on_gpu=True, compiled=options.compiled)
-                    )  # gradients stay
+                    placement = Placement(micro_batches=2, on_gpu=True, compiled=options.compiled)  # gradients stay
+                    states = training_memory(config, length, rows, placement)
                     line["estimate_gib"] = round((states.total - states.optimizer) / 2**30, 3)
                 del model
             except Exception as error:

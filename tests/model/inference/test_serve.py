@@ -35,10 +35,10 @@ LIMITS = Limits(body=20_000, choices=4, stop_length=50, scores=2000)
 
 
 @contextmanager
-def serving(engine: Engine, tokenizer: Tokenizer, limits: Limits | None = None, key: str | None = None):
+def serving(engine: Engine, tokenizer: Tokenizer, limits: Limits | None = None, key: str | None = None, template=None):
     """A server of the model `tiny` on a free port; its address."""
     limits = limits or Limits()
-    app = build_app(engine, tokenizer, "tiny", limits, hosts=["allowed.example"], key=key)
+    app = build_app(engine, tokenizer, "tiny", limits, hosts=["allowed.example"], key=key, template=template)
     config = uvicorn.Config(
         app, port=0, log_level="warning", timeout_graceful_shutdown=5, http=guarded(limits), ws="none"
     )
@@ -594,7 +594,7 @@ def test_a_client_that_leaves_in_its_body_is_one_line(server, caplog, monkeypatc
 )
 def test_large_requests_are_refused_before_anything_is_done_with_them(body, monkeypatch):
     """Nothing is tokenized or validated item by item."""
-    from model.inference import protocol
+    from model.inference import protocol, reader
 
     def refuse(*_, **__):
         raise AssertionError("looked into what is too large")
@@ -605,12 +605,12 @@ def test_large_requests_are_refused_before_anything_is_done_with_them(body, monk
         def get_vocab(self):
             return {"a": 0}
 
-    reader = protocol.Reader(Untouched(), 256, [[0]], Limits())  # type: ignore[arg-type]
+    bodies = reader.Reader(Untouched(), 256, [[0]], Limits())  # type: ignore[arg-type]
     monkeypatch.setattr(
         CompletionRequest, "model_validate", lambda content: CompletionRequest.model_construct(**content)
     )
     with pytest.raises(protocol.ServiceError) as refused:
-        reader.read(json.dumps(body).encode())
+        bodies.read(json.dumps(body).encode())
     assert refused.value.status == 400 and len(str(refused.value)) < 1100
 
 
