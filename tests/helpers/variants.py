@@ -93,6 +93,12 @@ GENERATING = [
     "token-encoding",
     "expert-norms",
     *NEW,
+    "mod-random",
+    "ut-frozen-cycle",
+    "exit-classifier",
+    "exit-latent",
+    "exit-dropout",
+    "expert-aux-propagated",
 ]
 # Laws of what a token may see: later tokens, padding, documents.
 SEEING = [

@@ -339,7 +339,7 @@ def test_generation_sees_only_the_past():
     "name",
     [
         *("vanilla", "recursive-norms", "recursive-shared", "expert-z", "expert-z-update"),
-        *("expert-propagated", "mod-z", "mod-predictor", "ut", "exit-recursive", "exit-dropout"),
+        *("expert-propagated", "mod-z", "mod-predictor", "ut", "exit-recursive"),
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
