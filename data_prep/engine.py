@@ -35,6 +35,10 @@ GRACE = 10.0  # seconds in which tasks that have ended are told
 TASKS_PER_WORKER = 8  # short tasks, so that workers end at about the same time
 
 
+# Of a process of a pool, whose tasks are all of one stage: what a task has read (tokenizer, marks) serves the next.
+_OPEN: dict[tuple[str, str], Stage] = {}
+
+
 class Step:
     """One stage as a step of a datatrove pipeline: task `rank` of `world_size` does every world_size-th part."""
 
@@ -51,7 +55,8 @@ class Step:
         _leave_with_parent()
 
     def __call__(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        stage = STAGES[self.stage](self.settings, self.threads)
+        key = (str(self.settings.folder), self.stage)
+        stage = _OPEN.setdefault(key, STAGES[self.stage](self.settings, self.threads))
         with told_in_job(stage):
             self.do(stage, rank, world_size)
 

@@ -78,7 +78,7 @@ def find_files(kind: str, patterns: Sequence[str]) -> Files:
             found.paths.append(path)
             matched, looked_for = True, ""
         else:
-            matches = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]
+            matches = [Path(p) for p in glob.glob(_literal_folders(path), recursive=True) if Path(p).is_file()]
             found.paths += matches
             matched, looked_for = bool(matches), "no such file"
         if not matched:
@@ -91,6 +91,12 @@ def find_files(kind: str, patterns: Sequence[str]) -> Files:
     read = set(unique)
     found.passed_over = [path for path in found.passed_over if os.path.realpath(path) not in read]
     return found
+
+
+def _literal_folders(pattern: Path) -> str:
+    """A glob pattern in which brackets of folders that are there are no pattern."""
+    there = next(folder for folder in pattern.parents if folder.is_dir())
+    return str(Path(glob.escape(str(there)), pattern.relative_to(there)))
 
 
 def _search(folder: Path, kind: str, found: Files, above: tuple[str, ...]) -> None:

@@ -68,6 +68,20 @@ def size_of(part: Part) -> int:
     return sum(piece.size for piece in part)
 
 
+def uncut(parts: list[Part], settings: DataSettings) -> list[str]:
+    """What a user should know of parts of local files that are far larger than was asked for: a line, or none."""
+    large = [part for part in parts if size_of(part) > 2 * settings.part_bytes]
+    if not large:
+        return []
+    largest = max(large, key=size_of)
+    size, name = size_of(largest) / 1e6, safe(largest[0].file)
+    return [
+        f"{len(large)} of {len(parts)} parts exceed part_bytes={settings.part_bytes}, the largest has about "
+        f"{size:,.1f} MB ({name}): compressed files, CSV, texts without a delimiter and row groups of parquet are not "
+        "cut; one task reads each, from its start after an interruption. Smaller files, or jsonl, would be shared out"
+    ]
+
+
 def cut_files(paths: list[Path], settings: DataSettings) -> list[Part]:
     """The parts of local files. Raises UserError naming a file that cannot be looked at."""
     return grouped((piece for item, path in enumerate(paths) for piece in _cut(item, path, settings)), settings)

@@ -38,7 +38,7 @@ from data_prep.estimate import check_room
 from data_prep.files import write_json
 from data_prep.inputs import names_of
 from data_prep.manifest import read_manifest, tool_versions, unigram_loss, verify, write_manifest
-from data_prep.parts import to_json
+from data_prep.parts import from_json, to_json, uncut
 from data_prep.progress import say, standing
 from data_prep.settings import Settings, UserError, describe, load, run_command
 from data_prep.shards import samples_per_member, samples_per_shard
@@ -306,6 +306,8 @@ def status(folder: Path) -> str:
             lines.append(standing(STAGES[name](settings)).line())
         except UserError:  # an earlier stage is not done
             lines.append(f"{name}: waits for the stages before it")
+    if settings.source.kind in KINDS_OF_FILES:
+        lines += uncut(from_json(json.loads((folder / "work" / "parts.json").read_text(encoding="utf-8"))), settings)
     return "\n".join(lines)
 
 

@@ -253,6 +253,17 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def _value(text: str) -> Any:
+    """A value of the command line: YAML, in which nothing is a comment, or a path as it stands (`[a]/b`)."""
+    try:
+        value = _parse(text)
+    except ValueError:
+        if "/" in text and text[:1] not in "'\"" and "\n" not in text:
+            return Plain(text)
+        raise
+    return Plain(text.strip()) if isinstance(value, Plain) else value
+
+
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Turn `["a.b=1", "c=x"]` into `{"a": {"b": 1}, "c": "x"}`, without a schema. Raises UserError."""
     return guess(_overrides(overrides))
@@ -270,7 +281,7 @@ def _overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not all(key.split(".")):
             raise UserError(f"{item!r}: expected key=value, for instance seed=1 or model.hidden_size=64")
         try:
-            value = _parse(text)
+            value = _value(text)
         except ValueError as error:
             raise UserError(f"{item!r}: the value cannot be read: {error}") from None
         for earlier, whole in given:

@@ -19,7 +19,7 @@ from data_prep.config import DataSettings
 from data_prep.documents import Reading, Record, cut_position
 from data_prep.files import CHUNK
 from data_prep.inputs import Files, describe, find_files, safe, signature
-from data_prep.parts import Part, Piece, cut_files, grouped
+from data_prep.parts import Part, Piece, cut_files, grouped, uncut
 from data_prep.settings import UserError
 from data_prep.streams import READ_ERRORS, open_text
 from data_prep.synthetic import synthetic_documents
@@ -70,13 +70,14 @@ def open_corpus(settings: DataSettings) -> Corpus:
         known = [{"name": source.name, "revision": revision}]
         return Corpus(source.licence, _dataset_parts(settings, revision, 0), lambda: known)
     files = find_files(source.kind, source.paths or [])
+    parts = cut_files(files.paths, settings)
     return Corpus(
         source.licence,
-        cut_files(files.paths, settings),
+        parts,
         lambda: describe(files.paths),
         signature(files.paths),
         files.paths,
-        files.remarks(source.kind),
+        [*files.remarks(source.kind), *uncut(parts, settings)],
     )
 
 

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -127,7 +127,8 @@ def show(compare: CompareSettings, runs: Sequence[PlannedRun], logs: Path, conso
     console = console or Console()
     table = Table(title=f"{compare.output}", title_justify="left")
     for name in ("run", "task", "state", "step", "share", "loss", "requeues", "last line"):
-        table.add_column(name, justify="left" if name in ("run", "task", "state") else "right", no_wrap=True)
+        justify: Literal["left", "right"] = "left" if name in ("run", "task", "state") else "right"
+        table.add_column(name, justify=justify, no_wrap=name != "run", overflow="fold")  # a narrow terminal folds names
     tasks, counts, failed = tasks_by_run(compare.output), Counter[str](), []
     for run in runs:
         task = tasks.get(run.label)

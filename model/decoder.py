@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from . import routing
 from .attention import see, through
 from .attention.cpu import NAMESPACE
 from .attention.visible import Rows, Visible, rung
 from .cache import MoRCache
 from .depth.base import DepthMethod
+from .depth.capacity import selected_mask, selection_size, slots_of
 from .depth.layout import Stage, Use, last_gate, within
+from .depth.routers import masked_mean
 from .layers import KeyValue, Tokens, gather_rows
-from .routing import RoutingRecord
+from .record import RoutingRecord, make_record
 
 if TYPE_CHECKING:
     from .modeling import MoRModel
@@ -363,7 +364,7 @@ class Run:
         """Note raw scores for the record: [...] of a gate, or with `outputs` [..., G] of all of them."""
         logits = logits.detach()
         self.scores.append(logits)
-        self.score_means.append(logits.flatten(0, -2).mean(0) if outputs else routing.masked_mean(logits, used))
+        self.score_means.append(logits.flatten(0, -2).mean(0) if outputs else masked_mean(logits, used))
 
     def readout(self, x: Tensor) -> Tensor:
         """Norm and head: [..., D] -> logits [..., V]."""
@@ -479,7 +480,7 @@ class Run:
         """The best of a row by their scores, as many as the gate's share of the whole row says, at fixed shapes."""
         method, length, real = self.method, self.shape[1], self.batch.real
         share = method.size(gate, self.step)
-        slots = routing.selection_size(share, length)
+        slots = selection_size(share, length)
         used, documents = offered.used, offered.documents
         size: Any = slots
         if real is not None:
@@ -489,12 +490,12 @@ class Run:
         if everything:
             chosen = torch.ones_like(logits, dtype=torch.bool) if used is None else used
         else:
-            chosen = routing.selected_mask(logits.detach(), documents, used, size)
+            chosen = selected_mask(logits.detach(), documents, used, size)
         self.scored(logits, used)
         method.losses(gate, x, logits, chosen, used, self)
         entered = offered
         if not everything:
-            local = routing.slots_of(chosen, used, slots)
+            local = slots_of(chosen, used, slots)
             x, logits = gather_rows(x, local), logits.gather(1, local)
             index = offered.index.gather(1, local) if isinstance(offered, Slots) else local
             used = None if used is None else chosen.gather(1, local)
@@ -588,7 +589,7 @@ class Run:
         nobody = torch.zeros(self.shape, dtype=torch.bool, device=self.device)
         masks = [[of.get(gate, nobody) for gate in range(method.gates)] for of in (self.entered, self.offered)]
         entered, offered = (torch.stack(mask, -1) for mask in masks)
-        record = routing.make_record(entered, offered, real, method.layout)
+        record = make_record(entered, offered, real, method.layout)
         if self.depth is not None:
             record.depth = self.depth if real is None else self.depth.masked_fill(~real, 0)
         record.heads = self.heads + len(self.exits) * self.shape[0] * self.shape[1]

@@ -27,10 +27,11 @@ from .cache import MoRCache
 from .config import MoRConfig
 from .decoder import Batch, Run
 from .depth import METHODS, current_name, method_of
+from .depth.routers import Router
 from .hardware import chunk_rows
 from .layers import DecoderLayer, LMHead, RMSNorm, Tokens, cross_entropy_sum
+from .record import RoutingRecord
 from .relaxation import RelaxedLinear
-from .routing import Router, RoutingRecord
 from .sharing import applications, num_unique_layers
 
 logger = logging.get_logger(__name__)

@@ -39,7 +39,7 @@ from model.convert.uptrain import from_vanilla
 from model.depth import method_of
 from model.flops import StepFlops, gates_of, training_flops
 from model.modeling import MoRForCausalLM
-from model.routing import depth_counts
+from model.record import depth_counts
 from pretrain import extend, parent, run_folder
 from pretrain.checkpoint import Checkpoints, Outcome, committed, export, folder_of
 from pretrain.config import ExperimentSettings, StartSettings, micro_size_of, resolve_model

@@ -13,7 +13,7 @@ import torch
 from model.config import MoRConfig
 from model.depth import method_of
 from model.flops import gates_of
-from model.routing import depth_counts
+from model.record import depth_counts
 from pretrain.data import fixed_batches
 from pretrain.manifest import Manifest, Mixture
 from pretrain.metrics import Sums

@@ -29,7 +29,7 @@ from model.depth import method_of
 from model.flops import gates_of
 from model.inference.text import pieces
 from model.modeling import MoRForCausalLM
-from model.routing import RoutingRecord
+from model.record import RoutingRecord
 from pretrain.config import read_data
 from pretrain.data import fixed_batches, number_documents
 from pretrain.manifest import Mixture
@@ -42,6 +42,7 @@ END_OF_TEXT, PARTIAL = "end of text", "part of a character"
 CLASSES = ("word start", "word continuation", "digit", "punctuation", "whitespace", PARTIAL, END_OF_TEXT)
 POSITION_BINS = 32
 HEAT_MAP_COLUMNS, HEAT_MAP_LINES = 100, 60  # characters of a line, lines of the picture; the HTML holds the whole text
+PANELS = 3  # in a line
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -201,8 +202,14 @@ def score_histograms(routed: Routed, config: MoRConfig) -> Figure:
     """A panel per recursion: scores of the tokens that executed it and of those that were offered to it and did not."""
     depth, count = routed.depth, gates_of(config)
     token = method_of(config).chooses_depth
-    figure = Figure(figsize=(3.6 * count, 3.4), layout="constrained")
-    for r, axes in enumerate(figure.subplots(1, count, squeeze=False)[0]):
+    # A page is 1,100 pixels wide: of more panels in a line the labels could not be read.
+    wide = min(count, PANELS)
+    high = -(-count // wide)
+    figure = Figure(figsize=(3.6 * wide, 3.4 * high), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).ravel()
+    for axes in panels[count:]:
+        axes.remove()
+    for r, axes in enumerate(panels[:count]):
         scores = routed.scores[..., r]
         taken = depth == r + 1 if token else routed.passed[..., r]
         groups = [scores[~taken & ~np.isnan(scores)], scores[taken & ~np.isnan(scores)]]
@@ -315,7 +322,7 @@ def view(checkpoint: Checkpoint, text: str, output: Path, data: Sequence[str] | 
     about = f"`{name}`, {config.architecture}, {mode} routing.{cut}"
     blocks: list[Block] = [Text(about), Heading("The text"), Markup(token_html(parts, routed))]
     caption = "Recursions executed by each token." + note_on(families_for(map(visible, parts))[1])
-    blocks.append(Picture("heat_map", caption, heat_map(parts, routed)))
+    blocks.append(Picture("heat_map", caption, heat_map(parts, routed), on_page=False))  # the page has the text itself
     source = "the text above"
     if data is not None:
         rows, documents = sequences(checkpoint, data, count)

@@ -105,6 +105,15 @@ def imported_modules(name: str, source: str) -> set[str]:
     return found
 
 
+def above_the_methods(name: str, source: str) -> list[str]:
+    """Imports of a way of spending depth that are not of its folder, of the record or of the map of layers."""
+    if not name.startswith("model/depth/"):
+        return []
+    may = ("model/depth", "model/record", "model/sharing")
+    found = sorted(imported_modules(name, source))
+    return [f"{name} imports {path}" for path in found if path.split("/")[0] in OURS and not path.startswith(may)]
+
+
 def circles(sources: dict[str, str]) -> list[str]:
     """Modules that import themselves by way of others; `sources`: path -> text of every file of the packages."""
     modules = {name.removesuffix(".py").removesuffix("/__init__"): name for name in sources}
@@ -217,6 +226,8 @@ BROKEN = [
     (out_of_its_wing, "pretrain/report/x.py", "from pretrain import metrics"),
     (out_of_its_wing, "pretrain/report/x.py", "import pretrain.parallel.settings"),
     (out_of_its_wing, "pretrain/parallel/x.py", "from pretrain.config import read_settings"),
+    (above_the_methods, "model/depth/x.py", "from ..config import MoRConfig"),
+    (above_the_methods, "model/depth/x.py", "def f():\n    from model import layers"),
     (distributed, "pretrain/x.py", "def f():\n    from accelerate import Accelerator"),
     (distributed, "model/x.py", "import deepspeed.checkpoint"),
     (distributed, "pretrain/x.py", "from torch.distributed.fsdp import fully_shard"),
@@ -245,6 +256,8 @@ SOUND = [
         "from pretrain.report import runs\nimport pretrain.config",
     ),
     (out_of_its_wing, "pretrain/x.py", "from pretrain.report import runs\nimport pretrain.metrics"),
+    (above_the_methods, "model/depth/x.py", "import torch\nfrom ..record import entropy\nfrom .base import Setting"),
+    (above_the_methods, "model/depth/x.py", "if TYPE_CHECKING:\n    from ..config import MoRConfig"),
     (distributed, MAY_DISTRIBUTE[0], "from torch.distributed.fsdp import fully_shard"),
     (eager, "pretrain/x.py", "def f():\n    import wandb"),
     (too_long, "model/x.py", "def f():\n" + "    pass\n" * (LONGEST_FUNCTION - 1)),
@@ -267,7 +280,9 @@ def test_rule_passes_what_is_sound(rule: Rule, name: str, source: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", [wrong_direction, out_of_its_wing, distributed, eager, names_a_method], ids=lambda rule: rule.__name__
+    "rule",
+    [wrong_direction, out_of_its_wing, above_the_methods, distributed, eager, names_a_method],
+    ids=lambda rule: rule.__name__,
 )
 def test_packages_keep(rule: Rule) -> None:
     assert len({name_of(path).split("/")[0] for path in PACKAGED}) == len(MAY_IMPORT)

@@ -53,7 +53,9 @@ def method_fields() -> frozenset[str]:
 def refuse_foreign(fields: Mapping[str, Any]) -> None:
     """Raise ValueError for a setting, among the fields of a configuration, of another method than the one it names."""
     method = METHODS.get(fields.get("routing", "none"))
-    for name in sorted(fields.keys() & all_settings().keys() if method else ()):
+    if method is None:  # `method_of` says which there are
+        return
+    for name in sorted(fields.keys() & all_settings().keys()):
         if fields[name] is not None and name not in method.settings:
             users = ", ".join(repr(other.name) for other in METHODS.values() if name in other.settings)
             raise ValueError(

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import routing
-from ..routing import Router
 from .base import Carry, DepthMethod, Scorer, Setting
+from .capacity import factor_at, selection_loss
 from .layout import Stage, looped
-from .routers import GATING, ROUTER, check_router, router_shapes
+from .routers import GATING, ROUTER, Router, check_router, gate_of, masked_mean, random_logits, router_shapes, z_loss
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
@@ -150,7 +149,7 @@ class ExpertChoice(DepthMethod):
     def begin(self, x: Tensor, run: Any) -> dict[str, Tensor]:
         if self.config.router != "random":
             return {}
-        dice = [routing.random_logits(run.input_ids, run.positions, gate, 1) for gate in range(self.gates)]
+        dice = [random_logits(run.input_ids, run.positions, gate, 1) for gate in range(self.gates)]
         return {"dice": torch.cat(dice, -1).expand(*x.shape[:-1], -1)}
 
     def score(self, gate: int, x: Tensor, carry: Carry, run: Any) -> Tensor:
@@ -178,7 +177,7 @@ class ExpertChoice(DepthMethod):
         if not self.training or self.config.capacity_warmup_steps == 0:
             # Without a look at the step: a compiled model would be specialised to it.
             return self.capacities[gate]
-        return routing.capacity(self.capacities[gate], step, self.config.capacity_warmup_steps)
+        return factor_at(self.capacities[gate], step, self.config.capacity_warmup_steps)
 
     def merge(
         self, gate: int, before: Tensor, after: Tensor, logits: Tensor | None, carry: Carry, run: Any
@@ -189,7 +188,7 @@ class ExpertChoice(DepthMethod):
             return before + after, {}
         if self.config.router == "random":
             logits = torch.zeros_like(logits)
-        g = routing.gate(logits, str(self.config.router_activation), float(self.config.router_alpha or 0.0))
+        g = gate_of(logits, str(self.config.router_activation), float(self.config.router_alpha or 0.0))
         return before + g[..., None].to(after.dtype) * after, {}
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -200,12 +199,12 @@ class ExpertChoice(DepthMethod):
         decision = self.decision(gate, x, logits)
         if self.training and learned:
             if config.selection != "none":
-                run.loss("selection", routing.selection_loss(decision, chosen, used))
+                run.loss("selection", selection_loss(decision, chosen, used))
             if config.z_loss_coefficient > 0:
-                run.loss("z", routing.z_loss(logits[..., None], used))
+                run.loss("z", z_loss(logits[..., None], used))
         if config.selection != "none":
             agrees = ((decision.detach() >= 0) == chosen).float()
-            run.figure("selection_accuracy", routing.masked_mean(agrees, used))
+            run.figure("selection_accuracy", masked_mean(agrees, used))
 
     def apart(self) -> list[nn.Parameter]:
         return list(self.aux_routers.parameters()) if hasattr(self, "aux_routers") else []

@@ -13,11 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..routing import elementwise, exact_linear
 from .base import Carry, Scorer, Setting
 from .expert_choice import SELECTION, ExpertChoice
 from .layout import Stage, stack
-from .routers import ROUTER, check_router
+from .routers import ROUTER, check_router, elementwise, exact_linear
 
 if TYPE_CHECKING:
     from ..config import MoRConfig

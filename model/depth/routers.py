@@ -1,8 +1,20 @@
-"""What scores tokens, and its settings."""
+"""What scores tokens: routers with their settings, gates, and losses on scores.
+
+Shapes: B batch, T positions, D hidden size.
+Scores are fp32 whatever the model's precision: in bf16, alpha * sigmoid(s) takes a handful of values, and ties decide.
+Equal states score equal, bit for bit, wherever they stand, so that ties go to the earlier token: a matrix kernel adds
+the products of a row in an order that depends on the row's place in the matrix, so scores are sums that no order
+changes (`exact_linear`, `elementwise`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .base import Setting
 
@@ -53,3 +65,115 @@ def router_shapes(config: MoRConfig, outputs: int) -> tuple[tuple[int, int], ...
     if config.router == "random":
         return ()
     return ((h, outputs),) if config.router == "linear" else ((h, 2 * h), (2 * h, outputs))
+
+
+class Router(nn.Module):
+    """Scores tokens in fp32: linear D -> outputs, or `mlp` / `wide_mlp` D -> 2D -> GELU -> outputs, without biases."""
+
+    def __init__(self, config: MoRConfig, outputs: int, tempered: bool = True):
+        super().__init__()
+        wide = config.router in ("mlp", "wide_mlp")
+        inner = 2 * config.hidden_size if wide else config.hidden_size
+        self.temperature = config.router_temperature if tempered else 1.0
+        self.hidden_weight = nn.Parameter(torch.empty(inner, config.hidden_size)) if wide else None
+        self.weight = nn.Parameter(torch.empty(outputs, inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] -> fp32 logits [..., outputs]. Under autocast the weights are rounded as FSDP2 rounds them."""
+        kind = x.device.type
+        weight: Tensor = self.weight
+        hidden_weight: Tensor | None = self.hidden_weight
+        if torch.is_autocast_enabled(kind):
+            weight = weight.to(torch.get_autocast_dtype(kind))
+            hidden_weight = None if hidden_weight is None else hidden_weight.to(weight.dtype)
+        with torch.autocast(kind, enabled=False):
+            x = x.float()
+            if self.temperature != 1.0:
+                x = x / self.temperature
+            if hidden_weight is not None:
+                x = elementwise(F.gelu, exact_linear(x, hidden_weight.float()))
+            return exact_linear(x, weight.float())
+
+
+def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight' in fp32, [..., I] and [O, I] -> [..., O]; a row's result depends on that row and the weight alone.
+
+    Rows of both factors are rounded to integers of b bits (times a power of two of the row's own), so that every
+    partial sum of their products is an integer below 2^53: fp64 adds those without rounding, in whatever order a
+    kernel chooses. b = floor((53 - log2 I) / 2), 21 for I = 960: entries keep 2^-22 of the row's largest. The product
+    is one matrix product, counted as such; gradients are those of the plain fp32 product.
+    """
+    return _ExactLinear.apply(x, weight)  # type: ignore[no-any-return]
+
+
+class _ExactLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        bits = (53 - (x.shape[-1] - 1).bit_length()) // 2
+        (rows, unit), (columns, weight_unit) = _integers(x.flatten(0, -2), bits), _integers(weight, bits)
+        y = (rows @ columns.T) * (unit * weight_unit.T)
+        return y.float().unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            rows = grad.flatten(0, -2)
+            grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+            grad_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight
+
+
+def _integers(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """fp32 x [N, I] as integers of up to `bits` bits, in fp64, and the power of two [N, 1] that they are counted in."""
+    largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # without its mantissa: power <= largest
+    # Scaling by a power of two is exact, and fp32 holds every integer of so few bits.
+    return (x * (2.0 ** (bits - 1) / power)).round_().double(), power.double() * 2.0 ** (1 - bits)
+
+
+def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of every entry, the same for equal entries wherever they stand.
+
+    torch's CPU kernels take whole vectors of a dense tensor and its last entries one by one, by functions that differ
+    in the last bit. Entries that do not lie side by side are all taken one by one. GPU kernels have one function.
+    """
+    if x.device.type != "cpu":
+        return function(x)
+    return function(torch.stack([x, x], -1)[..., 0])
+
+
+def random_logits(input_ids: Tensor | None, positions: Tensor, recursion: int, outputs: int) -> Tensor:
+    """Logits of the control without a router: uniform numbers' logits, [B, T, outputs].
+
+    A hash of token, position and recursion stands for the dice, so that the choice sees nothing of the text around, is
+    the same when a block is recomputed, and does not depend on padding, batch or later tokens.
+    """
+    seed = positions * 2654435761 + (recursion + 1) * 40503
+    if input_ids is not None:
+        seed = seed + (input_ids + 1) * 2246822519
+    state = (seed[..., None] + torch.arange(1, outputs + 1, device=seed.device) * 3266489917) & 0x7FFFFFFF
+    for _ in range(2):
+        state = ((state ^ (state >> 15)) * 739982445) & 0x7FFFFFFF
+    uniform = (state.double() + 0.5) / 2**31
+    return elementwise(torch.logit, uniform).float()
+
+
+def gate_of(logits: Tensor, activation: str, alpha: float) -> Tensor:
+    """Expert-choice gate g = alpha * act(s) (eq. 2.1); with activation `none` the score itself is the gate."""
+    if activation == "sigmoid":
+        return alpha * torch.sigmoid(logits)
+    if activation == "tanh":
+        return alpha * torch.tanh(logits)
+    return logits
+
+
+def z_loss(logits: Tensor, used: Tensor | None) -> Tensor:
+    """Mean of logsumexp(s)^2 over tokens. logits: [..., outputs]."""
+    return masked_mean(torch.logsumexp(logits, -1).square(), used)
+
+
+def masked_mean(x: Tensor, used: Tensor | None) -> Tensor:
+    """Mean of x over the entries where `used` is True (all of them if None)."""
+    return x.mean() if used is None else torch.where(used, x, 0.0).sum() / used.sum().clamp(min=1)

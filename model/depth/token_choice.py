@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import routing
-from ..routing import Router
+from ..record import entropy, max_violation
 from .base import Carry, DepthMethod, Scorer, Setting
 from .layout import Stage, looped
-from .routers import GATING, ROUTER, check_router, router_shapes
+from .routers import GATING, ROUTER, Router, check_router, elementwise, random_logits, router_shapes, z_loss
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
@@ -85,7 +84,7 @@ class TokenChoice(DepthMethod):
     @classmethod
     def shown(cls, config: MoRConfig, record: Any) -> Tensor:
         """The probability of each depth."""
-        return routing.depth_scores(record.scores[0], str(config.router_activation), 1.0)
+        return depth_scores(record.scores[0], str(config.router_activation), 1.0)
 
     @classmethod
     def summarize(cls, totals: dict[str, Any]) -> dict[str, float]:
@@ -98,10 +97,10 @@ class TokenChoice(DepthMethod):
         """Every token's depth (from 0), its gate, and its state before the recursions."""
         config = self.config
         if config.router == "random":
-            logits = routing.random_logits(run.input_ids, run.positions, 0, self.gates).expand(*x.shape[:-1], -1)
+            logits = random_logits(run.input_ids, run.positions, 0, self.gates).expand(*x.shape[:-1], -1)
         else:
             logits = self.routers[0](x)
-        scores = routing.depth_scores(logits, str(config.router_activation), float(config.router_alpha or 0.0))
+        scores = depth_scores(logits, str(config.router_activation), float(config.router_alpha or 0.0))
         choice = self.choose(scores.detach(), run.step).clamp(max=run.last)
         if run.all_in:
             choice = torch.full_like(choice, run.last)
@@ -136,9 +135,9 @@ class TokenChoice(DepthMethod):
             return
         if config.balancing == "loss":
             load = self.load(choice, run.real) if run.load is None else run.load
-            run.loss("balancing", routing.balancing_loss(load.float(), scores, run.real))
+            run.loss("balancing", balancing_loss(load.float(), scores, run.real))
         if config.z_loss_coefficient > 0:
-            run.loss("z", routing.z_loss(logits, run.real))
+            run.loss("z", z_loss(logits, run.real))
 
     def load(self, choice: Tensor, real: Tensor | None) -> Tensor:
         """[G] share of tokens per depth. choice, real: [B, T]."""
@@ -154,12 +153,32 @@ class TokenChoice(DepthMethod):
         depths = torch.arange(1, self.gates + 1, device=record.depth.device)
         tokens = record.depth.numel() if run.real is None else run.real.sum().clamp(min=1)
         record.load = (record.depth[..., None] == depths).sum((0, 1)) / tokens
-        record.statistics["max_violation"] = routing.max_violation(record.load)
-        record.statistics["entropy"] = routing.entropy(record.load)
+        record.statistics["max_violation"] = max_violation(record.load)
+        record.statistics["entropy"] = entropy(record.load)
 
     @torch.no_grad()
     def update(self, load: Tensor) -> None:
         """Loss-free balancing: b + u * sign(mean load - load)."""
         bias = self.router_bias
         if bias is not None:
-            bias.copy_(routing.bias_step(bias, load.to(bias), self.config.bias_update_rate))
+            bias.copy_(bias_step(bias, load.to(bias), self.config.bias_update_rate))
+
+
+def depth_scores(logits: Tensor, activation: str, alpha: float) -> Tensor:
+    """Scores of the Nr depths, alpha * softmax(s) or alpha * sigmoid(s) (eq. 2.2). [..., Nr] -> [..., Nr]."""
+    return alpha * (logits.softmax(-1) if activation == "softmax" else elementwise(torch.sigmoid, logits))
+
+
+def balancing_loss(load: Tensor, scores: Tensor, used: Tensor | None) -> Tensor:
+    """Nr * sum_i f_i P_i. load f: [Nr] share of tokens per depth; scores: [B, T, Nr], of which P is the mean."""
+    mean = (
+        scores.flatten(0, 1).mean(0)
+        if used is None
+        else (scores * used[..., None]).sum((0, 1)) / used.sum().clamp(min=1)
+    )
+    return load.shape[0] * (load * mean).sum()
+
+
+def bias_step(bias: Tensor, load: Tensor, rate: float) -> Tensor:
+    """Loss-free balancing: b + u * sign(mean load - load)."""
+    return bias + rate * torch.sign(load.mean() - load)

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..routing import elementwise, exact_linear
 from .base import Carry, DepthMethod, Scorer, Setting
 from .layout import Stage, looped
+from .routers import elementwise, exact_linear
 
 if TYPE_CHECKING:
     from ..config import MoRConfig

@@ -45,8 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--prompts",
         metavar="FILE",
-        help="one prompt a line, or .jsonl with `prompt` in each line, optionally sampling fields, and others, which "
-        "the output repeats; - is stdin",
+        help="one prompt a line, or .jsonl with `prompt` in each line, optionally sampling fields and a `depth` of its "
+        "own, and others, which the output repeats; - is stdin",
     )
     add("--output", metavar="FILE", help="one line of JSON per prompt as it ends: text, tokens, depths, why it ended")
     add(
@@ -139,10 +139,20 @@ def _record(where: str, line: str) -> dict[str, Any]:
         raise ValueError(f"{where}: {taken[0]} is a field of the output; give it another name")
     try:
         SamplingParams(**{name: row[name] for name in FIELDS if name in row})
+        depth_of(row)
     except (TypeError, ValueError) as error:
         fault = error if isinstance(error, ValueError) else f"sampling fields of the wrong type: {error}"
         raise ValueError(f"{where}: {fault}") from None
     return row
+
+
+def depth_of(row: dict[str, Any]) -> DepthPolicy | None:
+    """The depth policy that a prompt brings along. Raises ValueError."""
+    if row.get("depth") is None:
+        return None
+    if not isinstance(row["depth"], str):
+        raise ValueError(f"depth: expected {FORMS}, got {row['depth']!r}")
+    return DepthPolicy.parse(row["depth"])
 
 
 class Results:
@@ -248,7 +258,7 @@ def answer_all(
             continue
         fields = {name: row[name] for name in FIELDS if row.get(name) is not None}
         try:
-            request, stream = session.submit(row["prompt"], too_long == "cut", **fields)
+            request, stream = session.submit(row["prompt"], too_long == "cut", depth=depth_of(row), **fields)
         except ValueError as error:
             where = f"line {row['line']}: " if len(rows) > 1 else ""
             if too_long != "skip" or "no room" not in str(error):
@@ -288,6 +298,7 @@ def speculate_all(
             "above 0 draws tokens; --speculate is greedy, give 0",
         ),
         (options.depth != "adaptive", "--depth", f"{options.depth} is no full depth, which --speculate checks at"),
+        (any(row.get("depth") for row in rows), "depth", "of a prompt is no full depth, which --speculate checks at"),
         (bool(options.stop), "--stop", "ends a text in the middle of a draft; leave it out"),
     ]
     for wrong, name, fault in refused:

@@ -46,11 +46,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure; `name` is its file's, without the ending."""
+    """A figure; `name` is its file's, without the ending. on_page: whether the HTML shows it; Markup may do in its
+    place."""
 
     name: str
     caption: str
     figure: Figure
+    on_page: bool = True
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def to_html(blocks: Sequence[Block], title: str, pictures: dict[str, bytes]) -> 
         elif isinstance(block, Text):
             parts.append(f"<p>{_inline(block.text)}</p>")
         elif isinstance(block, Picture):
+            if not block.on_page:
+                continue
             data = base64.b64encode(pictures[block.name]).decode()
             caption = html.escape(block.caption)
             parts.append(

@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from data_prep.documents import decode, normalise
 from data_prep.parts import from_json, size_of, to_json
+from data_prep.prepare import begin, main
 from data_prep.settings import UserError
 from data_prep.sources import open_corpus, read_part
 from data_prep.synthetic import synthetic_documents
@@ -81,3 +82,19 @@ def test_a_fault_in_a_later_piece_is_found_by_byte_and_line(tmp_path):
     words = str(caught.value).split()
     line, byte = int(words[words.index("line") + 1]), int(words[words.index("byte") + 1].rstrip(":"))
     assert (tmp_path / "a.jsonl").read_bytes()[byte:].splitlines()[line - 1] == b"no JSON"
+
+
+def test_what_is_far_larger_than_a_part_is_told_with_what_an_interruption_costs(tmp_path, capsys):
+    with gzip.open(tmp_path / "large.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS)
+    with (tmp_path / "small.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS[:3])
+    (told,) = open_corpus(rules(tmp_path, "jsonl", 2000)).remarks
+    assert told.startswith("1 of 2 parts exceed part_bytes=2000") and "large.jsonl.gz" in told
+    assert "from its start after an interruption" in told
+    assert not open_corpus(rules(tmp_path, "jsonl", 200_000)).remarks
+    chosen = rules(tmp_path, "jsonl", 2000).model_copy(update={"folder": str(tmp_path / "out")})
+    (tmp_path / "out").mkdir()
+    begin(chosen)
+    assert main(["--status", str(tmp_path / "out")]) == 0
+    assert told in capsys.readouterr().out.splitlines()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from model.config import MoRConfig
 from model.depth.base import Carry, DepthMethod, Scorer, Setting
 from model.depth.layout import Stage, stack
-from model.routing import Router
+from model.depth.routers import Router
 
 
 class Stopping(DepthMethod):

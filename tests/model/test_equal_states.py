@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from model import routing
 from model.config import MoRConfig
+from model.depth import capacity, routers, token_choice
 from model.depth.mixture_of_depths import Predictor
+from model.depth.routers import Router
 from model.depth.universal import Halting
 from model.inference.sampling import SamplingParams, choose
-from model.routing import Router
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"))]
 KINDS = ["linear", "mlp"]
@@ -63,8 +63,8 @@ def test_equal_states_score_equal_wherever_they_stand(
     if rows % 2 == 0:
         assert torch.equal(router(x.unflatten(0, (2, -1))), scores.unflatten(0, (2, -1)))
     for activation in ("softmax", "sigmoid"):
-        depths = routing.depth_scores(scores, activation, 1.0)
-        assert torch.equal(depths, routing.depth_scores(alone, activation, 1.0)[which])
+        depths = token_choice.depth_scores(scores, activation, 1.0)
+        assert torch.equal(depths, token_choice.depth_scores(alone, activation, 1.0)[which])
 
 
 @pytest.mark.parametrize("scorer", [lambda width: Halting(width, 1), Predictor], ids=["halting", "predictor"])
@@ -86,7 +86,7 @@ def test_exact_products_are_products(states, rows, width, outputs, seed):
     x, weight = torch.randn(rows, states, width), torch.randn(outputs, width)
     grad = torch.randn(rows, states, outputs)
     results = []
-    for product in (routing.exact_linear, F.linear):
+    for product in (routers.exact_linear, F.linear):
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
         y = product(*leaves)
         y.backward(grad)
@@ -100,7 +100,7 @@ def test_exact_products_are_products(states, rows, width, outputs, seed):
 
 def test_what_is_not_finite_stays_so():
     x = torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [torch.inf, 1.0], [0.0, 0.0], [1e-42, 0.0]])
-    y = routing.exact_linear(x, torch.tensor([[1.0, 0.5]]))[:, 0]
+    y = routers.exact_linear(x, torch.tensor([[1.0, 0.5]]))[:, 0]
     assert y[0] == 2.0 and not y[1:3].isfinite().any() and y[3] == 0.0 and 0.0 <= y[4] < 1e-38
 
 
@@ -111,7 +111,7 @@ def test_no_gradient_is_computed_that_nobody_asks_for():
     weight = torch.randn(1, 8, requires_grad=True)
     for x, products in ((torch.randn(5, 8), 2), (torch.randn(5, 8, requires_grad=True), 3)):
         with FlopCounterMode(display=False) as counter:
-            routing.exact_linear(x, weight).sum().backward()
+            routers.exact_linear(x, weight).sum().backward()
         assert counter.get_total_flops() == products * 2 * 5 * 8
 
 
@@ -119,8 +119,8 @@ def test_no_gradient_is_computed_that_nobody_asks_for():
 @settings(deadline=None, max_examples=60)
 @given(value=st.floats(0.001, 0.999), count=st.integers(1, 100))
 def test_elementwise_functions_give_equal_entries_equal_results(function, value, count):
-    assert len(routing.elementwise(function, torch.full((count, 3), value)).unique()) == 1
-    assert len(routing.elementwise(function, torch.full((count,), value, dtype=torch.float64)).unique()) == 1
+    assert len(routers.elementwise(function, torch.full((count, 3), value)).unique()) == 1
+    assert len(routers.elementwise(function, torch.full((count,), value, dtype=torch.float64)).unique()) == 1
 
 
 @settings(deadline=None, max_examples=40)
@@ -130,10 +130,10 @@ def test_equal_states_are_chosen_from_the_left(seed, length, share):
     torch.manual_seed(seed)
     router, distinct = router_of("mlp", 24, 1), torch.randn(2, 24)
     which = torch.randint(0, 2, (length,))
-    size = routing.selection_size(share, length)
+    size = capacity.selection_size(share, length)
     x = F.pad(distinct[which], (0, 0, 0, 9))[None]
     used = (torch.arange(length + 9) < length)[None]
-    chosen = routing.selected_mask(router(x).squeeze(-1), None, used, torch.tensor([[size]]))[0]
+    chosen = capacity.selected_mask(router(x).squeeze(-1), None, used, torch.tensor([[size]]))[0]
     for state in (0, 1):
         flags = chosen[:length][which == state].tolist()
         assert flags == sorted(flags, reverse=True)

@@ -82,7 +82,7 @@ def test_with_this_repository_the_installed_code_runs(tmp_path: Path) -> None:
     described = json.loads((folder / "config.json").read_text())
     assert described["auto_map"]["AutoModelForCausalLM"] == "modeling.MoRForCausalLM"
     files = {path.name for path in folder.glob("*.py")}
-    top = ["cache", "config", "decoder", "hardware", "layers", "modeling", "relaxation", "routing", "sharing"]
+    top = ["cache", "config", "decoder", "hardware", "layers", "modeling", "record", "relaxation", "sharing"]
     packages = {name: sorted((ROOT / "model" / name).glob("[!_]*.py")) for name in ("attention", "depth")}
     inner = {f"{package}_{path.name}": path for package, paths in packages.items() for path in paths}
     assert files == {f"{name}.py" for name in [*top, *packages]} | set(inner)

@@ -16,8 +16,9 @@ import torch
 
 from model.config import MoRConfig
 from model.convert.uptrain import from_vanilla, source_layers
+from model.depth.capacity import factor_at, selection_loss, selection_size
+from model.depth.token_choice import depth_scores
 from model.modeling import MoRCausalLMOutput, MoRForCausalLM
-from model.routing import capacity, depth_scores, selection_loss, selection_size
 from model.sharing import applications, layer_index
 from tests.helpers.reference import ALL, KEPT, Case, case_folders, compare_parameters
 
@@ -165,7 +166,7 @@ def test_capacity_warm_up(folder: Path, tmp_path: Path):
     case = Case.read(folder)
     config, length = case.model(tmp_path).config, case.info["batch"]["seq_len"]
     for step, sizes in case.info["top_k_by_training_step"].items():
-        factors = [capacity(c, int(step), config.capacity_warmup_steps) for c in config.capacity_factors]
+        factors = [factor_at(c, int(step), config.capacity_warmup_steps) for c in config.capacity_factors]
         assert [selection_size(c, length) for c in factors] == sizes
 
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import routing
 from model.config import MoRConfig
-from model.depth import stages_of
+from model.depth import capacity, routers, stages_of, token_choice
+from model.record import entropy, make_record, max_violation
 
 
 @settings(deadline=None, max_examples=80)
@@ -20,17 +20,17 @@ from model.depth import stages_of
 )
 def test_capacity_is_shared_out_by_length_alone(lengths, share, later):
     """Quotas sum to the capacity, never exceed what a document offers, and nest over recursions."""
-    for capacity in (share, share * later):
+    for taken in (share, share * later):
         total = sum(lengths)
-        size = max(1, int(capacity * total))
+        size = max(1, int(taken * total))
         documents = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
-        quota, first = routing.document_quota(documents, size, total)
+        quota, first = capacity.document_quota(documents, size, total)
         places = [sum(lengths[:i]) for i in range(len(lengths))]
         quotas = quota[0, places].tolist()
         assert sum(quotas) == size
         assert all(0 <= q <= length for q, length in zip(quotas, lengths, strict=True))
         assert first[0, places].tolist() == places
-        chosen = routing.selected_mask(torch.randn(1, total), documents, None, size)
+        chosen = capacity.selected_mask(torch.randn(1, total), documents, None, size)
         assert [int(part.sum()) for part in chosen[0].split(lengths)] == quotas
         lengths = [q for q in quotas if q]
 
@@ -40,66 +40,66 @@ def test_capacity_is_shared_out_by_length_alone(lengths, share, later):
 def test_selection_takes_the_best(seed, length, size):
     size = min(size, length)
     logits = torch.randn(3, length, generator=torch.Generator().manual_seed(seed))
-    chosen = routing.selected_mask(logits, None, None, size)
+    chosen = capacity.selected_mask(logits, None, None, size)
     assert chosen.sum(1).tolist() == [size] * 3
     for row, mask in zip(logits, chosen, strict=True):
         assert size == length or row[mask].min() >= row[~mask].max()
-    slots = routing.slots_of(chosen, None, size)
+    slots = capacity.slots_of(chosen, None, size)
     assert torch.equal(slots, torch.stack([mask.nonzero().squeeze(1) for mask in chosen]))
 
 
 def test_ties_go_to_the_earlier_token():
-    chosen = routing.selected_mask(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), None, None, 2)
+    chosen = capacity.selected_mask(torch.tensor([[1.0, 2.0, 1.0, 1.0]]), None, None, 2)
     assert chosen.tolist() == [[True, True, False, False]]
 
 
 def test_padding_is_never_selected():
     used = torch.tensor([[True, True, True, False, False]])
     logits = torch.tensor([[0.0, 3.0, 1.0, 9.0, 9.0]])
-    chosen = routing.selected_mask(logits, None, used, torch.tensor([[2]]))
+    chosen = capacity.selected_mask(logits, None, used, torch.tensor([[2]]))
     assert chosen.tolist() == [[False, True, True, False, False]]
-    assert routing.slots_of(chosen, used, 4).tolist() == [[1, 2, 3, 4]]
+    assert capacity.slots_of(chosen, used, 4).tolist() == [[1, 2, 3, 4]]
 
 
 def test_capacity_warm_up_falls_from_one():
-    values = [routing.capacity(0.25, step, 10) for step in range(12)]
+    values = [capacity.factor_at(0.25, step, 10) for step in range(12)]
     assert values[0] == 1.0 and values[5] == pytest.approx(0.625) and values[10] == values[11] == 0.25
     assert values == sorted(values, reverse=True)
-    assert routing.capacity(0.25, None, 10) == 0.25 and routing.selection_size(0.01, 10) == 1
+    assert capacity.factor_at(0.25, None, 10) == 0.25 and capacity.selection_size(0.01, 10) == 1
 
 
 def test_gates():
     logits = torch.tensor([-1.0, 0.0, 2.0])
-    assert torch.allclose(routing.gate(logits, "sigmoid", 0.1), 0.1 / (1 + torch.exp(-logits)))
-    assert torch.allclose(routing.gate(logits, "tanh", 0.5), 0.5 * torch.tanh(logits))
-    assert torch.equal(routing.gate(logits, "none", 0.1), logits)
-    scores = routing.depth_scores(torch.tensor([[0.0, math.log(3.0)]]), "softmax", 2.0)
+    assert torch.allclose(routers.gate_of(logits, "sigmoid", 0.1), 0.1 / (1 + torch.exp(-logits)))
+    assert torch.allclose(routers.gate_of(logits, "tanh", 0.5), 0.5 * torch.tanh(logits))
+    assert torch.equal(routers.gate_of(logits, "none", 0.1), logits)
+    scores = token_choice.depth_scores(torch.tensor([[0.0, math.log(3.0)]]), "softmax", 2.0)
     assert torch.allclose(scores, torch.tensor([[0.5, 1.5]]))
 
 
 def test_balancing():
     load, scores = torch.tensor([0.5, 0.5]), torch.tensor([[[0.25, 0.75], [0.75, 0.25]]])
-    assert routing.balancing_loss(load, scores, None).item() == pytest.approx(1.0)
-    masked = routing.balancing_loss(torch.tensor([1.0, 0.0]), scores, torch.tensor([[True, False]]))
+    assert token_choice.balancing_loss(load, scores, None).item() == pytest.approx(1.0)
+    masked = token_choice.balancing_loss(torch.tensor([1.0, 0.0]), scores, torch.tensor([[True, False]]))
     assert masked.item() == pytest.approx(0.5)
-    bias = routing.bias_step(torch.zeros(3), torch.tensor([0.5, 0.3, 0.2]), 0.01)
+    bias = token_choice.bias_step(torch.zeros(3), torch.tensor([0.5, 0.3, 0.2]), 0.01)
     assert bias.tolist() == pytest.approx([-0.01, 0.01, 0.01])
-    assert routing.max_violation(torch.tensor([0.5, 0.25, 0.25])).item() == pytest.approx(0.5)
-    assert routing.entropy(torch.full((4,), 0.25)).item() == pytest.approx(math.log(4))
+    assert max_violation(torch.tensor([0.5, 0.25, 0.25])).item() == pytest.approx(0.5)
+    assert entropy(torch.full((4,), 0.25)).item() == pytest.approx(math.log(4))
 
 
 def test_losses_leave_padding_out():
     logits, used = torch.tensor([[0.0, 5.0]]), torch.tensor([[True, False]])
     selected = torch.tensor([[True, False]])
-    assert routing.selection_loss(logits, selected, used).item() == pytest.approx(math.log(2))
-    assert routing.z_loss(logits[..., None], None).item() == pytest.approx(12.5)
-    assert routing.z_loss(logits[..., None], used).item() == 0.0
+    assert capacity.selection_loss(logits, selected, used).item() == pytest.approx(math.log(2))
+    assert routers.z_loss(logits[..., None], None).item() == pytest.approx(12.5)
+    assert routers.z_loss(logits[..., None], used).item() == 0.0
 
 
 def test_router_scores_stay_fp32_in_bf16():
     """In bf16 the scores of 2,048 tokens would take a handful of values."""
     torch.manual_seed(0)
-    router = routing.Router(MoRConfig(hidden_size=60, num_attention_heads=15), 1)
+    router = routers.Router(MoRConfig(hidden_size=60, num_attention_heads=15), 1)
     torch.nn.init.normal_(router.weight, std=0.02)
     x = torch.randn(2048, 60)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -111,12 +111,12 @@ def test_router_scores_stay_fp32_in_bf16():
 def test_random_control_is_uniform_and_keeps_to_its_token():
     ids = torch.randint(0, 1000, (4, 512), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(512)[None]
-    logits = routing.random_logits(ids, positions, 0, 3)
+    logits = routers.random_logits(ids, positions, 0, 3)
     uniform = torch.sigmoid(logits)
     assert logits.shape == (4, 512, 3)
     assert abs(uniform.mean().item() - 0.5) < 0.02 and abs(uniform.std().item() - 12**-0.5) < 0.02
-    assert torch.equal(routing.random_logits(ids[:1, 100:200], positions[:, 100:200], 0, 3), logits[:1, 100:200])
-    assert not torch.equal(routing.random_logits(ids, positions, 1, 3), logits)
+    assert torch.equal(routers.random_logits(ids[:1, 100:200], positions[:, 100:200], 0, 3), logits[:1, 100:200])
+    assert not torch.equal(routers.random_logits(ids, positions, 1, 3), logits)
     correlation = torch.corrcoef(uniform.flatten(0, 1).T)
     assert (correlation - torch.eye(3)).abs().max() < 0.1
 
@@ -128,7 +128,7 @@ def test_record_counts_queries_and_pairs():
 
     def record_of(**fields):
         layout = stages_of(MoRConfig(num_recursions=3, routing="token_choice", **fields))
-        return routing.make_record(entered, entered, used, layout)
+        return make_record(entered, entered, used, layout)
 
     record = record_of()
     assert torch.equal(record.depth, depth)

@@ -5,13 +5,25 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from data_prep.settings import UserError
-from pretrain.views import CLASSES, Routed, classify, heat_map, main, route, score_histograms, shares, token_html
+from pretrain.views import (
+    CLASSES,
+    Routed,
+    classify,
+    heat_map,
+    main,
+    route,
+    score_histograms,
+    shares,
+    stacked,
+    token_html,
+)
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import settings_for, train
 from tests.helpers.tiny import VOCABULARY, tiny_model
@@ -106,6 +118,27 @@ def test_the_heat_map_has_a_box_per_token_and_breaks_lines() -> None:
     assert len(boxes) == 60  # the rest is in the HTML
 
 
+@pytest.mark.parametrize("gates", [1, 3, 4, 7])
+def test_labels_can_be_read_on_a_page(gates: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1,100 pixels, as wide as a page is and no picture is shown wider: no letter is under 9 of them high."""
+    monkeypatch.setattr("pretrain.views.gates_of", lambda _: gates)
+    depth = np.arange(8)[None] % (gates + 1)
+    routed = Routed(depth, depth, np.full((1, 8, gates), 0.5), depth[..., None] > np.arange(gates))
+    names = [f"{name}\n1,234,567" for name in CLASSES]
+    scores = score_histograms(routed, tiny_model("expert-shared").config)
+    assert len(scores.axes) == gates
+    for figure in (scores, stacked(names, np.full((len(names), gates + 1), 0.5), "class")):
+        figure.canvas.draw()
+        shown = min(1.0, 1068 / (figure.get_figwidth() * 130))
+        for axes in figure.axes:
+            ticks = [text for text in axes.get_xticklabels() if text.get_text()]
+            legend = axes.get_legend()
+            texts = [*ticks, axes.xaxis.label, axes.title, *(legend.get_texts() if legend else ())]
+            assert min(text.get_fontsize() for text in texts) * 130 / 72 * shown >= 9
+            boxes = [text.get_window_extent() for text in ticks]
+            assert all(a.x1 < b.x0 for a, b in pairwise(boxes)), "labels run into each other"
+
+
 def test_score_histograms_tell_who_entered() -> None:
     figure = score_histograms(routed_by_hand(), tiny_model("expert-shared").config)
     legends = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in figure.axes]
@@ -169,7 +202,7 @@ def test_the_command_writes_page_pictures_and_figures(data, tmp_path, architectu
     for shown in (found, *found["by_class"].values(), *found["by_position"]):
         assert sum(shown["depth_shares"]) == pytest.approx(1)
     page = (output / "report.html").read_text()
-    assert page.count("<img") == 4 and page.count('title="position') == 32 and "http" not in page
+    assert page.count("<img") == 3 and page.count('title="position') == 32 and "http" not in page
     assert {path.stem for path in output.glob("*.png")} == {"heat_map", "depth_by_class", "depth_by_position", "scores"}
     assert "first 32 fit the model" in (output / "report.md").read_text()
 

@@ -92,6 +92,29 @@ def test_depth_and_stop_options_change_the_answer_as_they_say(capsys, checkpoint
     assert set(json.loads(output.read_text())["prompt_depths"]) == {2}
 
 
+def test_a_line_may_bring_its_own_depth(capsys, checkpoint, tmp_path):
+    """As the request of that line alone, of all that the command's own depth allows."""
+    depths = ["cap:1", "uniform:2", "progressive:1-3", None, "adaptive"]
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "hello", "depth": depth}) + "\n" for depth in depths))
+    options = ["--checkpoint", checkpoint, "--max-tokens", "4"]
+    run(capsys, *options, "--prompts", str(prompts), "--output", str(output))
+    lines = sorted(results(output), key=lambda line: line["line"])
+    assert [line["depth"] for line in lines] == depths
+    for line in lines:
+        alone = tmp_path / f"{line['line']}.jsonl"
+        run(capsys, *options, "--prompt", "hello", "--depth", line["depth"] or "adaptive", "--output", str(alone))
+        (expected,) = results(alone)
+        names = ("text", "prompt_depths", "depths")
+        assert [line[name] for name in names] == [expected[name] for name in names]
+    assert set(lines[0]["prompt_depths"]) == {1} and set(lines[1]["prompt_depths"]) == {2}
+    assert lines[2]["prompt_depths"] != lines[3]["prompt_depths"]
+    output.unlink()
+    with pytest.raises(SystemExit):
+        run(capsys, *options, "--prompts", str(prompts), "--output", str(output), "--depth", "cap:1")
+    assert "line 2: depth: uniform:2 does not fit 1 to 1 recursions" in capsys.readouterr().err
+
+
 def test_depths_are_coloured(checkpoint, tmp_path):
     options = generate.make_parser().parse_args(["--checkpoint", checkpoint, "--prompt", "x"])
     session = generate.Session(*generate.load_engine(options), options)
@@ -162,6 +185,8 @@ def test_mistakes_end_with_one_message(capsys, checkpoint, arguments, message):
         ('{"text": 1}', "p.jsonl:1: expected an object"),
         ('{"prompt": "a", "text": "b"}', "p.jsonl:1: text is a field of the output"),
         ('{"prompt": "a", "top_k": "x"}', "p.jsonl:1: sampling fields of the wrong type"),
+        ('{"prompt": "a", "depth": "deep"}', "p.jsonl:1: depth: expected adaptive"),
+        ('{"prompt": "a", "depth": 2}', "p.jsonl:1: depth: expected adaptive"),
         ('{"prompt": "a", "top_p": 3}', "p.jsonl:1: top_p"),
         ("", "holds no prompts"),
     ],
