@@ -57,7 +57,7 @@ setup-oldest:
 
 test-oldest: setup-oldest
 	$(MAKE) test-fast $(OLDEST_SETUP) OPTIONS='$(OPTIONS)'
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(WORKERS) -m slow $(OPTIONS) $(SLOW)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -m slow $(OPTIONS) $(SLOW)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -48,7 +48,8 @@ class Placement:
     the root. offload_parameters: under fsdp2 gradients and optimizer states are in host memory too. micro_batches:
     forward passes of a step. document_masking: attention takes a dense mask, which every layer keeps. on_gpu: attention
     makes no masks and packs no slots, weights that stand side by side for one product are copied at each use, and the
-    head's chunks are compiled. Raises ValueError for a shard size that does not divide, and ranks of one process.
+    head's chunks are compiled. compiled: so are its layers. Raises ValueError for a shard size that does not divide,
+    and ranks of one process.
     """
 
     strategy: Strategy = "single"
@@ -63,6 +64,7 @@ class Placement:
     recompute: Recompute = "none"
     document_masking: bool = False
     on_gpu: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         ranks, shards = self.world_size, self.shard_size
@@ -151,16 +153,21 @@ class Communication:
 # --- activations --------------------------------------------------------------------------------------------------
 
 
-def layer_activation_bytes(config: MoRConfig, passed: Pass, precision: Precision, *, packed: bool = False) -> int:
+def layer_activation_bytes(
+    config: MoRConfig, passed: Pass, precision: Precision, *, packed: bool = False, compiled: bool = False
+) -> int:
     """What autograd saves in one layer of a pass without recomputation.
 
     fp32, per token: 6h (input, normalised and scaled, of both norms), 2q + 2kv of attention, 4f of SwiGLU. bf16: the
     same in bf16, but for the inputs of the norms, of which fp32 copies are kept. packed: ragged tokens are spread over
-    slots for attention and collected again, which keeps its output in both forms.
+    slots for attention and collected again, which keeps its output in both forms. compiled: 4h (input, state between
+    the halves, and both after their norms) and 3f (gate, up and their product), all in the precision of the products.
     """
     h, f = config.hidden_size, config.intermediate_size
     (q, kv), size = attention_widths(config), BF16 if precision == "bf16" else FP32
     per_query = 2 * h * (FP32 + 2 * size) + (2 * q + 4 * f) * size
+    if compiled:
+        per_query = (4 * h + 2 * q + 3 * f) * size
     per_query += FP32 * (2 + config.num_attention_heads)  # of norms and of softmax
     per_key = 2 * kv * size
     if packed:
@@ -257,7 +264,7 @@ def _stretches(config: MoRConfig, work: Work, placement: Placement) -> list[_Str
         # Some are left out whose keys are made all the same.
         gate, of_all = passed.stage.gate, passed.stage.uses[0].keys == "everyone"
         around = gate is not None and not passed.stage.whole and of_all and shares[gate] < 1
-        layer = layer_activation_bytes(config, passed, precision, packed=packed)
+        layer = layer_activation_bytes(config, passed, precision, packed=packed, compiled=placement.compiled)
         # Where a top-k takes everyone, causality alone says who sees whom.
         everything = method.fixed and passed.queries == tokens and not masking
         mask = 0 if placement.on_gpu or everything else mask_bytes(passed, precision, masking)

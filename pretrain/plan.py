@@ -123,6 +123,7 @@ def branch_settings(settings: ExperimentSettings, flops: int, warmup_steps: int)
 def placement_of(settings: ExperimentSettings, parallel: ParallelSettings, world_size: int, on_gpu: bool) -> Placement:
     """How the steps of an experiment are laid out. parallel: its section, with the strategy settled."""
     micro_batches = settings.batch.size // (micro_size_of(settings.batch, world_size) * world_size)
+    by_itself = settings.compile == "auto" and not parallel.strategy.startswith("zero")
     return parallel.placement(
         world_size,
         micro_batches=max(1, micro_batches),
@@ -130,4 +131,5 @@ def placement_of(settings: ExperimentSettings, parallel: ParallelSettings, world
         recompute=settings.recompute,
         document_masking=settings.data.document_masking,
         on_gpu=on_gpu,
+        compiled=on_gpu and (settings.compile is True or by_itself),
     )

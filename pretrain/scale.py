@@ -114,9 +114,10 @@ def fitting(cluster: Cluster, strategy: ParallelSettings, world: int, config: Mo
     own = cluster.sequences // world
     sizes = [size for size in range(min(own, cluster.largest_micro_batch), 0, -1) if own % size == 0]
     found: tuple[int, Recompute, int] = (1, "block", 0)
+    compiled = not strategy.strategy.startswith("zero")  # as `compile: auto` has it
     for recompute in ("none", "block"):
         for size in sizes:
-            step = {"micro_batches": own // size, "recompute": recompute, "on_gpu": True}
+            step = {"micro_batches": own // size, "recompute": recompute, "on_gpu": True, "compiled": compiled}
             placement = strategy.placement(world, document_masking=cluster.document_masking, **step)
             memory = training_memory(config, cluster.sequence_length, size, placement).total
             found = (size, recompute, memory)  # type: ignore[assignment]

@@ -9,11 +9,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,6 +29,10 @@ class Zero(Parallel):
 
     checkpoint_format = "deepspeed"
 
+    def building(self) -> AbstractContextManager[Any]:
+        """ZeRO-3 divides the model while it is handed round, so that no rank but rank 0 ever holds it whole."""
+        return torch.device("meta") if self.settings.strategy == "zero3" and not self.is_main else nullcontext()
+
     def prepare(self, model: nn.Module, optimizer_factory: OptimizerFactory) -> None:
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -35,14 +40,47 @@ class Zero(Parallel):
 
         if self.device.type == "cpu":  # its shared-memory collectives would be compiled at start; gloo serves
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self.module = model.to(self.device)
-        optimizer = optimizer_factory(self.module)
+        self.module, divides = model, self.settings.strategy == "zero3"
+        if divides:
+            self._stand_in(model)
+        else:
+            model.to(self.device)
+        optimizer = optimizer_factory(model)  # which looks at shapes, as long as there are some
+        if divides:
+            self._divide(model)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=self._configuration(), dist_init_required=False
         )
         self.model = self.engine
         self.stage = int(self.settings.strategy[-1])
         self._begin()
+
+    def _stand_in(self, model: nn.Module) -> None:
+        """Parameters that take no room in place of those on the meta device; one that modules share stays one."""
+        twins: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                if parameter.is_meta:
+                    empty = torch.empty(1, dtype=parameter.dtype, device=self.device).expand(parameter.shape)
+                    twin = twins.setdefault(id(parameter), nn.Parameter(empty, parameter.requires_grad))
+                    module.register_parameter(name, twin)
+
+    @torch.no_grad()
+    def _divide(self, model: nn.Module) -> None:
+        """Rank 0's weights in parts, one parameter after the other; buffers whole, everywhere."""
+        import deepspeed
+
+        for parameter in model.parameters():
+            if not self.is_main:
+                parameter.data = torch.empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+            alone = nn.Module()
+            alone.register_parameter("parameter", parameter)
+            deepspeed.zero.Init(module=alone, config_dict_or_path=self._configuration())
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                value = torch.empty_like(buffer, device=self.device) if buffer.is_meta else buffer.to(self.device)
+                dist.broadcast(value, 0)
+                module.register_buffer(name, value, name not in module._non_persistent_buffers_set)
 
     def _configuration(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": int(self.settings.strategy[-1]), "overlap_comm": self.device.type == "cuda"}

@@ -26,26 +26,39 @@ def set_blocks(results: Results, runs: Sequence[Run], published: Results | None,
     blocks += parent_blocks(results)
     if not groups:
         return [*blocks, conventions_table(results), runs_table(results)]
+    blocks += curve_blocks(results, groups, prefix)
+    blocks += difference_blocks(results, prefix)
+    blocks += decomposition_blocks(results, prefix)
+    blocks += sweep_blocks(results, prefix)
+    blocks += cost_blocks(results, groups, prefix)
+    blocks += isoflop_blocks(results, prefix)
+    blocks += law_blocks(results)
+    if published is not None:
+        blocks += published_blocks(results, published, prefix)
+    blocks.append(conventions_table(results))
+    return [*blocks, runs_table(results)]
+
+
+def curve_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> list[Block]:
+    """Losses along FLOPs, tokens and seconds, and the depths that tokens took."""
     from pretrain.report import figures
 
     note = f" ({results['convention']} convention)"
     lines = {"unigram model": results["unigram_loss"], "bigram model": results["bigram_loss"]}
     counted = {name: loss for name, loss in lines.items() if loss is not None}
-    blocks.append(
+    blocks: list[Block] = [
         Picture(
             f"{prefix}loss_flops",
             "Validation loss against training FLOPs. A thin line per seed, the "
             "marker is the mean of the last validations.",
             figures.loss_curves(groups, "flops", counted, note),
-        )
-    )
-    blocks.append(
+        ),
         Picture(
             f"{prefix}loss_tokens",
             "The same against training tokens: what a model saw, not what it cost.",
             figures.loss_curves(groups, "tokens", counted, ""),
-        )
-    )
+        ),
+    ]
     if all(run.last.get("seconds") for group in groups for run in group.runs):
         blocks.append(
             Picture(
@@ -65,15 +78,7 @@ def set_blocks(results: Results, runs: Sequence[Run], published: Results | None,
                 shares,
             )
         )
-    blocks += difference_blocks(results, prefix)
-    blocks += decomposition_blocks(results, prefix)
-    blocks += sweep_blocks(results, prefix)
-    blocks += cost_blocks(results, groups, prefix)
-    blocks += fit_blocks(results, prefix)
-    if published is not None:
-        blocks += published_blocks(results, published, prefix)
-    blocks.append(conventions_table(results))
-    return [*blocks, runs_table(results)]
+    return blocks
 
 
 def statement(results: Results) -> str:
@@ -361,33 +366,39 @@ def cost_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> lis
     ]
 
 
-def fit_blocks(results: Results, prefix: str) -> list[Block]:
-    """IsoFLOP parabolas and the scaling law, where there are runs enough for them."""
-    blocks: list[Block] = []
-    if results["isoflop"]:
-        from pretrain.report import figures
+def isoflop_blocks(results: Results, prefix: str) -> list[Block]:
+    """IsoFLOP parabolas, where there are runs enough for them."""
+    if not results["isoflop"]:
+        return []
+    from pretrain.report import figures
 
-        rows = []
-        panels: dict[str, list[figures.IsoflopCurve]] = {}
-        for row in results["isoflop"]:
-            fit = analysis.Isoflop(**row["fit"])
-            panels.setdefault(row["architecture"], []).append(
-                (row["flops"], row["effective_parameters"], row["losses"], fit)
-            )
-            size = "–" if fit.optimal_parameters is None else f"{fit.optimal_parameters / 1e6:,.2f}M"
-            if fit.low is not None and fit.high is not None:
-                size += f" [{fit.low / 1e6:,.2f}M, {fit.high / 1e6:,.2f}M]"
-            loss = "–" if fit.optimal_loss is None else f"{fit.optimal_loss:.4f}"
-            rows.append([row["architecture"], f"{row['flops']:.4g}", size, loss, fit.note])
-        header = ["architecture", "FLOPs", "compute-optimal effective parameters (95% bootstrap)", "loss there", "note"]
-        blocks += [Heading("IsoFLOP"), Table("Compute-optimal sizes", header, rows)]
-        blocks.append(
-            Picture(
-                f"{prefix}isoflop",
-                "Loss against size at equal FLOPs; stars are the parabolas' minima.",
-                figures.isoflop(panels, SIZE_LABEL),
-            )
+    rows = []
+    panels: dict[str, list[figures.IsoflopCurve]] = {}
+    for row in results["isoflop"]:
+        fit = analysis.Isoflop(**row["fit"])
+        panels.setdefault(row["architecture"], []).append(
+            (row["flops"], row["effective_parameters"], row["losses"], fit)
         )
+        size = "–" if fit.optimal_parameters is None else f"{fit.optimal_parameters / 1e6:,.2f}M"
+        if fit.low is not None and fit.high is not None:
+            size += f" [{fit.low / 1e6:,.2f}M, {fit.high / 1e6:,.2f}M]"
+        loss = "–" if fit.optimal_loss is None else f"{fit.optimal_loss:.4f}"
+        rows.append([row["architecture"], f"{row['flops']:.4g}", size, loss, fit.note])
+    header = ["architecture", "FLOPs", "compute-optimal effective parameters (95% bootstrap)", "loss there", "note"]
+    return [
+        Heading("IsoFLOP"),
+        Table("Compute-optimal sizes", header, rows),
+        Picture(
+            f"{prefix}isoflop",
+            "Loss against size at equal FLOPs; stars are the parabolas' minima.",
+            figures.isoflop(panels, SIZE_LABEL),
+        ),
+    ]
+
+
+def law_blocks(results: Results) -> list[Block]:
+    """The scaling laws that could be fitted: of each architecture, and one for all."""
+    blocks: list[Block] = []
     fitted = [row for row in results["scaling_law"] if row["fit"] is not None]
     if fitted:
         header = ["architecture", "phi (95% bootstrap)", "E", "A", "a", "B", "b", "rms of ln loss", "runs"]

@@ -361,7 +361,8 @@ def measure(check: Check, name: str) -> tuple[float, float, float, float]:
     """Seconds and exact FLOPs of a training step (forward, backward, update), peak bytes, and those estimated."""
     rows, length, device = (2, 128, check.device) if check.tiny else (16, 2048, check.device)
     model = build(check, name, length).train()
-    if device.type == "cuda" and can_compile():
+    compiled = device.type == "cuda" and can_compile()
+    if compiled:
         model.compile_layers()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(0, model.config.vocab_size, (rows, length), device=device)
@@ -389,7 +390,8 @@ def measure(check: Check, name: str) -> tuple[float, float, float, float]:
     else:
         routed = (getattr(routing, field).sum(0).tolist() for field in ("counts", "pairs", "offered"))
         flops = float(StepFlops(model.config, length)(rows, *routed))
-    return seconds, flops, peak, float(training_memory(model.config, length, rows, Placement(on_gpu=True)).total)
+    placement = Placement(on_gpu=True, compiled=compiled)
+    return seconds, flops, peak, float(training_memory(model.config, length, rows, placement).total)
 
 
 SECTIONS = {section.__name__: section for section in (environment, parity, waits, run, fsdp2, train, engine)}

@@ -611,6 +611,50 @@ def test_fsdp2_starts_from_the_weights_of_one_process_which_rank_0_alone_builds(
         assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
+def divide(seed: int) -> tuple[bool, float, dict[str, torch.Tensor], bool]:
+    """(whether this rank built without weights, most bytes of parameters that it held while they were divided, over
+    those of a whole model; all tensors whole; whether head and embedding are still one)."""
+    import deepspeed
+
+    parallel = start_parallel(ParallelSettings(strategy="zero3"), "fp32", seed)
+    fields = ROUTED["mor_token"] | {"balancing": "loss_free", "relaxation": "lora", "vocab_size": 64}
+    fields |= {"hidden_size": 320, "intermediate_size": 384}  # small matrices are not divided
+    with parallel.building():
+        model = MoRForCausalLM(MoRConfig(**fields))
+    empty, bytes_whole = all(p.is_meta for p in model.parameters()), 4 * sum(p.numel() for p in model.parameters())
+    held, hand_round = [0], deepspeed.comm.broadcast
+
+    def watched(tensor: torch.Tensor, *options: Any, **more: Any) -> Any:
+        storages = {
+            p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters() if p.numel()
+        }
+        parts = [p.ds_tensor for p in model.parameters() if getattr(p, "ds_tensor", None) is not None]
+        held.append(sum(storages.values()) + sum(part.numel() * part.element_size() for part in parts))
+        return hand_round(tensor, *options, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepspeed.comm.broadcast", watched)  # by which each parameter is handed round
+        parallel.prepare(model, lambda module: torch.optim.AdamW(module.parameters()))
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        whole = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert len(held) > 10
+    parallel.finish()
+    return empty, max(held) / bytes_whole, whole, tied
+
+
+@pytest.mark.slow
+def test_zero3_starts_from_the_weights_that_rank_0_alone_builds_and_divides_as_it_hands_them_round():
+    ((_, _, expected, _),) = run_ranks(divide, 1, 7)
+    found = run_ranks(divide, 2, 7)
+    assert [empty for empty, _, _, _ in found] == [False, True]
+    assert found[1][1] < 0.75  # half of the model, and one parameter
+    for _, _, tensors, tied in found:
+        assert tied and tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
 # --- what fsdp2 gathers
 
 

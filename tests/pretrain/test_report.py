@@ -221,7 +221,8 @@ def test_isoflop_and_scaling_law_from_runs(tmp_path):
     assert len(results["isoflop"]) == 6
     (law,) = results["scaling_law"]
     assert law["architecture"] == "recursive" and law["fit"]["num_runs"] == 18 and law["fit"]["phi"] < 1
-    kinds = [type(block).__name__ for block in blocks.fit_blocks(results, "")]
+    told = [*blocks.isoflop_blocks(results, ""), *blocks.law_blocks(results)]
+    kinds = [type(block).__name__ for block in told]
     assert kinds == ["Heading", "Table", "Picture", "Heading", "Text", "Table"]
 
 
@@ -244,7 +245,7 @@ def test_one_law_takes_the_runs_of_all_methods(tmp_path, monkeypatch):
     assert sorted(methods) == ["mor_expert"] * 2 + ["recursive"] * 2 + ["vanilla"] * 2
     assert {m: round(d, 2) for m, d in zip(methods, depths)} == {"vanilla": 1.0, "recursive": 3.0, "mor_expert": 2.0}
     assert all((part > 0) == (name != "vanilla") for part, name in zip(shared, methods)) and min(once) > 0
-    *_, text, table = blocks.fit_blocks(results, "")
+    *_, text, table = blocks.law_blocks(results)
     assert "0.46" in text.text and table.rows[1] == ["mor_expert", "0.800 [0.700, 0.900]"]
 
 

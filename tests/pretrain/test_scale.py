@@ -4,18 +4,23 @@ ranks; the roofline behaves as its opening says."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.profiler import profile
 
 from model.config import MoRConfig
 from model.memory import Placement, communication, training_memory
 from model.modeling import MoRForCausalLM
+from model.sharing import num_unique_layers
+from pretrain.parallel.fsdp2 import FSDP2
 from pretrain.parallel.settings import ParallelSettings
 from pretrain.parallel.start import start_parallel
 from pretrain.parallel.strategy import Parallel
@@ -146,9 +151,50 @@ def test_the_roofline_by_hand() -> None:
         estimate(Cluster(**slow), ddp, 3, config)
 
 
+def at_scale(world_size: int, section: dict[str, Any], micro_batches: int, folder: Path) -> tuple[dict, dict[str, int]]:
+    """(bytes sent, collectives by kind) of the second step of rank 0, by torch's process group that moves nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {"WORLD_SIZE": str(world_size), "RANK": "0"}
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    parallel = FSDP2(ParallelSettings(strategy="fsdp2", watchdog_seconds=0, **section), "bf16", 0)
+    parallel.prepare(MoRForCausalLM(MoRConfig(**MODEL)), lambda module: torch.optim.AdamW(module.parameters()))
+    take_a_step(parallel, micro_batches)
+    with profile(record_shapes=True) as profiled:
+        take_a_step(parallel, micro_batches)
+    path = folder / "trace.json"
+    profiled.export_chrome_trace(str(path))
+    events = json.loads(path.read_text())["traceEvents"]
+    names = [event["name"] for event in events if str(event.get("name")).startswith("c10d::")]
+    dist.destroy_process_group()
+    return sent_bytes(events, section.get("shard_size") or world_size), dict(Counter(names))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "micro_batches"), [(False, 2), (True, 2), (False, 1)])
+def test_collectives_are_as_many_on_1024_ranks_as_on_8(tmp_path: Path, keep: bool, micro_batches: int) -> None:
+    """FSDP2 over all ranks, and over groups of 8 whose copies sum their gradients."""
+    placed = {"reshard_after_forward": not keep, "min_unit_parameters": 0}
+    for world_size, shard_size in ((8, None), (64, None), (64, 8), (1024, None), (1024, 8)):
+        section = placed | {"shard_size": shard_size}
+        ((sent, counted),) = run_ranks(at_scale, 1, world_size, section, micro_batches, tmp_path)
+        options: dict[str, Any] = {"strategy": "fsdp2", "world_size": world_size, "micro_batches": micro_batches}
+        expected = communication(MoRConfig(**MODEL), Placement(precision="bf16", **options, **section))
+        assert counted["c10d::_allgather_base_"] == expected.gathers, (world_size, shard_size)
+        units = num_unique_layers(MoRConfig(**MODEL)) + 1
+        scatters = counted["c10d::_reduce_scatter_base_"]
+        assert units <= scatters <= 2 * units  # shared layers once more, where gradients of earlier passes wait
+        # The norm's, and the sums of the copies: one for each unit that scatters.
+        assert (counted["c10d::allreduce_"] > scatters) == (shard_size is not None)
+        if (shard_size or world_size) <= 64:  # beyond, small matrices are padded
+            assert sent["all_gather"] == pytest.approx(expected.all_gather, rel=0.05)
+            assert sent["reduce_scatter"] == pytest.approx(expected.reduce_scatter, rel=0.05)
+
+
 def test_a_model_that_does_not_fit_is_recomputed_and_then_marked() -> None:
     config, ddp = small(hidden_size=256), ParallelSettings(strategy="ddp")
     options: dict[str, Any] = {"strategy": "ddp", "world_size": 256, "document_masking": True, "on_gpu": True}
+    options["compiled"] = True
     below_one_sequence = training_memory(config, 2048, 1, Placement(**options)).total / 2**30 - 1e-6
     roomy, tight, none = (estimate(Cluster(memory_gib=gib), ddp, 256, config) for gib in (78, below_one_sequence, 0.01))
     assert (roomy.micro_batch, roomy.micro_batches, roomy.recompute) == (4, 1, "none")

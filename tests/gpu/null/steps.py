@@ -10,6 +10,7 @@ of a forward and backward pass. largest: bytes of the largest tensor that attent
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -92,18 +93,19 @@ def main() -> int:
             fields = model_fields(name) if options.model else SMALL | {"num_hidden_layers": 8} | VARIANTS[name]
             try:
                 config = MoRConfig(**(fields | {"max_position_embeddings": length}))
+                torch._dynamo.reset()  # what is compiled keeps the layers that it was made of
+                gc.collect()
                 with torch.device("cuda"):
                     model = MoRForCausalLM(config).train()
                 model.set_recompute(options.policy)
                 if options.compiled:
-                    torch._dynamo.reset()
                     model.compile_layers()
                     line["graph_breaks"] = 0
                 line |= measure(model, rows, length, documents, dtype)
                 if options.compiled:
                     line["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
                 if options.model:
-                    placement = Placement(micro_batches=2, on_gpu=True)  # gradients stay
+                    placement = Placement(micro_batches=2, on_gpu=True, compiled=options.compiled)  # gradients stay
                     states = training_memory(config, length, rows, placement)
                     line["estimate_gib"] = round((states.total - states.optimizer) / 2**30, 3)
                 del model

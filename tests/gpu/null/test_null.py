@@ -47,6 +47,14 @@ def test_recomputation_runs_there_too(policy: str):
 
 @pytest.mark.slow
 @pytest.mark.skipif(WHY_NOT is not None, reason=f"the null device: {WHY_NOT}")
+@pytest.mark.parametrize("model", ["360m_vanilla", "360m_mor_expert_nr3"])
+def test_compiled_layers_take_the_memory_that_is_estimated(model: str):
+    for line in lines_of("--model", "--compiled", model):
+        assert not line["graph_breaks"] and abs(line["peak_gib"] / line["estimate_gib"] - 1) < 0.05, line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WHY_NOT is not None, reason=f"the null device: {WHY_NOT}")
 def test_a_decoding_step_is_few_launches_one_graph_and_one_read():
     lines = lines_of(script="decode")
     assert len(lines) == 2
