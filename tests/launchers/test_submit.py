@@ -327,7 +327,7 @@ def test_model_that_does_not_fit_is_refused_with_the_numbers(
 
 def test_refusal_names_a_change_that_is_then_accepted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"vocab_size": 49152, "sequence_length": 2048}')
-    larger = [BIG[0], "batch.size=128", "batch.micro_size=8", BIG[-1]]
+    larger = [BIG[0], "batch.size=256", "batch.micro_size=16", BIG[-1]]
     run = [*SMOKE, *larger, f"data.folder={tmp_path}", "parallel=configs/parallel/fsdp2.yaml", "--nodes=2"]
     with pytest.raises(UserError, match="Each of these would fit: ") as refused:
         main([*run, "--dry-run"])
