@@ -149,8 +149,11 @@ FIELDS = {
 def test_every_field_of_openai_is_in_the_table():
     documented = set(inspect.signature(openai.resources.chat.completions.Completions.create).parameters)
     documented -= {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
-    assert set(FIELDS) == documented
-    assert set(ChatRequest.model_fields) | set(NEUTRAL) == documented | OWN_FIELDS
+    if int(openai.__version__.split(".")[0]) < 3:  # the oldest client allowed knows fewer
+        assert documented < set(FIELDS)
+    else:
+        assert documented == set(FIELDS)
+    assert set(ChatRequest.model_fields) | set(NEUTRAL) == set(FIELDS) | OWN_FIELDS
 
 
 @pytest.mark.parametrize("name", FIELDS)
