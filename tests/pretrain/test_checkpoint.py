@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import errno
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,10 @@ def started(seed: int = 0, config: MoRConfig = CONFIG) -> Parallel:
     return parallel
 
 
-def step(parallel: Parallel) -> float:
+def step(parallel: Parallel, before_update: Callable[[], object] = lambda: None) -> float:
     loss = parallel.forward(input_ids=TOKENS, labels=TOKENS).loss
     parallel.micro_step(loss, last=True)
+    before_update()
     parallel.optimizer_step(1e-2, 1.0)
     parallel.module.update_router_bias(torch.rand(3))  # type: ignore[operator]  # moves a buffer, and the generator
     return float(loss.detach())
@@ -70,11 +73,19 @@ def test_training_goes_on_bit_for_bit(saved: tuple[Path, list[float]], form: str
     assert [step(other) for _ in range(3)] == expected
 
 
-def test_a_copy_in_the_background_is_of_the_moment(tmp_path: Path):
+def test_a_copy_in_the_background_is_of_the_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However slow the copy is: an update waits for it, as the trainer's does."""
     parallel = started()
     background = Checkpoints(tmp_path, asynchronous=True, report=print)
+    copy = background.staging.copy
+
+    def slowly(tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        time.sleep(0.3)
+        return copy(tensors, device)
+
+    monkeypatch.setattr(background.staging, "copy", slowly)
     background.save(parallel, {}, 1)
-    following = step(parallel)
+    following = step(parallel, background.wait_for_copy)
     background.wait()
     other = started(seed=5)
     background.load(other, folder_of(tmp_path, 1))
