@@ -14,13 +14,16 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.benchmarks.bench_model import Stepped
 
 ROOT = Path(__file__).resolve().parents[2]
 # What a side runs: its checkout's own models and steps, and those of `bench_model` that this side knows by name.
@@ -45,39 +48,15 @@ for line in sys.stdin:
 """
 
 
-class Side:
-    """The models of a checkout, in a process of their own. described: peak and loss of each, by its name."""
-
-    def __init__(self, folder: Path, shape: tuple[int, int, str]):
-        environment = os.environ | {"PYTHONPATH": str(folder)}
-        command = [sys.executable, "-c", WORKER, json.dumps(shape)]
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.described: dict[str, dict[str, float]] = json.loads(self._answer())
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a side ended with exit code {self.process.wait()}; its message is above")
-        return line
-
-    def step(self, name: str) -> float:
-        """CPU seconds of one step."""
-        assert self.process.stdin is not None
-        print(name, file=self.process.stdin, flush=True)
-        return float(self._answer())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+def side_of(folder: Path, shape: tuple[int, int, str]) -> Stepped:
+    """The models of a checkout: CPU seconds of their steps, peak and loss of each."""
+    command = [sys.executable, "-c", WORKER, json.dumps(shape)]
+    return Stepped(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)})
 
 
 def measure(before: Path, rounds: int, shape: tuple[int, int, str]) -> list[dict[str, Any]]:
     """A row for each model that both sides have."""
-    sides = {"before": Side(before, shape), "after": Side(ROOT, shape)}
+    sides = {"before": side_of(before, shape), "after": side_of(ROOT, shape)}
     names = [name for name in sides["after"].described if name in sides["before"].described]
     seconds: dict[str, dict[str, list[float]]] = {name: {side: [] for side in sides} for name in names}
     for place in range(rounds):

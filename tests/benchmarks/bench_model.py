@@ -249,8 +249,37 @@ def _judged(value: float, bar: float | None, style: str) -> str:
     return f"{bar:{style}} " + ("[green]pass[/]" if value <= bar else "[red]miss[/]")
 
 
-class Reference:
-    """The authors' models, run step by step by a process in their own Python environment."""
+class Stepped:
+    """Models that a process of their own takes through steps: a name in, its seconds out.
+
+    described: what the process says of its models before the first step.
+    """
+
+    def __init__(self, command: list[str], **options: Any):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
+        self.described: dict[str, Any] = json.loads(self._answer())
+
+    def _answer(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a worker ended with exit code {self.process.wait()}; its message is above")
+        return line
+
+    def step(self, name: str) -> float:
+        """Seconds of one step."""
+        assert self.process.stdin is not None
+        print(name, file=self.process.stdin, flush=True)
+        return float(self._answer())
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Reference(Stepped):
+    """The authors' models, in their own Python environment."""
 
     def __init__(self, options: argparse.Namespace, base: dict[str, Any]):
         settings = {
@@ -262,27 +291,7 @@ class Reference:
             "models": list(REFERENCE_BARS),
         }
         worker = Path(__file__).with_name("reference_worker.py")
-        command = [options.reference_python, str(worker), json.dumps(settings)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.described: dict[str, Any] = json.loads(self._answer())
-
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the reference ended with exit code {self.process.wait()}; its message is above")
-        return line
-
-    def step(self, name: str) -> float:
-        """Seconds of one of their steps."""
-        assert self.process.stdin is not None
-        print(name, file=self.process.stdin, flush=True)
-        return float(self._answer())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        super().__init__([options.reference_python, str(worker), json.dumps(settings)])
 
 
 @dataclass
