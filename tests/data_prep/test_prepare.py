@@ -15,7 +15,7 @@ import pytest
 from pyarrow import parquet
 from tokenizers import Tokenizer
 
-from data_prep import documents, estimate, stages
+from data_prep import documents, estimate, progress, stages
 from data_prep import prepare as prepare_module
 from data_prep.files import fingerprint
 from data_prep.manifest import read_manifest, unigram_loss, verify
@@ -358,7 +358,10 @@ def test_status_tells_each_stage_by_the_marks(texts, tmp_path, monkeypatch, caps
     assert parts > 2 and f"read: {parts} of {parts} parts" in lines[0] and "bytes/s" in lines[0] and "took" in lines[0]
     assert re.search(rf"encode: 1 of {parts} parts, [\d,]+ of [\d,]+ bytes, .* left", lines[3])
     assert "waits for the stages before it" in lines[4]
+    monkeypatch.setattr(progress, "_QUICK", 0.0)
     prepare(settings)
+    told = capsys.readouterr().err
+    assert re.search(rf"encode: {parts - 1} of {parts} parts, [\d,]+ bytes in 0:\d\d:\d\d, .* bytes/s", told)
     assert main(["--status", str(out)]) == 0 and "finished" in capsys.readouterr().out
 
 
