@@ -309,7 +309,8 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
         if code or not seeds:
             return code
         console.print(f"--until {compare.until:g}: adds seeds {', '.join(map(str, seeds))}", highlight=False)
-        compare = compare.model_copy(update={"seeds": [*compare.seeds, *seeds]})
+        settled = compare.sweep_runs or len(compare.seeds)  # the sweep that is over stands
+        compare = compare.model_copy(update={"seeds": [*compare.seeds, *seeds], "sweep_runs": settled})
         runs = plan_runs(compare)
 
 

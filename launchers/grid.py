@@ -64,6 +64,12 @@ class CompareSettings(Settings):
         {}, description="name of a model -> keys and values tried for it, beside those of sweep or in their place"
     )
     sweep_seeds: list[int] = Field([1000], min_length=1, description="seeds of the sweeps; none of the report's")
+    sweep_runs: float | None = Field(
+        None,
+        gt=0,
+        description="what a model's sweep may spend, in whole runs; null: as many as it has seeds, so that seeds given "
+        "later ask for a longer sweep",
+    )
     noise: list[Literal["order", "precision"]] = Field(
         [], description="repeat the baseline in another order of the data, in the other precision: what noise does"
     )
@@ -358,10 +364,10 @@ def with_configurations(compare: CompareSettings, runs: list[PlannedRun], gpus: 
 
 
 def rounds_of(compare: CompareSettings, cell: Cell) -> list[tuple[int, float]]:
-    """The rounds of a cell's sweep; all of them together spend at most what its runs of the report do."""
+    """The rounds of a cell's sweep; all of them together spend at most `sweep_runs` runs of the report."""
     if not cell.keys:
         return []
-    return halving(len(points_of(cell.keys)), len(compare.seeds) / len(compare.sweep_seeds))
+    return halving(len(points_of(cell.keys)), (compare.sweep_runs or len(compare.seeds)) / len(compare.sweep_seeds))
 
 
 def sweep_flops(cell: Cell, share: float) -> int:

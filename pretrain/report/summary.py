@@ -43,7 +43,11 @@ def build_results(
     if baseline is not None and baseline not in {name for group in groups for name in (group.name, group.runs[0].name)}:
         raise UserError(f"--baseline {baseline}: no such name; there are {', '.join(sorted(g.name for g in groups))}")
     facts = runs[0].facts
-    swept = sweep_rows([run for run in sweeps if run.condition == runs[0].condition])
+    swept = [
+        row
+        for row in sweep_rows([run for run in sweeps if run.condition == runs[0].condition])
+        if any(row["name"] == run.name or row["name"].startswith(f"{run.name}-") for run in runs)
+    ]
     matched = [[g for g in groups if g in members] for members in budget_classes([g for g in groups if g.finished])]
     differences = [row for members in matched for row in difference_rows(members, baseline)]
     correct(differences)

@@ -407,6 +407,17 @@ def test_a_sweep_runs_before_the_report_and_its_winner_is_reported(grid):
     assert run(swept)[0] == 0 and [name for name in starts(settings)[7:] if "0.5" not in name] == []
 
 
+def test_seeds_that_are_added_keep_the_rate_that_won(grid, monkeypatch):
+    settings, use = grid
+    use("sweep")
+    asked = iter([[1], []])
+    monkeypatch.setattr(compare, "more_seeds", lambda *_: next(asked))
+    code, text = run(one_model(settings, sweep=RATES, until=0.01))
+    assert code == 0, text
+    reported = [name for name in starts(settings) if not name.endswith("-seed1000")]
+    assert reported == [f"vanilla-learning_rate0.004-seed{seed}" for seed in (0, 1)]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
