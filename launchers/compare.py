@@ -48,6 +48,7 @@ from launchers.grid import (
     round_count,
     shown_apart,
     sweep_cost,
+    take_records,
     winner,
 )
 from model.hardware import describe, device_here
@@ -391,6 +392,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)  # paths in configurations are relative to the repository
     compare = read_compare(given.config, given.overrides)
     console = Console()
+    if not given.dry_run and (taken := take_records(compare)):
+        console.print(f"{taken} finished runs taken from records", highlight=False)
     runs = plan_runs(compare)
     console.print(plan_table(runs))
     if cost := sweep_cost(compare):

@@ -27,6 +27,7 @@ from pretrain.lock import LOCK
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison
 from pretrain.report.controls import CONTROLS, control_fields, described
+from pretrain.report.records import unpack
 from pretrain.report.sweep import Values, flatten, halving, points_of
 from pretrain.stop import REQUEUE_FILE
 
@@ -79,6 +80,9 @@ class CompareSettings(Settings):
     most_seeds: int = Field(10, gt=0, description="seeds at which `until` gives up")
     evidence: list[Path] = Field(
         [], description="reports whose sweeps, sizes and controls stand for those that are not run here"
+    )
+    records: list[Path] = Field(
+        [], description="records of reports (report/records.tar.xz): runs that finished elsewhere are not run again"
     )
     at_once: int = Field(1, gt=0, description="local runs that go on at the same time")
     threads: int | None = Field(
@@ -189,6 +193,11 @@ def _event(folder: Path) -> str | None:
 def read_compare(path: Path, overrides: Sequence[str]) -> CompareSettings:
     """Read a comparison and its `key=value` overrides. Raises UserError that names the file and the key."""
     return load(CompareSettings, path, overrides)
+
+
+def take_records(compare: CompareSettings) -> int:
+    """Put the runs of `records` that lack into the comparison's folder; how many. Raises UserError as `unpack`."""
+    return sum(unpack(path, compare.output) for path in compare.records)
 
 
 def shown_apart(compare: CompareSettings) -> bool:

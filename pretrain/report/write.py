@@ -11,7 +11,7 @@ from typing import Literal
 from rich.console import Console
 
 from data_prep.settings import UserError, read_yaml
-from pretrain.report import document
+from pretrain.report import document, records
 from pretrain.report.blocks import half_width, has_exits, set_blocks, side_by_side, with_spread
 from pretrain.report.document import Block, Heading, Picture, Table, Text
 from pretrain.report.runs import Run, comparable_sets, read_runs, shown
@@ -34,7 +34,8 @@ def write_report(
     track: TrackerMode = "disabled",
     console: Console | None = None,
 ) -> Results:
-    """Read the runs, write the report's files to `output`, print the table, and return what `results.json` holds.
+    """Read the runs, write the report's files and their records to `output`, print the table, and return what
+    `results.json` holds.
 
     Runs in `sweep/` and `noise/` beside them are read too. evidence: other reports' folders or results.json, which may
     answer for these runs; command: what ran them; track: W&B mode (online, offline, disabled). Raises UserError for
@@ -57,6 +58,7 @@ def write_report(
         blocks = [Text("Warnings: " + "; ".join(warnings)), *blocks]
     merged = {**sets[0], "warnings": warnings} if len(sets) == 1 else {**merge_sets(sets), "warnings": warnings}
     document.write(blocks, output, title="Training report", results=merged)
+    records.pack([*runs, *sweeps, *repeats], output / records.FILE)
     print_report(sets, output, warnings, console or Console())
     if track != "disabled":
         send_to_wandb(blocks, runs, merged, output, track)

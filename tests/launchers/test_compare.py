@@ -418,6 +418,25 @@ def test_seeds_that_are_added_keep_the_rate_that_won(grid, monkeypatch):
     assert reported == [f"vanilla-learning_rate0.004-seed{seed}" for seed in (0, 1)]
 
 
+def test_a_comparison_goes_on_from_records_of_another_machine(grid, tmp_path, capsys, monkeypatch):
+    """Runs, sweeps and branches that finished there are not run again, and the report comes out the same."""
+    settings, use = grid
+    use("sweep")
+    swept = one_model(settings, sweep=RATES, noise=["order"])
+    assert run(swept)[0] == 0
+    report = settings.output / "report"
+    before, begun = json.loads((report / "results.json").read_text()), len(starts(settings))
+    kept = shutil.copy(report / "records.tar.xz", tmp_path / "records.tar.xz")
+    shutil.rmtree(settings.output)
+    there = swept.model_copy(update={"records": [kept]})
+    ended = [name for name in starts(settings) if "0.5" not in name]  # the one that diverged left no record
+    assert planning.take_records(there) == len(set(ended)) and planning.take_records(there) == 0
+    assert run(there)[0] == 0
+    assert {name.partition("-flops")[0] for name in starts(settings)[begun:]} <= set(starts(settings)) - set(ended)
+    assert json.loads((report / "results.json").read_text()) == before
+    assert (report / "records.tar.xz").read_bytes() == Path(kept).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
