@@ -46,6 +46,7 @@ from launchers.grid import (
     plan_table,
     read_compare,
     round_count,
+    said,
     shown_apart,
     sweep_cost,
     take_records,
@@ -60,7 +61,6 @@ from pretrain.precision import refused_or_slow
 from pretrain.report.analysis import seeds_needed
 from pretrain.report.runs import shown
 from pretrain.report.summary import Results
-from pretrain.report.sweep import Values
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,11 +313,6 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
         settled = compare.sweep_runs or len(compare.seeds)  # the sweep that is over stands
         compare = compare.model_copy(update={"seeds": [*compare.seeds, *seeds], "sweep_runs": settled})
         runs = plan_runs(compare)
-
-
-def said(values: Values) -> str:
-    """Swept values in words."""
-    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def run_missing(compare: CompareSettings, runs: Sequence[PlannedRun], console: Console) -> LocalRuns:

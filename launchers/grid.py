@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -125,12 +125,14 @@ class CompareSettings(Settings):
 @dataclass(frozen=True)
 class PlannedRun:
     """One run of the grid. arguments: what follows `pretrain/main.py` on its command line. decided: the precision,
-    where the configuration left it to the hardware."""
+    where the configuration left it to the hardware. unswept: the label without swept values, which names the run before
+    its sweep is over."""
 
     label: str
     settings: ExperimentSettings
     arguments: list[str]
     decided: Precision | None = None
+    unswept: str = ""
 
     @property
     def folder(self) -> Path:
@@ -324,9 +326,11 @@ def planned(
 ) -> PlannedRun:
     """One run of a cell with swept values. beside: the folder, below the comparison's, of runs that are not reported;
     flops: what such a run spends; more: other keys that it changes."""
-    point = "".join(f"-{key.rpartition('.')[2]}{value}" for key, value in {**values, **(more or {})}.items())
     short = f"-{flops:.4g}" if flops is not None else ""
-    label = f"{cell.label}{point}{short}-seed{seed}".replace("+", "")
+    label, unswept = (
+        f"{cell.label}{in_name(named)}{short}-seed{seed}".replace("+", "")
+        for named in ({**values, **(more or {})}, more or {})
+    )
     folder = compare.output / beside / label if beside else compare.output / label
     keys = flatten(compare.overrides) | dict(values) | dict(more or {})
     arguments = [
@@ -342,7 +346,18 @@ def planned(
         *(f"{key}={json.dumps(value)}" for key, value in keys.items()),
     ]
     settings = read_settings(compare.experiment, arguments[2:])
-    return PlannedRun(f"{beside}-{label}" if beside else label, settings, arguments)
+    apart = f"{beside}-" if beside else ""
+    return PlannedRun(apart + label, settings, arguments, unswept=apart + unswept)
+
+
+def in_name(values: Mapping[str, Any]) -> str:
+    """Values as a part of a run's name."""
+    return "".join(f"-{key.rpartition('.')[2]}{value}" for key, value in values.items())
+
+
+def said(values: Mapping[str, Any]) -> str:
+    """Swept values in words."""
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def plan_runs(compare: CompareSettings, gpus: bool | None = None) -> list[PlannedRun]:
@@ -493,7 +508,7 @@ def with_precision(compare: CompareSettings, runs: Sequence[PlannedRun], gpus: b
         precision = together or of_comparison([run.folder], gpus)
         settings = run.settings.model_copy(update={"precision": precision})
         arguments = [*run.arguments, f"precision={precision}"]
-        result.append(PlannedRun(run.label, settings, arguments, decided=precision))
+        result.append(replace(run, settings=settings, arguments=arguments, decided=precision))
     return result
 
 

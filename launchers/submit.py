@@ -14,7 +14,8 @@ does not divide among the ranks, and a model that does not fit into the GPUs.
 CPUs and memory are asked for in proportion to the GPUs, as sinfo describes the partition's nodes. The preparation and
 the report need no GPU: they go to --cpu-partition, and --sbatch, where constraints on GPUs stand, is not for them.
 Modules, containers and variables of the cluster: launchers/site.sh, see launchers/slurm.sh. --status shows a submitted
-comparison at a glance: each run's task, state, step, share of its budget, loss and requeues.
+comparison at a glance: how each round of its sweeps stands and what won; each run's task, state, step, share of its
+budget, loss and requeues.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -145,8 +146,13 @@ def sweep_jobs(
         last = round_size(compare, number) - 1
         tasks = f"--array=0-{last}" + (f"%{options.at_once}" if options.at_once else "")
         command = [*request, tasks, "launchers/compare_array.sbatch", f"--round={number}", *arguments]
-        jobs.append(Job(f"sweep{number}", command, ("afterany", jobs[-1].name) if jobs else after(before)))
+        jobs.append(Job(name_of_round(number), command, ("afterany", jobs[-1].name) if jobs else after(before)))
     return jobs
+
+
+def name_of_round(number: int) -> str:
+    """The job of a round of the sweeps."""
+    return f"sweep{number}"
 
 
 def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[PlannedRun]]:
@@ -155,6 +161,16 @@ def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[
     if options.round is not None:
         return compare, plan_round(compare, options.round, gpus)
     return compare, [*plan_runs(compare, gpus), *plan_noise(compare, gpus)]
+
+
+def remember(options: argparse.Namespace, numbers: Mapping[str, str]) -> None:
+    """Note which arrays hold the comparison's runs and the rounds of its sweeps, for --status."""
+    compare, runs = read_comparison(options)
+    for number in range(round_count(compare)):
+        if name_of_round(number) in numbers:
+            status.remember_round(compare, number, numbers[name_of_round(number)])
+    if "compare" in numbers:
+        status.remember(compare, runs, numbers["compare"])
 
 
 def run_of_task(options: argparse.Namespace) -> PlannedRun:
@@ -424,7 +440,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument(
         "--compare", metavar="FILE", help="a comparison, configs/compare/*.yaml; the request is each run's"
     )
-    what.add_argument("--status", metavar="FILE", help="show how the runs of a comparison stand, and stop")
+    what.add_argument("--status", metavar="FILE", help="show how the sweeps and runs of a comparison stand")
     what.add_argument("--prepare", metavar="FILE", nargs="+", help="data, configs/data/*.yaml; a task for each")
     parser.add_argument("--tasks", type=positive, help="share one --prepare among so many tasks, on --nodes nodes")
     parser.add_argument("--nodes", type=positive, default=1, help="nodes of a run")
@@ -486,15 +502,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.print_run is not None:
         print(*run_of_task(options).arguments, sep="\n")
     elif options.status:
-        settings = read_compare(Path(options.status), options.overrides)
-        status.show(settings, plan_runs(settings, options.gpus_per_node > 0), REPOSITORY / LOGS)
+        options.compare = options.status
+        settings, runs = read_comparison(options)
+        status.show(settings, runs, options.gpus_per_node > 0, REPOSITORY / LOGS)
     elif options.config:
         submit(plan_run(options), options.dry_run)
     elif options.compare:
         numbers = submit(plan_comparison(options), options.dry_run)
-        if "compare" in numbers and not options.dry_run:
-            settings, runs = read_comparison(options)
-            status.remember(settings, runs, numbers["compare"])
+        if not options.dry_run:
+            remember(options, numbers)
     elif options.tasks:
         if len(options.prepare) != 1:
             raise UserError("--tasks: for one corpus; give --prepare one configuration")

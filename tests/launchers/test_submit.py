@@ -14,7 +14,7 @@ import torch
 
 from data_prep.settings import UserError
 from launchers import status, submit
-from launchers.grid import plan_runs, read_compare
+from launchers.grid import plan_round, plan_runs, read_compare
 from launchers.submit import REPOSITORY, main
 from model import hardware
 from tests.helpers.runs import make_run
@@ -205,8 +205,7 @@ def test_a_sweep_is_an_array_for_each_round_and_its_winner_is_run(
 ) -> None:
     """Each round waits for the one before it, the report's runs for the last; what they are, tasks learn by then."""
     path = comparison(tmp_path)
-    swept = "sweep.optimizer.learning_rate=[1e-3, 2e-3, 4e-3, 8e-3]"
-    arguments = ["--compare", str(path), "--gpus-per-node=0", f"overrides.{data[0]}", "overrides.precision=fp32", swept]
+    arguments = ["--compare", str(path), "--gpus-per-node=0", f"overrides.{data[0]}", "overrides.precision=fp32", RATES]
     first, second, array, _ = dry_run(capsys, *arguments)
     assert "--array=0-7" in first and "--array=0-3" in second and "--round=1" in second
     assert "--dependency=afterany:$sweep0" in second and "--dependency=afterany:$sweep1" in array
@@ -218,10 +217,7 @@ def test_a_sweep_is_an_array_for_each_round_and_its_winner_is_run(
             assert main([*arguments, f"--round={number}", "--print-run", str(task)]) == 0
             given = dict(line.partition("=")[::2] for line in capsys.readouterr().out.splitlines())
             loss = abs(float(given["optimizer.learning_rate"]) - 4e-3)
-            folder = Path(given["run_dir"])
-            folder.mkdir(parents=True)
-            line = {"step": 1, "event": "finished", "validation_loss": loss}
-            (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            ends(Path(given["run_dir"]), loss)
     assert main([*arguments, "--print-run", "0"]) == 0
     assert "optimizer.learning_rate=0.004" in capsys.readouterr().out.splitlines()
     assert len(dry_run(capsys, *arguments)) == 2  # the sweeps are over
@@ -284,6 +280,84 @@ def test_status_shows_every_run_with_its_task(
     assert main(["--status", str(path), f"overrides.{data[0]}"]) == 0
     shown = capsys.readouterr().out
     assert "1 finished, 1 stopped, 1 running, 1 not started" in shown
+
+
+RATES = "sweep.optimizer.learning_rate=[1e-3, 2e-3, 4e-3, 8e-3]"
+SWEEP_TASKS = """#!/bin/sh
+[ "$4" = --jobs=5 ] || exit 1
+echo '5_3|RUNNING|None'; echo '5_4|PENDING|Priority'; echo '5_5|PENDING|Priority'; echo '5_6|TIMEOUT|TimeLimit'
+"""
+
+
+def ends(folder: Path, loss: float) -> None:
+    """A run that has ended, as far as the launchers look."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "flops": 1, "event": "finished", "validation_loss": loss}) + "\n"
+    )
+
+
+def shown_rounds(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[list[list[int]], str]:
+    """Figures of the table of rounds that --status prints, a list a round, and all that it prints."""
+    assert main(["--status", *arguments]) == 0
+    text = capsys.readouterr().out
+    rows = [re.findall(r"\d+", line) for line in text.splitlines() if re.fullmatch(r"[│\s\d]+", line)]
+    return [[int(figure) for figure in row] for row in rows if len(row) == 6], text
+
+
+def test_status_shows_the_rounds_of_sweeps_and_what_won(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: list[str]
+) -> None:
+    """Two models, four rates: eight runs, then four. Each column is told from the states that Slurm or folders give."""
+    path = comparison(tmp_path)
+    overrides = [f"overrides.{data[0]}", "overrides.precision=fp32", RATES, "noise=[order]"]
+    arguments = [str(path), "--gpus-per-node=0", *overrides]
+    compare = read_compare(path, overrides)
+    status.remember_round(compare, 0, "5")
+    status.remember(compare, plan_runs(compare, False), "6")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(SWEEP_TASKS)
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    first = plan_round(compare, 0, False)
+    for run in first[:2]:
+        ends(run.folder, 3.0)
+    first[2].folder.mkdir(parents=True)  # it began, and nothing of it is left: neither a lock nor a checkpoint
+    rounds, text = shown_rounds(capsys, arguments)
+    assert rounds == [[1, 8, 2, 1, 3, 2], [2, 4, 0, 0, 4, 0]]
+    assert "small: no winner yet" in text and "runs/slurm/out-5_6.log" in text
+    assert f"{first[6].label}: timeout" in text
+    noise = [line for line in text.splitlines() if "noise-small" in line]
+    assert len(noise) == 2 and all("not started" in line for line in noise)
+
+    for number in (0, 1):
+        for run in plan_round(compare, number, False):
+            ends(run.folder, abs(run.settings.optimizer.learning_rate - (4e-3 if "small" in run.label else 1e-3)))
+    rounds, text = shown_rounds(capsys, arguments)
+    assert rounds == [[1, 8, 8, 0, 0, 0], [2, 4, 4, 0, 0, 0]]
+    assert "small: optimizer.learning_rate 0.004 won its sweep" in text
+    assert "other: optimizer.learning_rate 0.001 won its sweep" in text
+
+
+def test_a_run_keeps_its_task_when_its_sweep_is_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: list[str]
+) -> None:
+    """It was submitted before anyone knew its rate, which is part of its name from then on."""
+    path = comparison(tmp_path)
+    compare = read_compare(path, overrides := [f"overrides.{data[0]}", "overrides.precision=fp32", RATES])
+    status.remember(compare, plan_runs(compare, False), "5")
+    for number in (0, 1):
+        for run in plan_round(compare, number, False):
+            ends(run.folder, run.settings.optimizer.learning_rate)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "squeue").write_text(SWEEP_TASKS)
+    (tmp_path / "bin" / "squeue").chmod(0o755)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    _, text = shown_rounds(capsys, [str(path), "--gpus-per-node=0", *overrides])
+    (row,) = [line for line in text.splitlines() if "other-learning_rate0.001-seed1" in line]
+    assert "5_3" in row and "running" in row
 
 
 def test_batch_that_does_not_divide_is_refused(data: list[str]) -> None:
