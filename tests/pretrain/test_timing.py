@@ -45,7 +45,8 @@ def test_the_parts_add_up_to_the_step_and_checkpoints_are_told_once(tmp_path: Pa
     settings = settings_for(tmp_path, data, checkpoint={"every_steps": 3}, metrics={"every_steps": 2})
     lines = [line for line in train(settings) if "loss" in line]
     assert [line["step"] for line in lines] == [2, 4, 6, 8]
-    assert [line["checkpoint_seconds"] > 1e-3 for line in lines] == [False, True, False, True]
+    waited = {line["step"]: line["checkpoint_seconds"] for line in lines}
+    assert sorted(waited, key=lambda step: waited[step])[2:] in ([4, 8], [8, 4])
     for line in lines:
         parts = [line[f"{part}_seconds"] for part in PARTS if part != "checkpoint"]
         assert min(parts) > 0
