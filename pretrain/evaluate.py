@@ -34,6 +34,7 @@ from pretrain.opened import Checkpoint, has_causal_decision, open_checkpoint
 from pretrain.parallel.settings import ParallelSettings
 from pretrain.perplexity import measure
 from pretrain.precision import for_evaluation
+from pretrain.token_depths import token_depths
 from pretrain.validation import Validation
 
 if TYPE_CHECKING:  # what reads the arguments alone does not wait for models and checkpoints
@@ -88,17 +89,20 @@ def make_validation(
     return Validation(config, manifest, batch_size, limit, masking)
 
 
-def losses(validation: Validation, model: MoRForCausalLM, precision: Precision, depths: bool) -> dict[str, Any]:
-    """`validation`: the loss at the model's own depth; with `depths`, the losses with depth capped at 1 .. Nr too."""
+def losses(validation: Validation, checkpoint: Checkpoint, precision: Precision, depths: bool) -> dict[str, Any]:
+    """`validation`: the loss at the model's own depth; with `depths`, the losses with depth capped at 1 .. Nr too, and
+    what each recursion does to each token (pretrain/token_depths.py)."""
     from pretrain.parallel.start import start_parallel
 
     parallel = start_parallel(ParallelSettings.model_validate({"strategy": "single"}), precision)
+    model = checkpoint.model
     module: torch.nn.Module = model
     parallel.module = parallel.model = module.to(parallel.device)
     result: dict[str, Any] = {"validation": validation(parallel)}
     if depths:
         caps = range(1, method_of(model.config).levels(model.config) + 1)
         result["depths"] = [{"max_recursions": cap} | validation(parallel, cap) for cap in caps]
+        result["token_depths"] = token_depths(validation, parallel, checkpoint.tokenizer.backend_tokenizer)
     model.eval()
     return result
 
@@ -237,6 +241,24 @@ def record(checkpoint: Checkpoint, results: dict[str, Any]) -> bool:
     return True
 
 
+def token_tables(found: dict[str, Any]) -> list[rich.table.Table]:
+    """What each recursion does to tokens, as tables."""
+    title = f"Tokens whose loss moves by {found['moved']} nats or more, {found['routing_mode']}"
+    steps = rich.table.Table("from at most", "better", "worse", "mean change", title=title, title_justify="left")
+    for row in found["steps"]:
+        moved = (f"{row['better']:.1%}", f"{row['worse']:.1%}", f"{row['change']:+.4f}")
+        steps.add_row(f"{row['to'] - 1} to {row['to']}", *moved)
+    caps = [f"at most {row['to']}" for row in ({"to": 1}, *found["steps"])]
+    classes = rich.table.Table("next token", "tokens", "mean depth", *caps, title="Loss by class", title_justify="left")
+    for name, row in found["classes"].items():
+        depth = "–" if row["depth"] is None else f"{row['depth']:.2f}"
+        classes.add_row(name, f"{row['tokens']:,}", depth, *(f"{loss:.4f}" for loss in row["losses"]))
+    taken = rich.table.Table("depth", "tokens", "loss", "loss at most 1", title="Loss by depth", title_justify="left")
+    for row in found["depths"]:
+        taken.add_row(str(row["depth"]), f"{row['tokens']:,}", f"{row['loss']:.4f}", f"{row['loss_at_one']:.4f}")
+    return [table for table in (steps, classes, taken) if table.row_count]
+
+
 def show(results: dict[str, Any], console: Console) -> None:
     """The results as tables."""
     rows = [("as trained", results.get("validation"))]
@@ -253,6 +275,9 @@ def show(results: dict[str, Any], console: Console) -> None:
             table.add_row(name, *("–" if value is None else f"{value:.4f}" for value in figures))
     if table.row_count:
         console.print(table)
+    if (found := results.get("token_depths")) is not None:
+        for table in token_tables(found):
+            console.print(table)
     table = rich.table.Table("task", "shots", "figure", "value", "± error", title="Tasks", title_justify="left")
     for name, values in results["tasks"].items():
         shots = results["shots"].get(name)
@@ -295,7 +320,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, Any]:
         manifest = validation.manifest
         results |= {"corpus": manifest.corpus, "data_fingerprint": manifest.fingerprint}
         results["document_masking"] = validation.document_masking
-        results |= losses(validation, checkpoint.model, precision, given.depths)
+        results |= losses(validation, checkpoint, precision, given.depths)
     options = {"folder": given.task_folder, "batch_size": given.batch_size, "limit": given.limit}
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     results["tasks"] = run_tasks(model, tokenizer, tasks, precision=precision, **options) if tasks else {}

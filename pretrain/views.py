@@ -37,9 +37,8 @@ from pretrain.opened import Checkpoint, has_causal_decision, open_checkpoint
 from pretrain.report import document
 from pretrain.report.document import Block, Heading, Markup, Picture, Table, Text
 from pretrain.report.fonts import NO_GLYPH, families_for, note_on
+from pretrain.token_depths import CLASSES, classes_of
 
-END_OF_TEXT, PARTIAL = "end of text", "part of a character"
-CLASSES = ("word start", "word continuation", "digit", "punctuation", "whitespace", PARTIAL, END_OF_TEXT)
 POSITION_BINS = 32
 HEAT_MAP_COLUMNS, HEAT_MAP_LINES = 100, 60  # characters of a line, lines of the picture; the HTML holds the whole text
 PANELS = 3  # in a line
@@ -96,22 +95,6 @@ def token_scores(record: RoutingRecord, config: MoRConfig, mode: str) -> Floats:
             index = record.selected[r - 1] if r and method.nested else every
             result[..., r] = result[..., r].scatter(1, index, values)
     return result.masked_fill(~offered, torch.nan).cpu().numpy()
-
-
-def classify(piece: str, before: str, is_end: bool) -> str:
-    """The class of a token, one of `CLASSES`. piece: the text that it stands for; before: that of the token before."""
-    word = piece.strip()
-    if is_end:
-        return END_OF_TEXT
-    if "\ufffd" in piece or not piece:
-        return PARTIAL
-    if not word:
-        return "whitespace"
-    if word.isdigit():
-        return "digit"
-    if not any(character.isalnum() for character in word):
-        return "punctuation"
-    return "word start" if piece[0].isspace() or not before or before[-1].isspace() else "word continuation"
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -329,10 +312,7 @@ def view(checkpoint: Checkpoint, text: str, output: Path, data: Sequence[str] | 
         batches = [route(model, rows[i : i + 1], documents[i : i + 1], mode) for i in range(len(rows))]
         routed = Routed(*(np.concatenate([getattr(b, key) for b in batches]) for key in Routed.__annotations__))
         source = f"{len(rows)} validation sequences of {', '.join(data)}"
-    classes = []
-    for row in routed.ids:
-        texts = ["", *pieces(tokenizer, row.tolist())]
-        classes += [classify(texts[i + 1], texts[i], token in ends) for i, token in enumerate(row)]
+    classes = [name for row in routed.ids.tolist() for name in classes_of(row, tokenizer, ends)]
     results["statistics"] = statistics(routed, classes, config)
     blocks += [
         Text(f"The histograms below are over {source}."),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_prep.settings import UserError
@@ -22,6 +24,7 @@ from pretrain.evaluate import (
 from pretrain.metrics import last_line
 from pretrain.opened import open_checkpoint
 from pretrain.report.runs import read_run
+from pretrain.token_depths import summary
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import read_lines, settings_for, train, trainer_for
 
@@ -124,6 +127,30 @@ def test_depth_is_capped(data, tmp_path, architecture) -> None:
     if architecture != "recursive":
         for depth in results["depths"]:
             assert sum(depth["validation_depth_shares"][depth["max_recursions"] + 1 :]) == 0
+    found = results["token_depths"]
+    tokens, classes = found["tokens"], found["classes"].values()
+    assert tokens == results["validation"]["validation_tokens"] == sum(row["tokens"] for row in classes)
+    for place, loss in enumerate(losses):
+        assert sum(row["tokens"] * row["losses"][place] for row in classes) / tokens == pytest.approx(loss, rel=1e-5)
+    changes = [row["change"] for row in found["steps"]]
+    assert changes == pytest.approx([b - a for a, b in itertools.pairwise(losses)], abs=1e-5)
+    shares = results["validation"].get("validation_depth_shares", [])
+    taken = {row["depth"]: row["tokens"] / tokens for row in found["depths"]}
+    assert [taken.get(depth, 0.0) for depth in range(len(shares))] == pytest.approx(shares)
+    whole = sum(row["tokens"] * row["loss"] for row in found["depths"]) / tokens
+    assert not shares or whole == pytest.approx(losses[-1], rel=1e-5)
+
+
+def test_better_and_worse_are_counted_by_token() -> None:
+    capped = np.array([[3.0, 3.0, 3.0, 3.0], [2.0, 3.5, 3.005, 3.0], [2.0, 1.0, 3.0, 3.0]])
+    found = summary(capped, capped[2], np.array([3, 2, 1, 1]), ["digit", "digit", "whitespace", "digit"])
+    assert found["steps"] == [
+        {"to": 2, "better": 0.25, "worse": 0.25, "change": pytest.approx(-0.12375)},
+        {"to": 3, "better": 0.25, "worse": 0.0, "change": pytest.approx(-0.62625)},
+    ]
+    assert found["classes"]["digit"] == {"tokens": 3, "losses": [3.0, pytest.approx(8.5 / 3), 2.0], "depth": 2.0}
+    taken = [(row["depth"], row["tokens"], row["loss"]) for row in found["depths"]]
+    assert taken == [(1, 2, 3.0), (2, 1, 1.0), (3, 1, 2.0)]
 
 
 def test_a_training_checkpoint_is_the_final_model(expert) -> None:

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from data_prep.settings import UserError
+from pretrain.token_depths import CLASSES, classify
 from pretrain.views import (
-    CLASSES,
     Routed,
-    classify,
     heat_map,
     main,
     route,
