@@ -19,8 +19,6 @@ if __name__ == "__main__":  # run by path: import from the repository, not from 
 
 import argparse
 import contextlib
-import itertools
-import math
 import os
 import shlex
 import signal
@@ -40,6 +38,7 @@ from launchers.grid import (
     CompareSettings,
     PlannedRun,
     cells_of,
+    more_seeds,
     plan_noise,
     plan_round,
     plan_runs,
@@ -51,6 +50,7 @@ from launchers.grid import (
     sweep_cost,
     take_records,
     winner,
+    with_seeds,
 )
 from model.hardware import describe, device_here
 from pretrain.lock import RunLock
@@ -58,7 +58,6 @@ from pretrain.main import prepare_data
 from pretrain.metrics import last_line
 from pretrain.parallel.timing import duration
 from pretrain.precision import refused_or_slow
-from pretrain.report.analysis import seeds_needed
 from pretrain.report.runs import shown
 from pretrain.report.summary import Results
 from pretrain.stop import CANNOT_WRITE, REQUEUE, REQUEUE_FILE
@@ -310,8 +309,7 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
         if code or not seeds:
             return code
         console.print(f"--until {compare.until:g}: adds seeds {', '.join(map(str, seeds))}", highlight=False)
-        settled = compare.sweep_runs or len(compare.seeds)  # the sweep that is over stands
-        compare = compare.model_copy(update={"seeds": [*compare.seeds, *seeds], "sweep_runs": settled})
+        compare = compare.model_copy(update=with_seeds(compare, seeds))
         runs = plan_runs(compare)
 
 
@@ -352,24 +350,6 @@ def report(
         console.print(f"no report: {error}", highlight=False, soft_wrap=True, markup=False)
         return None, 1
     return results, 0
-
-
-def more_seeds(compare: CompareSettings, results: Results | None) -> list[int]:
-    """Seeds to add until every interval is as narrow as `until`, as the spread so far lets expect; at most most_seeds.
-
-    The rule looks at the widths of intervals alone, never at which model is ahead.
-    """
-    if compare.until is None or results is None or len(compare.seeds) >= compare.most_seeds:
-        return []
-    sets = results.get("sets", [results])
-    rows = [row for one in sets for row in one["differences"]]
-    widths = [math.inf if row["high"] is None else row["high"] - row["mean"] for row in rows]
-    if not rows or max(widths) <= compare.until:
-        return []
-    wanted = max([3, *(seeds_needed(row["by_seed"], compare.until) for row in rows if len(row["by_seed"]) > 1)])
-    count = min(max(wanted, len(compare.seeds) + 1), compare.most_seeds) - len(compare.seeds)
-    free = (seed for seed in itertools.count() if seed not in {*compare.seeds, *compare.sweep_seeds})
-    return list(itertools.islice(free, count))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -26,8 +27,10 @@ from pretrain.config import ExperimentSettings, Flops, make_model_config, read_s
 from pretrain.lock import LOCK
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison
+from pretrain.report.analysis import seeds_needed
 from pretrain.report.controls import CONTROLS, control_fields, described
 from pretrain.report.records import unpack
+from pretrain.report.summary import Results
 from pretrain.report.sweep import Values, flatten, halving, points_of
 from pretrain.stop import REQUEUE_FILE
 
@@ -496,6 +499,37 @@ def plan_noise(compare: CompareSettings, gpus: bool | None = None) -> list[Plann
         }
         runs += [planned(compare, cell, seed, values, NOISE, more=changes[kind]) for kind in compare.noise]
     return with_configurations(compare, runs, gpus)
+
+
+# --- seeds ------------------------------------------------------------------------------------------------------
+
+
+def more_seeds(compare: CompareSettings, results: Results | None) -> list[int]:
+    """Seeds to add until every interval is as narrow as `until`, as the spread so far lets expect; at most most_seeds.
+
+    results: of the report on the seeds so far. The rule looks at the widths of intervals alone, never at which model is
+    ahead.
+    """
+    if compare.until is None or results is None or len(compare.seeds) >= compare.most_seeds:
+        return []
+    sets = results.get("sets", [results])
+    rows = [row for one in sets for row in one["differences"]]
+    widths = [math.inf if row["high"] is None else row["high"] - row["mean"] for row in rows]
+    if not rows or max(widths) <= compare.until:
+        return []
+    wanted = max([3, *(seeds_needed(row["by_seed"], compare.until) for row in rows if len(row["by_seed"]) > 1)])
+    count = min(max(wanted, len(compare.seeds) + 1), compare.most_seeds) - len(compare.seeds)
+    free = (seed for seed in itertools.count() if seed not in {*compare.seeds, *compare.sweep_seeds})
+    return list(itertools.islice(free, count))
+
+
+def with_seeds(compare: CompareSettings, seeds: Sequence[int]) -> dict[str, Any]:
+    """What changes of a comparison that gets these seeds beside its own: the sweeps that are over stand."""
+    settled = {"sweep_runs": compare.sweep_runs or len(compare.seeds)} if compare.sweep or compare.sweep_models else {}
+    return {"seeds": [*compare.seeds, *seeds], **settled}
+
+
+# --- precision, files, sizes --------------------------------------------------------------------------------------
 
 
 def with_precision(compare: CompareSettings, runs: Sequence[PlannedRun], gpus: bool) -> list[PlannedRun]:

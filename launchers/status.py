@@ -32,6 +32,7 @@ from launchers.grid import (
     round_size,
     said,
     winner,
+    with_seeds,
 )
 from launchers.requeues import Requeues
 from pretrain.lock import LOCK, STALE_SECONDS
@@ -54,10 +55,13 @@ class Task:
     state: str
 
 
-def remember(compare: CompareSettings, runs: Sequence[PlannedRun], array: str) -> None:
-    """Note in the comparison's folder that this array's task N is the run of that label, without swept values."""
+def remember(compare: CompareSettings, runs: Sequence[PlannedRun], array: str, added: bool = False) -> None:
+    """Note in the comparison's folder that this array's task N is the run of that label, without swept values.
+
+    added: whether its seeds were added by `until`, beside those that the comparison was submitted with.
+    """
     tasks = {str(number): run.unswept for number, run in enumerate(runs) if not run.finished()}
-    _note(compare.output, {"array": array, "tasks": tasks})
+    _note(compare.output, {"array": array, "tasks": tasks} | ({"seeds": compare.seeds} if added else {}))
 
 
 def remember_round(compare: CompareSettings, number: int, array: str) -> None:
@@ -80,6 +84,15 @@ def submissions(output: Path) -> list[dict[str, Any]]:
         return json.loads((output / SUBMITTED).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
+
+
+def added_seeds(compare: CompareSettings) -> dict[str, Any]:
+    """What the seeds that `until` added since change of the comparison as it was submitted; nothing without any."""
+    for entry in reversed(submissions(compare.output)):
+        seeds = entry.get("seeds", [])
+        if set(compare.seeds) < set(seeds):
+            return with_seeds(compare, [seed for seed in seeds if seed not in compare.seeds])
+    return {}
 
 
 def ask(*command: str) -> list[list[str]]:

@@ -8,8 +8,9 @@ python launchers/submit.py --status configs/compare/NAME.yaml [key=value ...]
 
 Jobs that depend on each other: the data's preparation where the data is missing; an array for each round of the
 comparison's sweeps; the run, or an array with a task for each run of the comparison that is not finished; the report.
-`--dry-run` prints the commands, as a shell script that would submit the same. Refused, with the numbers: a batch that
-does not divide among the ranks, and a model that does not fit into the GPUs.
+Of a comparison with `until` the report's job submits the seeds that are still wanted, with a report after them again,
+up to `most_seeds`. `--dry-run` prints the commands, as a shell script that would submit the same. Refused, with the
+numbers: a batch that does not divide among the ranks, and a model that does not fit into the GPUs.
 
 CPUs and memory are asked for in proportion to the GPUs, as sinfo describes the partition's nodes. The preparation and
 the report need no GPU: they go to --cpu-partition, and --sbatch, where constraints on GPUs stand, is not for them.
@@ -27,6 +28,7 @@ if __name__ == "__main__":  # run by path: import from the repository, not from 
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import json
 import math
 import os
 import re
@@ -44,6 +46,7 @@ from launchers.grid import (
     PlannedRun,
     cells_of,
     data_shape,
+    more_seeds,
     plan_noise,
     plan_round,
     plan_runs,
@@ -51,7 +54,9 @@ from launchers.grid import (
     round_count,
     round_size,
     shown_apart,
+    take_records,
     winner,
+    with_seeds,
 )
 from model.memory import Memory, training_memory
 from pretrain.config import ExperimentSettings, make_model_config, micro_size_of, read_settings
@@ -105,9 +110,10 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
     report = [f"--baseline={compare.baseline}"] if compare.baseline else []
     report += ["--published"] if compare.published else []
     report += ["--allow-mixed"] if shown_apart(compare) else []
+    report += [f"--output={compare.output / compare.report}"] if compare.report != "report" else []
+    report += ["--evidence", *map(str, compare.evidence)] if compare.evidence else []
     named = [f"--job-name={compare.output.name}", f"--output={LOGS}/%x-%A_%a.log"]
     tasks = ",".join(map(str, missing)) + (f"%{options.at_once}" if options.at_once else "")
-    report += [f"--evidence={path}" for path in compare.evidence]
     jobs = prepare_jobs(runs[0].settings, options) if missing else []
     if missing:
         arguments = ["--compare", options.compare, *options.overrides, f"overrides.{world_size(options)}"]
@@ -115,7 +121,8 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
         if len(decided) == 1:  # here and once, not on each task's node
             arguments.append(f"overrides.precision={decided.pop()}")
         wanted = resources(options, [runs[number].settings for number in missing])
-        sweeps = sweep_jobs(compare, jobs, [*named, *wanted], arguments, options)
+        # seeds are added to sweeps that are over, also where one of their runs diverged
+        sweeps = [] if options.add_seeds else sweep_jobs(compare, jobs, [*named, *wanted], arguments, options)
         waits = ("afterany", sweeps[-1].name) if sweeps else after(jobs)
         jobs += sweeps
         array = [*named, f"--array={tasks}", *wanted, "launchers/compare_array.sbatch", *arguments]
@@ -123,7 +130,57 @@ def plan_comparison(options: argparse.Namespace) -> list[Job]:
     # afterany: a run that failed is missing from the report, and no reason to have none
     named = [f"--job-name={compare.output.name}-report", f"--output={LOGS}/%x-%j.log"]
     command = [*named, *cpu_resources(options, 2), "launchers/report.sbatch", str(compare.output), *report]
+    if compare.until is not None:
+        command += ["--", *request(spelt_out(options, [run.settings for run in runs]))]
     return [*jobs, Job("report", command, ("afterany", "compare") if missing else ())]
+
+
+def request(options: argparse.Namespace) -> list[str]:
+    """The arguments of this program that ask for the comparison once more."""
+    given = [f"--nodes={options.nodes}", f"--gpus-per-node={options.gpus_per_node}"]
+    given += [f"--gpu-memory={options.gpu_memory:g}", *([f"--at-once={options.at_once}"] if options.at_once else [])]
+    given += [f"--resources={options.resources}", f"--cpu-resources={options.cpu_resources}"]
+    return ["--compare", options.compare, *given, *options.overrides]
+
+
+def spelt_out(options: argparse.Namespace, runs: Sequence[ExperimentSettings]) -> argparse.Namespace:
+    """The request with all of sbatch's options, as they are here: where a job asks again there may be no sinfo."""
+    words = {"resources": resources(options, runs), "cpu_resources": cpu_resources(options, 2)}
+    return argparse.Namespace(**vars(options) | {name: shlex.join(given) for name, given in words.items()})
+
+
+def add_seeds(options: argparse.Namespace) -> None:
+    """Print the script that submits the seeds which `until` still wants after the report; or, once it was submitted,
+    note its array. Where a run is missing, say so on stderr: the report knows too little then.
+    """
+    compare, runs = read_comparison(options)
+    options = spelt_out(options, [run.settings for run in runs])
+    if missing := [run.label for run in runs if not run.finished()]:
+        text = f"until: no seeds are added while these are not finished: {', '.join(missing)}; go on with"
+        print(text, command_of(options), sep="\n", file=sys.stderr)
+        return
+    path = compare.output / compare.report / "results.json"
+    seeds = more_seeds(compare, json.loads(path.read_text(encoding="utf-8")))
+    if not seeds:
+        return
+    options.overrides = replaced(options.overrides, with_seeds(compare, seeds))
+    if options.submitted:
+        remember(options, {"compare": options.submitted})
+        return
+    refused = f"until: seeds {', '.join(map(str, seeds))} are wanted, and Slurm did not take them from here; type"
+    told = shlex.join(["printf", r"%s\n", refused, command_of(options)])
+    print(f"trap {shlex.quote(f'{told} >&2')} ERR", f"mkdir -p {LOGS}", *script(plan_comparison(options)), sep="\n")
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """What to type for the request."""
+    return shlex.join(["python", "launchers/submit.py", *request(options)])
+
+
+def replaced(overrides: Sequence[str], changes: Mapping[str, object]) -> list[str]:
+    """Overrides with other values for some keys."""
+    kept = [item for item in overrides if item.partition("=")[0] not in changes]
+    return [*kept, *(f"{key}={json.dumps(value)}" for key, value in changes.items())]
 
 
 def sweep_jobs(
@@ -170,7 +227,7 @@ def remember(options: argparse.Namespace, numbers: Mapping[str, str]) -> None:
         if name_of_round(number) in numbers:
             status.remember_round(compare, number, numbers[name_of_round(number)])
     if "compare" in numbers:
-        status.remember(compare, runs, numbers["compare"])
+        status.remember(compare, runs, numbers["compare"], options.add_seeds)
 
 
 def run_of_task(options: argparse.Namespace) -> PlannedRun:
@@ -306,6 +363,8 @@ def nodes_of(partition: str | None) -> list[Node]:
 
 def resources(options: argparse.Namespace, runs: Sequence[ExperimentSettings]) -> list[str]:
     """sbatch's options for the nodes of one run, whichever of `runs` it is."""
+    if options.resources is not None:
+        return shlex.split(options.resources)
     tasks = max(1, options.gpus_per_node) if options.task_per_gpu else 1
     given = [f"--nodes={options.nodes}", f"--ntasks-per-node={tasks}"]
     if options.gpus_per_node:
@@ -361,6 +420,8 @@ def host_memory(settings: ExperimentSettings, options: argparse.Namespace) -> in
 
 def cpu_resources(options: argparse.Namespace, cpus: int) -> list[str]:
     """sbatch's options for a job of one node that needs no GPU."""
+    if options.cpu_resources is not None:
+        return shlex.split(options.cpu_resources)
     partition = options.cpu_partition or options.partition
     nodes, given = nodes_of(partition), ["--nodes=1", "--ntasks=1"]
     if not asks(options.cpu_sbatch, "--cpus-per-task", "-c"):
@@ -404,16 +465,27 @@ def submit(jobs: Sequence[Job], dry_run: bool) -> dict[str, str]:
     numbers: dict[str, str] = {}
     if dry_run:
         print(f"cd {shlex.quote(str(REPOSITORY))} && mkdir -p {LOGS} && export PYTHON={shlex.quote(sys.executable)}")
+        print(*script(jobs), sep="\n")
+        return numbers
     for job in jobs:
-        kind, *names = job.after or ("",)
-        waits = [f"--dependency={':'.join([kind, *(numbers[name] for name in names)])}"] if names else []
-        if dry_run:
-            numbers[job.name] = f"${job.name}"
-            print(f"{job.name}=$({' '.join(['sbatch --parsable', *waits, shlex.join(job.command)])})")
-        else:
-            numbers[job.name] = call(["sbatch", "--parsable", *waits, *job.command])
-            print(f"{job.name}: job {numbers[job.name]}")
+        numbers[job.name] = call(["sbatch", "--parsable", *waiting(job, numbers), *job.command])
+        print(f"{job.name}: job {numbers[job.name]}")
     return numbers
+
+
+def script(jobs: Sequence[Job]) -> list[str]:
+    """The lines of a shell script that submits the jobs, each number in a variable of its job's name."""
+    variables = {job.name: f"${job.name}" for job in jobs}
+    return [
+        f"{job.name}=$({' '.join(['sbatch --parsable', *waiting(job, variables), shlex.join(job.command)])})"
+        for job in jobs
+    ]
+
+
+def waiting(job: Job, numbers: Mapping[str, str]) -> list[str]:
+    """sbatch's option for what a job waits for. numbers: of the jobs before it."""
+    kind, *names = job.after or ("",)
+    return [f"--dependency={':'.join([kind, *(numbers[name] for name in names)])}"] if names else []
 
 
 def call(command: Sequence[str]) -> str:
@@ -465,11 +537,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="OPTION",
         help="any other, of runs: --sbatch=--constraint=a100",
     )
+    parser.add_argument(
+        "--resources", metavar="WORDS", help="all of sbatch's options for a run's nodes, in place of these"
+    )
     cpu = parser.add_argument_group("the preparation and the report, which need no GPU")
     cpu.add_argument("--cpu-partition", metavar="NAME", help="default: that of the runs")
     cpu.add_argument("--cpu-cpus", type=positive, metavar="N", help="cores of a preparation; default: 8")
     cpu.add_argument("--cpu-mem", metavar="SIZE", help="memory of each; default: 16G, or all of a smaller node")
     cpu.add_argument("--cpu-sbatch", action="append", default=[], metavar="OPTION", help="as --sbatch, for these jobs")
+    cpu.add_argument("--cpu-resources", metavar="WORDS", help="as --resources, for these jobs")
     parser.add_argument(
         "--restart",
         action="store_true",
@@ -478,6 +554,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
     parser.add_argument("--round", type=int, metavar="N", help="with --print-run: of round N of the sweeps, from 0")
     parser.add_argument("--print-run", type=int, metavar="N", help="print the arguments of --compare's run N, and stop")
+    parser.add_argument(
+        "--add-seeds", action="store_true", help="print the jobs for the seeds that --compare's report leaves wanted"
+    )
+    parser.add_argument("--submitted", metavar="N", help="note for --status that array N holds --compare's runs")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     options = parser.parse_intermixed_args(arguments)
     if options.prepare:  # --prepare takes whatever follows it
@@ -485,6 +565,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         options.prepare = [item for item in options.prepare if "=" not in item]
     if options.restart and not options.config:
         parser.error("--restart belongs to --config: of a comparison, remove the run directories that begin anew")
+    if (options.add_seeds or options.submitted) and not options.compare:
+        parser.error("--add-seeds and --submitted belong to --compare")
     return options
 
 
@@ -503,12 +585,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(*run_of_task(options).arguments, sep="\n")
     elif options.status:
         options.compare = options.status
+        settings = read_compare(Path(options.compare), options.overrides)
+        options.overrides = replaced(options.overrides, status.added_seeds(settings))
         settings, runs = read_comparison(options)
         status.show(settings, runs, options.gpus_per_node > 0, REPOSITORY / LOGS)
     elif options.config:
         submit(plan_run(options), options.dry_run)
+    elif options.add_seeds:
+        add_seeds(options)
+    elif options.submitted:
+        remember(options, {"compare": options.submitted})
     elif options.compare:
+        compare = read_compare(Path(options.compare), options.overrides)
+        if not options.dry_run:
+            take_records(compare)
         numbers = submit(plan_comparison(options), options.dry_run)
+        if compare.until is not None:
+            text = f"the report's job adds seeds while an interval is wider, at most {compare.most_seeds} in all"
+            print(f"{'# ' * options.dry_run}until {compare.until:g}: {text}")
         if not options.dry_run:
             remember(options, numbers)
     elif options.tasks:

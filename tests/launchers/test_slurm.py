@@ -21,6 +21,7 @@ REASON = slurm.why_not()
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(REASON is not None, reason=REASON or "")]
 
 STEPS = 120  # long enough to be interrupted on a fast machine
+MODEL = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_key_value_heads: 2}"
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
 
 
@@ -135,20 +136,25 @@ def test_array_prepares_one_configuration_a_task(cluster: Slurm, tmp_path: Path)
     assert [manifest["seed"] for manifest in manifests] == [1, 2]
 
 
-def test_comparison_is_an_array_and_its_report_follows(
-    cluster: Slurm, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = "{hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, num_key_value_heads: 2}"
+@pytest.fixture
+def comparison(cluster: Slurm, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A comparison of a vanilla model alone, two seeds, whose submissions reach the cluster from this process."""
     config = tmp_path / "compare.yaml"
     config.write_text(
-        f"output: {tmp_path}/out\nexperiment: configs/experiment/smoke.yaml\nmodels: {{vanilla: {model}}}\n"
+        f"output: {tmp_path}/out\nexperiment: configs/experiment/smoke.yaml\nmodels: {{vanilla: {MODEL}}}\n"
         f"overrides: {{data: {{folder: {data}}}, tracker: {{mode: disabled}}, evaluation: {{sequences: 8}}}}\n"
         "budgets: [{flops: 2.0e+10}]\nseeds: [0, 1]\n"
     )
     for key, value in cluster.environment.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(submit, "LOGS", str(tmp_path / "logs"))
-    assert submit.main(["--compare", str(config), "--gpus-per-node=1"]) == 0
+    return config
+
+
+def test_comparison_is_an_array_and_its_report_follows(
+    cluster: Slurm, comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main(["--compare", str(comparison), "--gpus-per-node=1"]) == 0
     printed = capsys.readouterr().out.splitlines()
     array, report = (line.split(": job ")[1] for line in printed)
     assert [line.split(":")[0] for line in printed] == ["compare", "report"]
@@ -157,3 +163,36 @@ def test_comparison_is_an_array_and_its_report_follows(
     cluster.wait(report, 120)
     results = (tmp_path / "out" / "report" / "results.json").read_text()
     assert "vanilla" in results, cluster.output(report)
+
+
+def test_the_report_adds_seeds_and_says_what_slurm_refuses(
+    cluster: Slurm, comparison: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One seed gives no interval: another is submitted by the report's job, and `most_seeds` ends it there."""
+    looped = MODEL.replace("}", ", num_recursions: 2}")
+    wanted = ["seeds=[0]", f"models.recursive={looped}", "budgets=[{flops: 6e9}]", "until=1e-9"]
+    arguments = ["--compare", str(comparison), "--gpus-per-node=1", *wanted]
+    assert submit.main([*arguments, "most_seeds=2"]) == 0
+    array, report, _ = capsys.readouterr().out.splitlines()
+    cluster.wait(array.split(": job ")[1] + "_0", 600)
+    log = cluster.output(cluster.wait(report.split(": job ")[1], 600)["JobId"])
+    second = log.split("until: more seeds are wanted, job ")[1].split()[0]
+    last = cluster.wait(str(int(second) + 1), 900)
+    logs = [REPOSITORY / "runs" / "slurm" / f"out-{second}_{task}.log" for task in (2, 3)]
+    logs.append(Path(last["StdOut"]))  # the report's job knows nothing of this test's folder
+    assert last["Command"].endswith("report.sbatch") and "more seeds" not in logs[-1].read_text()
+    assert all("the ranks ended with 0" in log.read_text() for log in logs[:-1])
+    for path in logs:
+        path.unlink()
+    results = json.loads((tmp_path / "out" / "report" / "results.json").read_text())
+    assert results["seeds"] == [0, 1] and results["differences"][0]["high"] is not None
+    assert submit.main(["--status", str(comparison), *wanted]) == 0
+    assert "4 finished" in capsys.readouterr().out
+
+    refused = ["seeds=[0, 1]", "--resources=--partition=closed", "--cpu-resources=--nodes=1"]
+    words = ["launchers/report.sbatch", str(tmp_path / "out"), "--", *arguments, *refused, "most_seeds=3"]
+    number = cluster.submit(f"--output={tmp_path}/%j.log", *words)
+    cluster.wait(number, 600, ("FAILED",))
+    *_, told, command = cluster.output(number).splitlines()
+    assert told == "until: seeds 2 are wanted, and Slurm did not take them from here; type"
+    assert command.startswith("python launchers/submit.py --compare") and "'seeds=[0, 1, 2]'" in command

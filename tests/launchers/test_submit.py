@@ -31,12 +31,17 @@ def data(tmp_path: Path) -> list[str]:
     return [f"data.folder={folder}"]
 
 
+def words_of(command: str) -> list[str]:
+    """The words of a line that --dry-run prints."""
+    return shlex.split(command.replace("$(", " ").removesuffix(")"))
+
+
 def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[list[str]]:
     """The words of every command that --dry-run prints, after the line that prepares the shell."""
     assert main([*arguments, "--dry-run"]) == 0
     head, *commands = capsys.readouterr().out.splitlines()
     assert head == f"cd {REPOSITORY} && mkdir -p runs/slurm && export PYTHON={sys.executable}"
-    return [shlex.split(command.replace("$(", " ").removesuffix(")")) for command in commands]
+    return [words_of(command) for command in commands]
 
 
 def test_dry_run_of_a_run(capsys: pytest.CaptureFixture[str], data: list[str]) -> None:
@@ -221,6 +226,89 @@ def test_a_sweep_is_an_array_for_each_round_and_its_winner_is_run(
     assert main([*arguments, "--print-run", "0"]) == 0
     assert "optimizer.learning_rate=0.004" in capsys.readouterr().out.splitlines()
     assert len(dry_run(capsys, *arguments)) == 2  # the sweeps are over
+
+
+def wide(path: Path, half_width: float | None) -> None:
+    """A report's results.json whose one interval is so wide; None: unknown, as where a run diverged."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"differences": [{"mean": 0.0, "high": half_width, "by_seed": [0.0, 0.0]}]}))
+
+
+def after_dashes(words: list[str]) -> list[str]:
+    return words[words.index("--") + 1 :]
+
+
+def test_until_is_carried_to_the_report_and_adds_seeds_up_to_the_most(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data: list[str]
+) -> None:
+    """Report after report whose interval stays wide: each asks for one seed more, then the last for none.
+
+    What they submit is what the first submission was, seeds apart, though there is no sinfo any more.
+    """
+    path, results = comparison(tmp_path), tmp_path / "out" / "report" / "results.json"
+    (tmp_path / "sinfo").write_text("#!/bin/sh\necho 'main*|32|64000|gpu:4'\n")
+    (tmp_path / "sinfo").chmod(0o755)
+    overrides = [f"overrides.{data[0]}", "overrides.precision=fp32", RATES, "until=0.02", "most_seeds=5"]
+    arguments = ["--compare", str(path), "--gpus-per-node=1", "--time=01:00:00", "--at-once=2", *overrides]
+    with monkeypatch.context() as cluster:
+        cluster.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        assert main([*arguments, "--dry-run"]) == 0
+    *_, array, report, told = capsys.readouterr().out.splitlines()
+    assert told == "# until 0.02: the report's job adds seeds while an interval is wider, at most 5 in all"
+    request, own = after_dashes(words_of(report)), ("--array", "--dependency")
+    options = [word for word in words_of(array) if word.startswith("--") and not word.startswith(own)]
+    assert "--mem=16000M" in options
+    for number in (0, 1):
+        for run in plan_round(read_compare(path, overrides), number, True):
+            ends(run.folder, run.settings.optimizer.learning_rate)
+
+    assert main([*request, "--add-seeds"]) == 0
+    out, err = capsys.readouterr()
+    assert not out and "not finished: small-learning_rate0.001-seed0, other-" in err
+    assert shlex.split(err.splitlines()[-1]) == ["python", "launchers/submit.py", *request]
+
+    found = []
+    for _ in range(9):
+        for run in plan_runs(read_compare(path, [word for word in request[1:] if re.match(r"[a-z_.]+=", word)]), True):
+            ends(run.folder, 3.0)
+        wide(results, None)
+        assert main([*request, "--add-seeds"]) == 0
+        if not (printed := capsys.readouterr().out):
+            break
+        trap, _, array, report = printed.splitlines()
+        seeds = [0, 1, 2, 3, 4][: 3 + len(found)]
+        request = after_dashes(words_of(report))
+        assert f"seeds={json.dumps(seeds)}" in request and str(seeds) in trap
+        # two seeds allowed a sweep of that length, and its winner stands
+        assert {"sweep_runs=2", "sweep_runs=2.0"} & set(request)
+        assert words_of(array)[0] == "compare=" and "--dependency=afterany:$compare" in report
+        given = [word for word in words_of(array) if word.startswith("--")]
+        assert [word for word in given if not word.startswith(own)] == options
+        first = 2 * len(seeds) - 2  # two models a seed, of which all but the last seed's are finished
+        assert f"--array={first},{first + 1}%2" in given
+        found.append(seeds)
+    assert len(found) == 3, "most_seeds ends it"
+
+    status.remember(read_compare(path, overrides), [], "3")
+    assert main([*arguments, "--submitted=7"]) == 0  # a script that was run by hand, of the seeds that were given
+    assert status.added_seeds(read_compare(path, overrides)) == {}
+    wide(results, None)
+    assert main([*arguments, "--resources=", "--cpu-resources=", "--add-seeds", "--submitted=8"]) == 0
+    assert main(["--status", str(path), *overrides]) == 0
+    assert "seed2" in capsys.readouterr().out
+
+
+def test_until_that_is_reached_adds_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: list[str]
+) -> None:
+    path = comparison(tmp_path)
+    arguments = ["--compare", str(path), "--gpus-per-node=0", f"overrides.{data[0]}", "until=0.02", "--add-seeds"]
+    for run in plan_runs(read_compare(path, [f"overrides.{data[0]}"])):
+        ends(run.folder, 3.0)
+    for half_width, adds in ((0.0199, False), (0.0201, True)):
+        wide(tmp_path / "out" / "report" / "results.json", half_width)
+        assert main(arguments) == 0
+        assert bool(capsys.readouterr().out) == adds
 
 
 def test_an_array_is_told_the_precision_that_was_decided_for_all(
