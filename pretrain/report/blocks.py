@@ -196,6 +196,8 @@ def checklist_blocks(results: Results) -> list[Block]:
     text = f"Of {len(claims)} differences {len(standing)} are supported by every answer" + (
         f": {', '.join(standing)}." if standing else "; the others have no verdict yet."
     )
+    if not claims:
+        text = "No difference is drawn here: no two of these models are compared."
     header = ["question", "passes", "answer", "what is missing"]
     return [Heading("A sceptic's checklist"), Text(text), Table("Checklist, computed from the runs", header, rows)]
 
