@@ -44,6 +44,8 @@ def test_a_report_made_again_from_its_records_says_the_same(runs, tmp_path):
     training = [[line for line in run.lines if "validation_loss" not in line] for run in (before, after)]
     assert (len(training[0]), len(training[1]), after.validations) == (300, 101, before.validations)
     assert training[1][-1] == training[0][-1]
+    kept = [(tmp_path / name / records.FILE).read_bytes() for name in ("first", "second")]
+    assert kept[0] == kept[1]
 
 
 def test_what_is_there_already_stays(runs, tmp_path):
