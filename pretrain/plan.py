@@ -18,6 +18,7 @@ class RunState:
     """How far a run has come.
 
     flops: in the run's convention. seconds: in training steps, over all resumes, without validation and checkpoints.
+    joules: in the same, of all ranks, up to the last step's update; None where those of any step are not known.
     """
 
     step: int = 0
@@ -25,6 +26,7 @@ class RunState:
     flops: int = 0
     seconds: float = 0.0
     skipped_steps: int = 0
+    joules: float | None = None
 
 
 @dataclass(frozen=True)

@@ -120,9 +120,11 @@ def describe_run(
     manifest: Manifest,
     plan: dict[str, int],
     parallel: Parallel,
+    energy: str | None = None,
 ) -> None:
     """Write run.json: what is fixed for the whole run, with `plan` added to its budget.
 
+    energy: whose joules are counted, in words; None where none are.
     Raises UserError if the run has been trained on other data.
     """
     path = settings.run_dir / "run.json"
@@ -164,6 +166,7 @@ def describe_run(
             "data": {"order_seed": settings.data.order_seed},
         },
         "device": _device_name(parallel),
+        **({"energy": energy} if energy else {}),
         **{key: before[key] for key in HISTORY if key in before},
     }
     if settings.start_from is not None and (parent := _known_parent(settings.run_dir, before)) is not None:

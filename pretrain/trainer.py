@@ -44,6 +44,7 @@ from pretrain import extend, parent, run_folder
 from pretrain.checkpoint import Checkpoints, Outcome, committed, export, folder_of
 from pretrain.config import ExperimentSettings, StartSettings, micro_size_of, resolve_model
 from pretrain.data import BlockLoader, MicroBatch
+from pretrain.energy import EnergyMeter
 from pretrain.evaluate import TaskSettings, run_tasks, task_line
 from pretrain.lock import RunLock, owner_of
 from pretrain.manifest import Manifest
@@ -108,8 +109,17 @@ def make_optimizer(model: nn.Module, settings: ExperimentSettings) -> torch.opti
 class Trainer:
     """Trains one experiment. Built alike on every rank."""
 
-    def __init__(self, settings: ExperimentSettings, manifest: Manifest, parallel: Parallel) -> None:
-        """Build model, optimizer and loader. Raises UserError where settings, data and ranks contradict each other."""
+    def __init__(
+        self,
+        settings: ExperimentSettings,
+        manifest: Manifest,
+        parallel: Parallel,
+        energy: EnergyMeter | None = None,
+    ) -> None:
+        """Build model, optimizer and loader. Raises UserError where settings, data and ranks contradict each other.
+
+        energy: what this rank's joules are read from; None: what is found here.
+        """
         if settings.precision == "auto":
             settings = settle(settings, parallel)
         self.settings, self.manifest, self.parallel = settings, manifest, parallel
@@ -152,7 +162,11 @@ class Trainer:
         if parallel.compiles(settings.compile):
             self.model.compile_layers()
         parallel.prepare(self.model, lambda module: make_optimizer(module, settings))
-        self.state, self.spikes = RunState(), LossSpikes()
+        first = parallel.local_rank == 0
+        self.energy = energy or EnergyMeter.of_rank(parallel.device, first)
+        kinds = parallel.gather((first, set(self.energy.counters)))
+        self.energy_counted = self.energy.agree(kinds, parallel.device.type == "cuda")  # in words; None: nothing is
+        self.state, self.spikes = self.state_of({}), LossSpikes()
         self.output: Output | None = None  # on rank 0, while a run directory is open
         self.cooldown_step: int | None = None  # the last one of the plateau, once the cool-down has begun
         self.saved_step, self.saved_at = -1, time.monotonic()
@@ -167,6 +181,13 @@ class Trainer:
             self.config, self.manifest.sequence_length, settings.batch.size, convention=settings.budget.convention
         )
         return make_plans(settings, expected, self.tokens_per_step, extend.begun_warmup(settings.run_dir))
+
+    def state_of(self, snapshot: dict[str, Any]) -> RunState:
+        """How far the run of a checkpoint has come, or a new one; joules are known where all steps counted the same."""
+        state = RunState(**snapshot["run"]) if snapshot else RunState(joules=0.0)
+        if self.energy_counted is None or (snapshot and snapshot.get("energy") != self.energy_counted):
+            state.joules = None
+        return state
 
     # --- runs ---------------------------------------------------------------------------------------------------------
 
@@ -273,6 +294,7 @@ class Trainer:
         """One optimizer step over the global batch [B, T]; returns its line of metrics."""
         parallel, rule = self.parallel, self.settings.optimizer
         started = time.perf_counter()
+        self.energy.resume()
         parallel.clock.restart()
         parallel.clock.begin("data")
         batch = [micro.to(parallel.device) for micro in self.next_batch()]
@@ -296,6 +318,8 @@ class Trainer:
         sums.add("stop", float(self.stop.requested))
         sums.add("save", float(self.minutes_have_passed()))
         sums.add("fault", float(self.faulty()))
+        if self.energy_counted:
+            sums.add("joules", self.energy.take())
         reduced = sums.over_ranks(parallel)
 
         rate = rule.learning_rate * self.plan.schedule.factor(self.state.step, self.plan.progress(self.state))
@@ -311,6 +335,7 @@ class Trainer:
             self.model.update_router_bias(torch.tensor(totals["load"], device=parallel.device))
         parallel.clock.stop()
         parts = self.parts() if (self.state.step + 1) % self.settings.metrics.every_steps == 0 else {}
+        self.energy.pause()
         seconds = time.perf_counter() - started
         rates = self.advance(totals, seconds, finite)
         return self.line(totals, rate, norm) | rates | parts
@@ -388,6 +413,8 @@ class Trainer:
         self.state.tokens += self.tokens_per_step
         self.state.flops += self.step_flops(size, *routed)
         self.state.seconds += seconds
+        if (joules := totals.pop("joules", None)) is not None and self.state.joules is not None:
+            self.state.joules = self.state.joules + joules if math.isfinite(joules) else None
         self.state.skipped_steps += not (finite and math.isfinite(totals["total_loss"]))
         rates = {"tokens_per_second": self.tokens_per_step / seconds, "loss_spike": self.spikes(totals["loss"])}
         if self.peak_flops is not None:
@@ -440,7 +467,8 @@ class Trainer:
     def counters(self) -> dict[str, Any]:
         """How far the run is, for a line of metrics. samples: sequences seen; epoch: share of the data handed out."""
         samples = self.state.tokens // self.manifest.sequence_length
-        return asdict(self.state) | {"samples": samples, "epoch": self.loader.position / len(self.loader)}
+        state = {name: value for name, value in asdict(self.state).items() if value is not None}
+        return state | {"samples": samples, "epoch": self.loader.position / len(self.loader)}
 
     def tell_repetition(self, before: RunState) -> None:
         """Say once that the data begins to repeat itself."""
@@ -527,6 +555,7 @@ class Trainer:
         """What a checkpoint keeps beside tensors and random numbers: JSON, the same on every rank."""
         return {
             "run": asdict(self.state),
+            "energy": self.energy_counted,
             "loss_spikes": asdict(self.spikes),
             "loader": self.loader.state(),
             "tracker_id": self.tracker_id,
@@ -558,7 +587,7 @@ class Trainer:
         facts = {"planned_steps": plan.planned_steps, "warmup_steps": plan.schedule.warmup_steps}
 
         def describe() -> None:
-            run_folder.describe_run(plan.settings, self.config, self.manifest, facts, parallel)
+            run_folder.describe_run(plan.settings, self.config, self.manifest, facts, parallel, self.energy_counted)
             (plan.folder / REQUEUE_FILE).unlink(missing_ok=True)
 
         parallel.on_main("describing the run", describe)
@@ -570,7 +599,7 @@ class Trainer:
         if found is not None:
             snapshot = self.checkpoints.load(parallel, found)
             self.require_precision(found, snapshot)
-            self.state, self.spikes = RunState(**snapshot["run"]), LossSpikes(**snapshot.get("loss_spikes", {}))
+            self.state, self.spikes = self.state_of(snapshot), LossSpikes(**snapshot.get("loss_spikes", {}))
             self.loader.load_state(snapshot["loader"])
         elif plan.settings.start_from is not None and plan is self.plans[0]:
             snapshot = self.begin_from_parent(plan.settings.start_from)
@@ -601,9 +630,9 @@ class Trainer:
     def begin_from_parent(self, start: StartSettings) -> dict[str, Any]:
         """Take from another run what `start_from` says; returns what the run's own checkpoint goes on from."""
         snapshot = parent.take_parent(self.parallel, self.settings)
-        self.state, self.spikes = RunState(), LossSpikes()
+        self.state, self.spikes = self.state_of({}), LossSpikes()
         if start.take == "run":
-            self.state, self.spikes = RunState(**snapshot["run"]), LossSpikes(**snapshot.get("loss_spikes", {}))
+            self.state, self.spikes = self.state_of(snapshot), LossSpikes(**snapshot.get("loss_spikes", {}))
         if start.data_order == "continue":
             if "loader" not in snapshot:
                 raise UserError(f"start_from.data: {start.path} is a model alone: it has no place in the data")

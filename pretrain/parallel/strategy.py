@@ -71,7 +71,7 @@ def _check_devices(visible: int, environment: Mapping[str, str]) -> None:
 class Parallel:
     """One process alone; the subclasses are the strategies over several ranks. Made by `start_parallel`.
 
-    rank, world_size: of this process; is_main: rank 0, which writes and prints.
+    rank, world_size: of this process; is_main: rank 0, which writes and prints. local_rank: among those of its machine.
     device: where this rank computes. clock: the seconds of a step by part.
     module: the model as it was given to `prepare`; model: as the strategy calls it.
     """
@@ -85,10 +85,11 @@ class Parallel:
         self.settings, self.precision, self.seed = settings, precision, seed
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         self.is_main = self.rank == 0
         if torch.cuda.is_available():
             _check_devices(torch.cuda.device_count(), os.environ)
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("highest")  # fp32 means fp32, not TF32
             torch.backends.cudnn.allow_tf32 = False

@@ -40,7 +40,7 @@ def set_blocks(results: Results, runs: Sequence[Run], published: Results | None,
 
 
 def curve_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> list[Block]:
-    """Losses along FLOPs, tokens and seconds, and the depths that tokens took."""
+    """Losses along FLOPs, tokens, seconds and joules, and the depths that tokens took."""
     from pretrain.report import figures
 
     note = f" ({results['convention']} convention)"
@@ -66,6 +66,16 @@ def curve_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> li
                 "The same against seconds of training steps, as measured on these runs' machines with whatever else "
                 "they did: a FLOP that takes longer is no saving.",
                 figures.loss_curves(groups, "seconds", counted, ""),
+            )
+        )
+    if results["energy"] is not None:
+        blocks.append(
+            Picture(
+                f"{prefix}loss_joules",
+                f"The same against joules of training steps. Counted: {results['energy']}; not memory, fans or losses "
+                "of power supplies. What other programs used meanwhile is in it: fair where each run had its machine "
+                "alone.",
+                figures.loss_curves(groups, "joules", counted, ""),
             )
         )
     shares = figures.depth_shares(groups)
@@ -118,6 +128,7 @@ def has_exits(rows: Sequence[Results]) -> bool:
 def loss_table(results: Results) -> Table:
     """One row per variant, and the unigram model's."""
     better, full = {row["name"]: row for row in results["differences"]}, has_exits(results["variants"])
+    energy = results["energy"] is not None
     rows = []
     for row in results["variants"]:
         difference = better.get(row["name"])
@@ -135,11 +146,12 @@ def loss_table(results: Results) -> Table:
                 *([shown(row["validation_loss_full"])] if full else []),
                 f"{row['mean_recursions']:.2f}",
                 "–" if row["seconds"] is None else f"{row['seconds']:,.0f} s",
+                *([f"{row['joules'] / 1e3:,.2f} kJ"] if energy else []),
             ]
         )
     for name in ("bigram", "unigram"):
         if results[f"{name}_loss"] is not None:
-            rows.append([f"{name} model", *[""] * 5, f"{results[f'{name}_loss']:.4f}", *[""] * (4 + full)])
+            rows.append([f"{name} model", *[""] * 5, f"{results[f'{name}_loss']:.4f}", *[""] * (4 + full + energy)])
     header = [
         "model",
         "unique parameters",
@@ -153,6 +165,7 @@ def loss_table(results: Results) -> Table:
         *(["full depth (nobody exits)"] if full else []),
         "mean recursions",
         "time per run",
+        *(["energy per run"] if energy else []),
     ]
     return Table("Validation loss", header, rows)
 
@@ -490,7 +503,7 @@ def conventions_table(results: Results) -> Table:
 
 def runs_table(results: Results) -> Table:
     """One row per run."""
-    full = has_exits(results["runs"])
+    full, energy = has_exits(results["runs"]), results["energy"] is not None
     header = [
         "model",
         "seed",
@@ -502,6 +515,7 @@ def runs_table(results: Results) -> Table:
         "top-k",
         *(["full depth"] if full else []),
         "seconds",
+        *(["joules"] if energy else []),
         "finished",
     ]
     rows = [
@@ -516,6 +530,7 @@ def runs_table(results: Results) -> Table:
             shown(row["validation_loss_topk"]),
             *([shown(row["validation_loss_full"])] if full else []),
             "–" if row["seconds"] is None else f"{row['seconds']:,.0f}",
+            *([f"{row['joules']:,.1f}"] if energy else []),
             "yes" if row["finished"] else "no",
         ]
         for row in results["runs"]

@@ -30,6 +30,7 @@ AXIS_LABEL = {
     "flops": "training FLOPs",
     "tokens": "training tokens",
     "seconds": "seconds in training steps",
+    "joules": "joules in training steps",
 }
 
 

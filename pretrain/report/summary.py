@@ -69,6 +69,7 @@ def build_results(
         "evaluation": _evaluation(groups),
         "unigram_loss": facts["unigram_loss"],
         "bigram_loss": facts.get("bigram_loss"),
+        "energy": energy_counted(runs),
         "seeds": sorted({run.seed for run in runs}),
         "runs": [run_row(group.name, run) for group in groups for run in group.runs],
         "variants": [variant_row(group) for group in groups],
@@ -103,6 +104,13 @@ def _evaluation(groups: Sequence[Variant]) -> str:
             "above come from the states they left with; beside it the teacher-forced one at full depth"
         )
     return told
+
+
+def energy_counted(runs: Sequence[Run]) -> str | None:
+    """Whose joules the runs count, all the same; None where one of them does not know its own."""
+    lines = [line for run in runs for line in (*run.validations, run.last)]
+    told = {run.facts.get("energy") for run in runs}
+    return told.pop() if len(told) == 1 and all(line.get("joules") is not None for line in lines) else None
 
 
 def ordered_variants(runs: Sequence[Run]) -> list[Variant]:
@@ -146,6 +154,7 @@ def run_row(variant: str, run: Run) -> Results:
         "validation_tokens": validation.get("validation_tokens"),
         "validation_depth_shares": validation.get("validation_depth_shares"),
         "seconds": last.get("seconds"),
+        "joules": last.get("joules"),
         "finished": run.finished,
         "expected_flops": {
             name: flops.flops_per_token(config, length, name) * last["tokens"] for name in flops.CONVENTIONS
@@ -164,6 +173,7 @@ def variant_row(variant: Variant) -> Results:
     mean = sum(losses) / count if losses else None
     spread = (sum((x - mean) ** 2 for x in losses) / (count - 1)) ** 0.5 if mean is not None and count > 1 else None
     seconds = [run.last["seconds"] for run in variant.runs if run.last.get("seconds") is not None]
+    joules = [run.last["joules"] for run in variant.runs if run.last.get("joules") is not None]
     return {
         "name": variant.name,
         "architecture": variant.architecture,
@@ -175,6 +185,7 @@ def variant_row(variant: Variant) -> Results:
         "tokens": variant.tokens,
         "steps": sum(run.last["step"] for run in variant.runs) / count,
         "seconds": sum(seconds) / len(seconds) if seconds else None,
+        "joules": sum(joules) / count if len(joules) == count else None,
         "validation_loss": mean,
         "validation_loss_std": spread,
         **{f"validation_loss_{mode}": loss for mode, loss in others.items()},

@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep.settings import build, merge
 from pretrain.config import ExperimentSettings
+from pretrain.energy import EnergyMeter
 from pretrain.parallel.start import start_parallel
 from pretrain.trainer import Trainer
 from tests.helpers.variants import EXIT, EXPERT, MOD, RECURSIVE, TOKEN, UT
@@ -52,10 +53,10 @@ def settings_for(run_dir: Path, data: Path, architecture: str = "mor_expert", **
     return build(ExperimentSettings, merge(values, changes), "test")
 
 
-def trainer_for(settings: ExperimentSettings) -> Trainer:
+def trainer_for(settings: ExperimentSettings, energy: EnergyMeter | None = None) -> Trainer:
     """A trainer on one process."""
     parallel = start_parallel(settings.parallel, settings.precision, settings.seed)
-    return Trainer(settings, settings.data.read(), parallel)
+    return Trainer(settings, settings.data.read(), parallel, energy)
 
 
 def train(settings: ExperimentSettings) -> list[dict[str, Any]]:
@@ -71,5 +72,5 @@ def read_lines(run_dir: Path) -> list[dict[str, Any]]:
 
 def figures(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines without what the clock and the machine decide."""
-    clock = {"seconds", "tokens_per_second", "memory_bytes", "mfu", "slowest_rank"}
+    clock = {"seconds", "joules", "tokens_per_second", "memory_bytes", "mfu", "slowest_rank"}
     return [{k: v for k, v in line.items() if k not in clock and not k.endswith("_seconds")} for line in lines]

@@ -35,12 +35,13 @@ def make_run(
     rate: float = 3e-3,
     look_ahead: float = 0.0,
     epoch: float = 0.5,
+    watts: float | None = None,
     **facts: Any,
 ) -> Path:
     """Write run.json and metrics.jsonl of a run that ends at `loss` after about `budget` exact FLOPs.
 
     model: fields beside those of `model_name`; rate: its learning rate; look_ahead, epoch: what its last line says of
-    them.
+    them; watts: what a second of it takes, where that is known.
     """
     fields = {
         "vocab_size": 64,
@@ -85,6 +86,7 @@ def make_run(
     for place in range(1, lines + 1):
         step = steps * place // lines
         row = {"step": step, "tokens": step * 4 * SEQUENCE_LENGTH, "flops": step * step_flops, "seconds": float(place)}
+        row |= {} if watts is None else {"joules": watts * place}
         now = loss + math.exp(-4 * place / lines) - math.exp(-4)
         rows.append({**row, "loss": now, "learning_rate": 1e-3, **({"depth_shares": shares} if shares else {})})
         losses = {"validation_loss": now, "validation_loss_topk": now - 0.01 * (config.architecture == "mor_expert")}

@@ -81,6 +81,26 @@ def test_models_with_exits_stand_with_both_their_losses(four, tmp_path):
     assert "full depth" not in (four / "report" / "report.md").read_text()
 
 
+ALONE = "CPU packages by RAPL"
+
+
+@pytest.mark.parametrize(
+    ("second", "known"),
+    [({"watts": 20, "energy": ALONE}, True), ({}, False), ({"watts": 20, "energy": "GPU boards"}, False)],
+)
+def test_loss_against_joules_where_all_runs_count_the_same(tmp_path, second, known):
+    """A column and a figure, whose caption says what was counted; nothing of either where one run does not know."""
+    make_run(tmp_path / "vanilla", "vanilla", watts=30, energy=ALONE)
+    make_run(tmp_path / "recursive", "recursive_nr3", **second)
+    results = write.write_report([tmp_path], tmp_path / "report", console=quiet())
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert (tmp_path / "report" / "loss_joules.png").exists() == known
+    assert (f"Counted: {ALONE}; not memory" in text) == ("energy per run" in text) == ("joules" in text) == known
+    assert results["energy"] == (ALONE if known else None)
+    assert results["variants"][0]["joules"] == 8 * 30
+    assert ("| 0.24 kJ |" in text) == known and ("| 0.16 kJ |" in text) == known
+
+
 def test_recursions_are_counted_from_the_gates_before_them(tmp_path):
     """Two gates of exits stand between three recursions; the routed layers of Mixture-of-Depths are none."""
     mod = {"routing": "mixture_of_depths"}
