@@ -555,18 +555,21 @@ class Run:
             if around is not None:  # a slot that stands for no token must not change its position's state
                 states = who.put(around, x if who.full else who.settle(x, who.take(around)))
             before, kept = x, self.method.kept(use.depth, self)
-            x, key, value = model.layers[use.layer](
+            keep = use.depth in self.sources and cache is None
+            x, added, key, value = model.layers[use.layer](
                 x,
                 *(shared or (None, None)),
                 states,
                 tokens=tokens,
                 everyone=self.batch.everyone,
                 keys=use.keys,
+                keep=keep,
                 recursion=use.recursion or 0,
                 cache=cache,
                 depth=use.depth,
             )
-            if use.depth in self.sources and cache is None:
+            x = x + added
+            if keep:
                 fresh[use.depth] = (key, value)
             if kept is not None:
                 x = torch.where(who.take(kept.expand(self.shape))[..., None], x, before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from .attention import Seen, attend
 from .attention.base import as_list, as_rows
 from .config import MoRConfig
 from .hardware import chunk_rows
-from .relaxation import make_projection, project, project_all
+from .relaxation import make_projection, project, project_all, project_joined
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -98,10 +99,11 @@ class Attention(nn.Module):
         around: Tensor | None,
         everyone: Tokens | None,
         keys: str,
+        keep: bool,
         cache=None,
         depth: int = 0,
     ) -> tuple[Tensor, KeyValue | None]:
-        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values [B, Hkv, S, Dh] that were attended to.
+        """x: [B, K, D] or [N, D] -> the same shape, and with `keep` the keys and values [B, Hkv, S, Dh] attended to.
 
         shared_kv: keys and values of an earlier use. With `keys` "none" they replace this one's own; otherwise the
         tokens at hand replace theirs, for this use only. around: [B, T, D], with `everyone` their `Tokens`: where
@@ -111,28 +113,26 @@ class Attention(nn.Module):
         if cache is not None:
             return self._cached(x, tokens, recursion, around, everyone, cache, depth)
         if shared_kv is not None and keys == "none":
-            (query,), (key, value) = self._heads(x, recursion, self.q_proj), shared_kv
+            (query,), (key, value) = self._heads(x, tokens, recursion, 1, self.q_proj), shared_kv
         elif around is not None and everyone is not None:
-            (query,) = self._heads(x, recursion, self.q_proj)
+            (query,) = self._heads(x, tokens, recursion, 1, self.q_proj)
             key, value = (y.transpose(1, 2) for y in self._key_value(around, everyone, recursion))
         else:
-            query, key, value = self._heads(x, recursion, self.q_proj, self.k_proj, self.v_proj)
-            # Of a product of all three the values are a part, and would keep the whole for the backward pass.
-            key, value = _rotate(key, tokens.cos, tokens.sin), value.contiguous()
+            query, key, value = self._heads(x, tokens, recursion, 2, self.q_proj, self.k_proj, self.v_proj)
             key, value = (tokens.to_slots(y).transpose(1, 2) for y in (key, value))
             if shared_kv is not None:
                 key, value = _replace(shared_kv[0], key, tokens), _replace(shared_kv[1], value, tokens)
-        query = tokens.to_slots(_rotate(query, tokens.cos, tokens.sin)).transpose(1, 2)
+        query = tokens.to_slots(query).transpose(1, 2)
         mixed = attend(query, key, value, tokens.seen, self.config, self.training)
         mixed = tokens.from_slots(mixed.transpose(1, 2).flatten(2))
-        return project(self.o_proj, mixed, recursion), (key, value)
+        # Whatever a compiled layer gives back, used or not, has a gradient made of zeros.
+        return project(self.o_proj, mixed, recursion), (key, value) if keep else None
 
     def _cached(
         self, x: Tensor, tokens: Tokens, recursion: int, around: Tensor | None, everyone: Tokens | None, cache, depth
     ) -> tuple[Tensor, None]:
         """As `forward`, with keys and values that `cache` stores, finds and shares among recursions."""
-        (query,) = self._heads(x, recursion, self.q_proj)
-        query = _rotate(query, tokens.cos, tokens.sin)
+        (query,) = self._heads(x, tokens, recursion, 1, self.q_proj)
         key = value = None
         if cache.writes(depth):
             made_of, of = (x, tokens) if around is None or everyone is None else (around, everyone)
@@ -142,16 +142,54 @@ class Attention(nn.Module):
 
     def _key_value(self, x: Tensor, tokens: Tokens, recursion: int) -> KeyValue:
         """Keys and values of the tokens x: [B, K, D] or [N, D] -> [..., Hkv, Dh]."""
-        key, value = self._heads(x, recursion, self.k_proj, self.v_proj)
-        return _rotate(key, tokens.cos, tokens.sin), value.contiguous()
+        key, value = self._heads(x, tokens, recursion, 1, self.k_proj, self.v_proj)
+        return key, value
 
-    def _heads(self, x: Tensor, recursion: int, *projections: nn.Linear) -> list[Tensor]:
-        return [y.unflatten(-1, (-1, self.head_dim)) for y in project_all(projections, x, recursion)]
+    def _heads(self, x: Tensor, tokens: Tokens, recursion: int, rotated: int, *projections: nn.Linear) -> list[Tensor]:
+        """Heads [..., H, Dh] of each projection of x, rotated to the tokens' positions in the first `rotated` of them.
+
+        On a GPU parts of one tensor, so that a single kernel makes them, and another the gradient of their product.
+        """
+        if x.is_cuda and len(projections) > 1:
+            whole = project_joined(projections, x, recursion).unflatten(-1, (-1, self.head_dim))
+            counts = tuple(projection.out_features // self.head_dim for projection in projections)
+            return list(_Rotated.apply(whole, tokens.cos, tokens.sin, counts, rotated))
+        heads = [y.unflatten(-1, (-1, self.head_dim)) for y in project_all(projections, x, recursion)]
+        return [_rotate(y, tokens.cos, tokens.sin) for y in heads[:rotated]] + heads[rotated:]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, computed in the tables' precision, given in that of x: [..., H, Dh]; cos, sin: [..., Dh]."""
     return (x * cos.unsqueeze(-2) + rotate_half(x) * sin.unsqueeze(-2)).to(x.dtype)
+
+
+class _Rotated(torch.autograd.Function):
+    """Heads [..., H, Dh] of several projections, the first `rotated` of which are rotated, as parts of one tensor.
+
+    Its own gradient: torch's would go through each part and half of a head by itself.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, counts: tuple[int, ...], rotated: int
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = sum(counts[:rotated])
+        y = torch.where(_head_numbers(x) < ctx.heads, _rotate(x, cos, sin), x)
+        return tuple(y[..., sum(counts[:i]) : sum(counts[: i + 1]), :] for i in range(len(counts)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        grad = torch.cat(grads, -2)
+        back = _rotate(grad, cos, -sin.roll(sin.shape[-1] // 2, -1))
+        # The other way round than above: what both passes need the compiler would keep, and make by itself.
+        return torch.where(_head_numbers(grad) >= ctx.heads, grad, back), None, None, None, None
+
+
+def _head_numbers(x: Tensor) -> Tensor:
+    """[H, 1] of x [..., H, Dh]."""
+    return torch.arange(x.shape[-2], device=x.device)[:, None]
 
 
 def _replace(shared: Tensor, own: Tensor, tokens: Tokens) -> Tensor:
@@ -212,21 +250,24 @@ class DecoderLayer(GradientCheckpointingLayer):
         tokens: Tokens,
         everyone: Tokens | None = None,
         keys: str = "everyone",
+        keep: bool = False,
         recursion: int = 0,
         cache=None,
         depth: int = 0,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """x: [B, K, D] or [N, D] -> the same shape, and the keys and values that were attended to (None with a cache).
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """x: [B, K, D] or [N, D] -> two of the same shape, whose sum is the result, and with `keep` the keys and values
+        that were attended to (None with a cache). The other arguments are those of `Attention.forward`.
 
-        The other arguments are those of `Attention.forward`.
+        The sum is the caller's: what a compiled layer gives back is kept for its backward pass as it is, where it would
+        add the residual up again from two tensors, for each of the two norms.
         """
         shared_kv = None if shared_key is None or shared_value is None else (shared_key, shared_value)
         around = None if around is None else _norm(self.input_layernorm, around, recursion)
         normed = _norm(self.input_layernorm, x, recursion)
-        mixed, kv = self.self_attn(normed, tokens, recursion, shared_kv, around, everyone, keys, cache, depth)
+        mixed, kv = self.self_attn(normed, tokens, recursion, shared_kv, around, everyone, keys, keep, cache, depth)
         x = x + mixed
         key, value = (None, None) if kv is None else kv
-        return x + self.mlp(_norm(self.post_attention_layernorm, x, recursion), recursion), key, value
+        return x, self.mlp(_norm(self.post_attention_layernorm, x, recursion), recursion), key, value
 
 
 if "__call__" in vars(GradientCheckpointingLayer):  # as in transformers 5.17: hooks run again with what they wrap
@@ -280,13 +321,12 @@ class LMHead(nn.Linear):
         if targets is None:
             return super().forward(x)
         x, targets = x.flatten(0, -2), targets.flatten()
-        weight = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(dtype), weight.to(dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-            return _SummedCrossEntropy.apply(x, weight, targets, weights, self.compiled)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            return _SummedCrossEntropy.apply(x, self.weight, targets, weights, dtype, self.compiled)
         assert weights is None
+        x, weight = x.to(dtype), self.weight.to(dtype)
         rows = chunk_rows(weight.shape[0], x.device.type)
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.stack([cross_entropy_sum(F.linear(part, weight), target) for part, target in chunks]).sum()
@@ -301,35 +341,43 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy chunk by chunk; gradients are made in the forward pass, so nothing is recomputed."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, compiled: bool = False
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        dtype: torch.dtype,
+        compiled: bool = False,
     ) -> Tensor:
+        """dtype: of the products."""
         rows = chunk_rows(weight.shape[0], x.device.type)
-        total = x.new_zeros((), dtype=torch.float32)
         compiled = compiled and x.is_cuda
         change: Callable[..., tuple[Tensor, Tensor]] = _compiled_change() if compiled else _loss_and_change
-        grads_x: list[Tensor] = []
-        grad_weight: Tensor | None = None
+        narrow, states = weight.to(dtype), x.to(dtype)
+        losses: list[Tensor] = []
+        grad_x, grad_weight = torch.empty_like(states), None
         scales = targets if weights is None else weights
-        for part, target, scale in zip(x.split(rows), targets.split(rows), scales.split(rows), strict=True):
-            loss, grad = change(F.linear(part, weight), target, None if weights is None else scale)
-            total = total + loss
-            grads_x.append(grad @ weight)
+        chunks = (y.split(rows) for y in (states, grad_x, targets, scales))
+        for part, grad_part, target, scale in zip(*chunks, strict=True):
+            loss, grad = change(torch.mm(part, narrow.t()), target, None if weights is None else scale)
+            losses.append(loss)
+            torch.mm(grad, narrow, out=grad_part)
             grad_weight = _add_product(grad_weight, grad, part)
         assert grad_weight is not None
-        ctx.save_for_backward(torch.cat(grads_x), grad_weight.to(weight.dtype))
-        return total
+        ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
+        return torch.cat(losses).sum()
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]
-        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None, None
 
 
 def _loss_and_change(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """logits [N, V], target [N] (-100 ignored), weights [N] -> summed cross-entropy, and its gradient [N, V], softmax
-    minus one-hot; in few passes over memory."""
+    """logits [N, V], target [N] (-100 ignored), weights [N] -> cross-entropies [N] in fp32, and the gradient [N, V] of
+    their sum, softmax minus one-hot; in few passes over memory."""
     dtype, logits = logits.dtype, logits.float()
     counted = (target != -100).unsqueeze(-1)
     if weights is not None:
@@ -339,21 +387,21 @@ def _loss_and_change(logits: Tensor, target: Tensor, weights: Tensor | None = No
     logits -= logits.amax(-1, keepdim=True)
     label_logit = logits.gather(-1, label)
     norm = logits.exp_().sum(-1, keepdim=True)
-    loss = ((norm.log() - label_logit) * counted).sum()
+    loss = ((norm.log() - label_logit) * counted).squeeze(-1)
     logits.mul_(counted / norm)
     logits.scatter_add_(-1, label, -counted.to(logits.dtype))
     return loss, logits.to(dtype)
 
 
 def _loss_and_change_to_compile(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`_loss_and_change` as a compiler makes two passes of it: nothing in place, no scatter."""
+    """`_loss_and_change` as a compiler makes one kernel of it: nothing in place, no scatter, no gather."""
     wide, counted, label = logits.float(), (target != -100).unsqueeze(-1), target.clamp(min=0).unsqueeze(-1)
     if weights is not None:
         counted = counted * weights.unsqueeze(-1)
     log_norm = wide.logsumexp(-1, keepdim=True)
-    loss = ((log_norm - wide.gather(-1, label)) * counted).sum()
     hit = torch.arange(wide.shape[-1], device=wide.device) == label
-    return loss, (((wide - log_norm).exp() - hit.to(wide.dtype)) * counted).to(logits.dtype)
+    loss = (log_norm - torch.where(hit, wide, 0.0).sum(-1, keepdim=True)) * counted
+    return loss.squeeze(-1), (((wide - log_norm).exp() - hit.to(wide.dtype)) * counted).to(logits.dtype)
 
 
 @functools.cache
@@ -362,11 +410,11 @@ def _compiled_change() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _add_product(total: Tensor | None, grad: Tensor, x: Tensor) -> Tensor:
-    """total + grad' x in fp32; on a GPU the product itself adds up in fp32. grad: [N, V], x: [N, D] -> [V, D]."""
+    """total, in place, + grad' x in fp32, grad: [N, V], x: [N, D] -> [V, D]; on a GPU the product itself adds up so."""
     if grad.is_cuda and grad.dtype != torch.float32:
         if total is None:
-            return torch.mm(grad.T, x, out_dtype=torch.float32)
-        return torch.addmm(total, grad.T, x, out_dtype=torch.float32)
+            return torch.mm(grad.t(), x, out_dtype=torch.float32)
+        return torch.addmm(total, grad.t(), x, out_dtype=torch.float32, out=total)
     if total is None:
         total = torch.zeros(grad.shape[1], x.shape[1], dtype=torch.float32, device=grad.device)
     total += grad.T @ x

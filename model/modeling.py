@@ -472,7 +472,8 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         return list(self.model.layers)
 
     def compile_layers(self, backend: str = "inductor") -> None:
-        """Compile each layer by itself, in place, when it first runs; names of parameters stay as they are.
+        """Compile each layer by itself, in place, when it first runs; names of parameters stay as they are. So are the
+        last norm, and on a GPU what stands between the products of head and routers.
 
         The layers share their code, so one compilation serves all of them at each kind of selection, however deep the
         recursion is unrolled, where compiling the model as a whole takes time in proportion to the effective depth.
@@ -481,9 +482,12 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         # would go on uncompiled, and say so once.
         dynamo_settings: Any = torch._dynamo.config
         dynamo_settings.recompile_limit = max(dynamo_settings.recompile_limit, 64)
-        for layer in self.units():
-            layer.compile(backend=backend)
-        self.lm_head.compiled = True
+        for module in (*self.units(), self.model.norm):
+            module.compile(backend=backend)
+        self.lm_head.compiled = self.model.depth.compiled = True
+        for module in self.model.depth.modules():
+            if isinstance(module, Router):
+                module.compiled = True
 
     def set_recompute(self, policy: RecomputePolicy) -> None:
         """Recompute activations in the backward pass: `none`, each `block`, each `recursion` as a whole, or `selective`

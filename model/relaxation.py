@@ -99,8 +99,15 @@ def project_all(projections: tuple[nn.Linear, ...], x: Tensor, recursion: int) -
     adapter, ZeRO-3's gathering); parameters stay as they are.
     """
     if x.is_cuda and go_together(projections):
-        return project_together(projections, x)
+        return list(project_together(projections, x).split([projection.out_features for projection in projections], -1))
     return [project(projection, x, recursion) for projection in projections]
+
+
+def project_joined(projections: tuple[nn.Linear, ...], x: Tensor, recursion: int) -> Tensor:
+    """`project_all` as one tensor [..., all of O]."""
+    if go_together(projections):
+        return project_together(projections, x)
+    return torch.cat([project(projection, x, recursion) for projection in projections], -1)
 
 
 def go_together(projections: tuple[nn.Linear, ...]) -> bool:
@@ -111,12 +118,11 @@ def go_together(projections: tuple[nn.Linear, ...]) -> bool:
     return plain and len({projection.bias is None for projection in projections}) == 1
 
 
-def project_together(projections: tuple[nn.Linear, ...], x: Tensor) -> list[Tensor]:
-    """One product in place of several."""
+def project_together(projections: tuple[nn.Linear, ...], x: Tensor) -> Tensor:
+    """One product in place of several, [..., all of O]."""
     weights: list[Tensor] = [projection.weight for projection in projections]
     biases: list[Tensor] = [projection.bias for projection in projections if projection.bias is not None]
-    y = F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
-    return list(y.split([projection.out_features for projection in projections], -1))
+    return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
 
 def project(projection: nn.Linear, x: Tensor, recursion: int) -> Tensor:

@@ -90,6 +90,8 @@ class DepthMethod(nn.Module):
     chooses_depth: ClassVar[bool] = False
     # Whether a generating model may be asked for its load before the first gate (`routing_only`).
     previews: ClassVar[bool] = False
+    # Whether what it computes on every token is compiled, on a GPU.
+    compiled = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -188,8 +190,9 @@ class ExpertChoice(DepthMethod):
             return before + after, {}
         if self.config.router == "random":
             logits = torch.zeros_like(logits)
-        g = gate_of(logits, str(self.config.router_activation), float(self.config.router_alpha or 0.0))
-        return before + g[..., None].to(after.dtype) * after, {}
+        activation, alpha = str(self.config.router_activation), float(self.config.router_alpha or 0.0)
+        add = _compiled_gated() if self.compiled and after.is_cuda else gated
+        return add(before, after, logits, activation, alpha), {}
 
     # --- training -----------------------------------------------------------------------------------------------------
 
@@ -213,3 +216,13 @@ class ExpertChoice(DepthMethod):
         apart = self.config.selection == "aux_router"  # it trains nothing else, so its weight would be a learning rate
         selection = 1.0 if apart else self.config.selection_coefficient
         return {"selection": selection, "z": self.config.z_loss_coefficient}
+
+
+def gated(before: Tensor, after: Tensor, logits: Tensor, activation: str, alpha: float) -> Tensor:
+    """before + g * after. before, after: [..., D], logits: [...]."""
+    return before + gate_of(logits, activation, alpha)[..., None].to(after.dtype) * after
+
+
+@functools.cache
+def _compiled_gated() -> Callable[..., Tensor]:
+    return torch.compile(gated)

@@ -9,6 +9,7 @@ changes (`exact_linear`, `elementwise`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -68,7 +69,12 @@ def router_shapes(config: MoRConfig, outputs: int) -> tuple[tuple[int, int], ...
 
 
 class Router(nn.Module):
-    """Scores tokens in fp32: linear D -> outputs, or `mlp` / `wide_mlp` D -> 2D -> GELU -> outputs, without biases."""
+    """Scores tokens in fp32: linear D -> outputs, or `mlp` / `wide_mlp` D -> 2D -> GELU -> outputs, without biases.
+
+    compiled: whether its products are compiled, on a GPU.
+    """
+
+    compiled = False
 
     def __init__(self, config: MoRConfig, outputs: int, tempered: bool = True):
         super().__init__()
@@ -87,12 +93,12 @@ class Router(nn.Module):
             weight = weight.to(torch.get_autocast_dtype(kind))
             hidden_weight = None if hidden_weight is None else hidden_weight.to(weight.dtype)
         with torch.autocast(kind, enabled=False):
-            x = x.float()
+            product = _compiled_exact_linear() if self.compiled and x.is_cuda else exact_linear
             if self.temperature != 1.0:
-                x = x / self.temperature
+                x = x.float() / self.temperature
             if hidden_weight is not None:
-                x = elementwise(F.gelu, exact_linear(x, hidden_weight.float()))
-            return exact_linear(x, weight.float())
+                x = elementwise(F.gelu, product(x, hidden_weight))
+            return product(x, weight)
 
 
 def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -103,7 +109,12 @@ def exact_linear(x: Tensor, weight: Tensor) -> Tensor:
     kernel chooses. b = floor((53 - log2 I) / 2), 21 for I = 960: entries keep 2^-22 of the row's largest. The product
     is one matrix product, counted as such; gradients are those of the plain fp32 product.
     """
-    return _ExactLinear.apply(x, weight)  # type: ignore[no-any-return]
+    return _ExactLinear.apply(x.float(), weight.float())  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _compiled_exact_linear() -> Callable[[Tensor, Tensor], Tensor]:
+    return torch.compile(exact_linear)
 
 
 class _ExactLinear(torch.autograd.Function):
@@ -112,25 +123,40 @@ class _ExactLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         bits = (53 - (x.shape[-1] - 1).bit_length()) // 2
         (rows, unit), (columns, weight_unit) = _integers(x.flatten(0, -2), bits), _integers(weight, bits)
-        y = (rows @ columns.T) * (unit * weight_unit.T)
+        y = (rows[:, None] * columns).sum(-1) if _adds_up(weight) else rows @ columns.T
+        y = y * (unit * weight_unit.T)
         return y.float().unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            rows = grad.flatten(0, -2)
-            grad_x = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-            grad_weight = rows.T @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+            rows, states = grad.flatten(0, -2), x.flatten(0, -2)
+            grad_x = grad_weight = None
+            if ctx.needs_input_grad[0]:
+                grad_x = (rows[..., None] * weight).sum(1) if _adds_up(weight) else rows @ weight
+                grad_x = grad_x.view(x.shape)
+            if ctx.needs_input_grad[1]:
+                few = _adds_up(weight)
+                grad_weight = (rows[..., None] * states[:, None]).sum(0) if few else rows.T @ states
         return grad_x, grad_weight
+
+
+def _adds_up(weight: Tensor) -> bool:
+    """Whether a product by weight' [O, I] is written as a sum: a compiler makes one kernel of that and its operands,
+    which for a few outputs is less to read and write than what a product takes."""
+    return torch.compiler.is_compiling() and weight.shape[0] <= 4
 
 
 def _integers(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """fp32 x [N, I] as integers of up to `bits` bits, in fp64, and the power of two [N, 1] that they are counted in."""
     largest = x.abs().amax(-1, keepdim=True).clamp(min=2.0**-100)
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)  # without its mantissa: power <= largest
-    # Scaling by a power of two is exact, and fp32 holds every integer of so few bits.
-    return (x * (2.0 ** (bits - 1) / power)).round_().double(), power.double() * 2.0 ** (1 - bits)
+    exponent = largest.view(torch.int32) >> 23
+    power = (exponent << 23).view(torch.float32)  # without its mantissa: power <= largest
+    # Scaling by a power of two is exact, and fp32 holds every integer of so few bits. The scale is put together from
+    # its exponent: a compiled division need not be exact.
+    scale = ((253 + bits - exponent) << 23).view(torch.float32)  # 2 ** (bits - 1) / power
+    return (x * scale).round().double(), power.double() * 2.0 ** (1 - bits)
 
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

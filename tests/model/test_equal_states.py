@@ -98,6 +98,24 @@ def test_exact_products_are_products(states, rows, width, outputs, seed):
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [1, 3, 5])
+def test_exact_products_stay_exact_when_they_are_compiled(outputs, dtype):
+    """As sums where the outputs are few: the same scores, bit for bit, and the same gradients up to their rounding."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    compiled = torch.compile(routers.exact_linear, backend="aot_eager")
+    x, weight = torch.randn(4, 7, 96).to(dtype), torch.randn(outputs, 96).to(dtype)
+    results = []
+    for product in (routers.exact_linear, compiled):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = product(*leaves)
+        y.sin().sum().backward()
+        results.append((y.detach(), *(leaf.grad for leaf in leaves)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0], results[1])
+
+
 def test_what_is_not_finite_stays_so():
     x = torch.tensor([[1.0, 2.0], [torch.nan, 1.0], [torch.inf, 1.0], [0.0, 0.0], [1e-42, 0.0]])
     y = routers.exact_linear(x, torch.tensor([[1.0, 0.5]]))[:, 0]

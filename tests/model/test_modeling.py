@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from model import MoRConfig, MoRForCausalLM, MoRModel
-from model.layers import LMHead, _loss_and_change, _loss_and_change_to_compile
+from model.layers import LMHead, _loss_and_change, _loss_and_change_to_compile, _rotate, _Rotated
 from tests.helpers.variants import TRAINING, VARIANTS
 
 BASE = {
@@ -188,6 +188,21 @@ def test_the_heads_compiled_form_is_the_same_function():
     expected = _loss_and_change(logits.clone(), targets)
     for got, value in zip(_loss_and_change_to_compile(logits, targets), expected, strict=True):
         torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("counts", "rotated"), [((3, 2, 2), 2), ((2, 2), 1)])
+def test_heads_rotated_together_are_those_rotated_apart(counts, rotated):
+    """What a GPU computes in one kernel: the same values and gradients, whatever the tables hold."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, sum(counts), 8, dtype=torch.float64, requires_grad=True)
+    cos, sin = (torch.randn(2, 5, 8, dtype=torch.float64) for _ in range(2))
+    parts = x.split(counts, -2)
+    apart = [_rotate(part, cos, sin) if i < rotated else part for i, part in enumerate(parts)]
+    together = _Rotated.apply(x, cos, sin, counts, rotated)
+    torch.testing.assert_close(list(together), apart)
+    ways = [torch.randn_like(part) for part in parts]
+    grads = [torch.autograd.grad(ys, x, ways)[0] for ys in (together, apart)]
+    torch.testing.assert_close(*grads)
 
 
 def test_fused_head_never_holds_all_logits():

@@ -136,7 +136,7 @@ def test_projections_of_one_input_as_one_product(bias):
     projections = tuple(torch.nn.Linear(6, width, bias=bias).double() for width in (4, 2, 2))
     x = torch.randn(3, 5, 6, dtype=torch.float64, requires_grad=True)
     parameters = [x, *(p for projection in projections for p in projection.parameters())]
-    apart, together = [p(x) for p in projections], project_together(projections, x)
+    apart, together = [p(x) for p in projections], project_together(projections, x).split((4, 2, 2), -1)
     for got, expected in zip(together, apart, strict=True):
         torch.testing.assert_close(got, expected)
     grads = [torch.autograd.grad(sum(y.square().sum() for y in ys), parameters) for ys in (together, apart)]

@@ -29,9 +29,12 @@ HEADER = (
 )
 LAUNCH, PRODUCT = "COUNTED(0);", "COUNTED(0); COUNTED(1);"
 
-# Arguments and body of the functions that give something back. cuBLASLt's heuristic fills 64 bytes of an opaque
-# algorithm, then its workspace, state, waves and 4 reserved numbers.
-PRODUCTS = {
+# Arguments and body of the functions that give something back. torch asks that cuDNN be no older than what it was built
+# for: 9.99. cuBLASLt's heuristic fills 64 bytes of an opaque algorithm, then its workspace, state, waves and 4 reserved
+# numbers.
+GIVEN = {
+    "cudnnGetVersion": "unsigned long {}(void) {{ return 99900; }}",
+    "cudnnGetProperty": "int {}(int which, int *out) {{ *out = which == 0 ? 9 : which == 1 ? 99 : 0; return 0; }}",
     "cublasLtGetVersion": "unsigned long {}(void) {{ return 130001; }}",
     "cublasLtMatmulAlgoGetHeuristic": "int {}(void *a, void *b, void *c, void *d, void *e, void *f, void *g,"
     " int wanted, void *out, int *found) {{ __builtin_memset(out, 0, 96); *found = 1; return 0; }}",
@@ -82,8 +85,8 @@ def wanted(library: Path) -> set[str]:
 
 
 def of_cublas(name: str) -> str:
-    if name in PRODUCTS:
-        return PRODUCTS[name]
+    if name in GIVEN:
+        return GIVEN[name]
     if "Create" in name:
         return "int {}(void **out) {{ *out = (void *)64; return 0; }}"
     if re.search(r"[gG]em|Matmul$", name):
@@ -98,7 +101,7 @@ def write_stubs(torch_lib: Path, out: Path) -> None:
     runtime = sorted(name for name in names - own if re.match(r"(__)?cuda[A-Z]", name))
     cublas = sorted(name for name in names if name.startswith("cublas"))
     others = sorted(name for name in names if OTHERS.match(name))
-    lines = [HEADER, *(SUCCESS.format(name) for name in (*runtime, *others))]
+    lines = [HEADER, *(GIVEN.get(name, SUCCESS).format(name) for name in (*runtime, *others))]
     lines += [of_cublas(name).format(name) for name in cublas]
     (out / "rest.c").write_text("\n".join(lines) + "\n", encoding="utf-8")
     linked = {name for name in wanted(torch_lib / "libcaffe2_nvrtc.so") if re.match(r"cu[A-Z]", name)}

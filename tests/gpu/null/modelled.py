@@ -1,11 +1,15 @@
 """A modelled time of a training micro-batch on the null device, 16 x 2,048 tokens in bf16: a JSON line for each model.
 
-    python -m tests.gpu.null.device OUT tests.gpu.null.modelled [--eager] [MODEL ...]      MODEL: of configs/model
+    python -m tests.gpu.null.device OUT tests.gpu.null.modelled [--eager] [--documents] [MODEL ...]
+
+MODEL: of configs/model. --documents: masked, though a row is still one of them, the most that attention can have to do.
 
 No time is measured. What the host launched is asked for its bytes and FLOPs, and each launch takes the longer of these
 at the rates below, which are assumptions about an H100, or `SMALLEST`: torch's operations by the profiler's shapes,
-inductor's kernels by the tensors that they are given, each read or written once. Rows are one document each. Of a
-routed model, kernels that pick rows of a tensor count the whole of it. milliseconds: by kind of launch.
+inductor's kernels by the tensors that they are given, each read or written once; flex attention by the pairs of
+selected queries and all keys, at the rates of the other kernels. Of a routed model, kernels that pick rows of a tensor
+count the whole of it; token-choice, whose choice hangs on values, is in perfect balance. milliseconds: by kind of
+launch; launches: those that are modelled, and those that the device counted.
 """
 
 from __future__ import annotations
@@ -21,10 +25,12 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from model import decoder
 from model.config import MoRConfig
-from model.flops import training_flops
+from model.flops import capacities, training_flops
 from model.modeling import MoRForCausalLM
 from tests.gpu.check import model_fields
+from tests.gpu.null.device import counters
 
 MODELS = ["360m_vanilla", "360m_mor_expert_nr3"]
 ROWS, LENGTH = 16, 2048
@@ -62,7 +68,12 @@ class Kernels:
 
         def run(kernel: Any, *arguments: Any, **options: Any) -> Any:
             tensors = [one for one in arguments if isinstance(one, torch.Tensor)]
-            found.append(("compiled", float(sum(one.numel() * one.element_size() for one in tensors)), 0.0))
+            moved = float(sum(one.numel() * one.element_size() for one in tensors))
+            name = kernel.inductor_meta.get("kernel_name", "")
+            if name.startswith("triton_tem") and "flex_attention" in name:
+                found.append(("attention", moved, flex_seconds(tensors[0], "backward" in name)))
+            else:
+                found.append(("compiled", moved, 0.0))
             return real(kernel, *arguments, **options)
 
         self.owner.run = run
@@ -101,6 +112,12 @@ def attention_seconds(name: str, dims: list[list[int]]) -> float:
     return (10 if backward else 4) * pairs * heads * width / ATTENTION[backward]
 
 
+def flex_seconds(query: torch.Tensor, backward: bool) -> float:
+    """Queries [1, H, N, D] of anywhere, over the keys of every position up to their own."""
+    _, heads, tokens, width = query.shape
+    return (10 if backward else 4) * tokens * (LENGTH + 1) / 2 * heads * width / ATTENTION[backward]
+
+
 def cost(name: str, dims: list[list[int]], types: list[str]) -> tuple[str, float, float]:
     shapes = [(shape, SIZES.get(kind, 0)) for shape, kind in zip(dims, types, strict=False) if shape and kind in SIZES]
     moved = float(sum(prod(shape) * size for shape, size in shapes))
@@ -113,24 +130,29 @@ def cost(name: str, dims: list[list[int]], types: list[str]) -> tuple[str, float
     return "operations", moved + (largest if len(shapes) < 2 else 0), 0.0
 
 
-def modelled(name: str, eager: bool) -> dict[str, Any]:
+def modelled(name: str, eager: bool, documents: bool) -> dict[str, Any]:
     config = MoRConfig(**(model_fields(name) | {"max_position_embeddings": LENGTH}))
+    balanced = [int(share * ROWS * LENGTH) for share in capacities(config)]
+    decoder.Counts.__getitem__ = lambda _, gate: balanced[gate]  # type: ignore[method-assign]
     with torch.device("cuda"):
         model = MoRForCausalLM(config).train()
     if not eager:
         model.compile_layers()
     ids = torch.zeros(ROWS, LENGTH, dtype=torch.long, device="cuda")
+    of = {"document_ids": torch.zeros_like(ids), "num_documents": ROWS} if documents else {}
 
     def one() -> None:
         with torch.autocast("cuda", torch.bfloat16):
-            loss = model(ids, targets=ids, num_items_in_batch=ids.numel(), step=0).loss
+            loss = model(ids, targets=ids, num_items_in_batch=ids.numel(), step=0, **of).loss
         loss.backward()
 
     one()
     one()
     with TemporaryDirectory() as folder, Kernels() as kernels:
+        before = counters()["launches"]
         with profile(record_shapes=True) as profiled:
             one()
+        counted = counters()["launches"] - before
         profiled.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(f"{folder}/trace.json").read_text(encoding="utf-8"))["traceEvents"]
     seconds: dict[str, float] = defaultdict(float)
@@ -141,7 +163,8 @@ def modelled(name: str, eager: bool) -> dict[str, Any]:
     return {
         "model": name,
         "compiled": not eager,
-        "launches": len(launches),
+        "documents": documents,
+        "launches": [len(launches), counted],
         "milliseconds": {kind: round(1e3 * value, 1) for kind, value in seconds.items()},
         "modelled_ms": round(1e3 * whole, 1),
         "tflop": round(flops / 1e12, 1),
@@ -153,6 +176,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--eager", action="store_true", help="layers are not compiled")
+    parser.add_argument("--documents", action="store_true")
     options = parser.parse_args()
     for model_name in options.models:
-        print(json.dumps(modelled(model_name, options.eager)), flush=True)
+        print(json.dumps(modelled(model_name, options.eager, options.documents)), flush=True)
