@@ -321,12 +321,13 @@ class LMHead(nn.Linear):
         if targets is None:
             return super().forward(x)
         x, targets = x.flatten(0, -2), targets.flatten()
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return _SummedCrossEntropy.apply(x, self.weight, targets, weights, dtype, self.compiled)
+        weight = self.weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _SummedCrossEntropy.apply(x, weight, targets, weights, self.compiled)
         assert weights is None
-        x, weight = x.to(dtype), self.weight.to(dtype)
         rows = chunk_rows(weight.shape[0], x.device.type)
         chunks = zip(x.split(rows), targets.split(rows), strict=True)
         return torch.stack([cross_entropy_sum(F.linear(part, weight), target) for part, target in chunks]).sum()
@@ -341,38 +342,30 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """Head and cross-entropy chunk by chunk; gradients are made in the forward pass, so nothing is recomputed."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        weights: Tensor | None,
-        dtype: torch.dtype,
-        compiled: bool = False,
+    def forward(
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None, compiled: bool = False
     ) -> Tensor:
-        """dtype: of the products."""
         rows = chunk_rows(weight.shape[0], x.device.type)
         compiled = compiled and x.is_cuda
         change: Callable[..., tuple[Tensor, Tensor]] = _compiled_change() if compiled else _loss_and_change
-        narrow, states = weight.to(dtype), x.to(dtype)
         losses: list[Tensor] = []
-        grad_x, grad_weight = torch.empty_like(states), None
+        grad_x, grad_weight = torch.empty_like(x), None
         scales = targets if weights is None else weights
-        chunks = (y.split(rows) for y in (states, grad_x, targets, scales))
+        chunks = (y.split(rows) for y in (x, grad_x, targets, scales))
         for part, grad_part, target, scale in zip(*chunks, strict=True):
-            loss, grad = change(torch.mm(part, narrow.t()), target, None if weights is None else scale)
+            loss, grad = change(torch.mm(part, weight.t()), target, None if weights is None else scale)
             losses.append(loss)
-            torch.mm(grad, narrow, out=grad_part)
+            torch.mm(grad, weight, out=grad_part)
             grad_weight = _add_product(grad_weight, grad, part)
         assert grad_weight is not None
-        ctx.save_for_backward(grad_x.to(x.dtype), grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return torch.cat(losses).sum()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx, *grads: Tensor):
         grad_x, grad_weight = ctx.saved_tensors
         scale = grads[0]
-        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None, None
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale.to(grad_weight.dtype), None, None, None
 
 
 def _loss_and_change(logits: Tensor, target: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
