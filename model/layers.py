@@ -349,15 +349,18 @@ class _SummedCrossEntropy(torch.autograd.Function):
         compiled = compiled and x.is_cuda
         change: Callable[..., tuple[Tensor, Tensor]] = _compiled_change() if compiled else _loss_and_change
         losses: list[Tensor] = []
-        grad_x, grad_weight = torch.empty_like(x), None
+        grad_x: Tensor | None = None
+        grad_weight: Tensor | None = None
         scales = targets if weights is None else weights
-        chunks = (y.split(rows) for y in (x, grad_x, targets, scales))
-        for part, grad_part, target, scale in zip(*chunks, strict=True):
+        chunks = zip(x.split(rows), targets.split(rows), scales.split(rows), strict=True)
+        for place, (part, target, scale) in enumerate(chunks):
             loss, grad = change(torch.mm(part, weight.t()), target, None if weights is None else scale)
             losses.append(loss)
-            torch.mm(grad, weight, out=grad_part)
+            if grad_x is None:  # no sooner than it is needed: the first logits take the most
+                grad_x = torch.empty_like(x)
+            torch.mm(grad, weight, out=grad_x[place * rows : (place + 1) * rows])
             grad_weight = _add_product(grad_weight, grad, part)
-        assert grad_weight is not None
+        assert grad_x is not None and grad_weight is not None
         ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return torch.cat(losses).sum()
 
