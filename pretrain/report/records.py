@@ -83,5 +83,5 @@ def _record(run: Run) -> Iterable[tuple[str, str]]:
 def _thinned(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """All lines but those of training steps, and `LINES` of these, spread evenly, and the last; thinned ones stay."""
     training = [place for place, line in enumerate(lines) if not line.keys() & {"validation_loss", "event"}]
-    kept = {*training[:: -(-(len(training) - 1) // LINES) or 1], *training[-1:]}
-    return [line for place, line in enumerate(lines) if place in kept or place not in training]
+    dropped = set(training) - {*training[:: -(-(len(training) - 1) // LINES) or 1], *training[-1:]}
+    return [line for place, line in enumerate(lines) if place not in dropped]
