@@ -141,37 +141,55 @@ def _local(stage: Stage, workers: int) -> None:
     context.set_forkserver_preload(["data_prep.engine", "datatrove.executor.local"])
     told, tell = context.Pipe(duplex=False)
     leader = context.Process(target=_lead, args=(stage.settings, stage.name, workers, tell))
-    with _importable():
-        leader.start()
-    tell.close()
-    process = psutil.Process(leader.pid)
-    seen: set[int] = set()
     try:
-        while not told.poll(0.5) and leader.is_alive():
-            present = {task.pid for task in _below(process)}
-            if seen - present and not told.poll(GRACE) and leader.is_alive() and stage.missing():
-                break
-            seen |= present
-        error = (
-            told.recv()
-            if told.poll()
-            else UserError(
-                f"{stage.folder}: a task died, most likely for want of memory; work done is kept: run the same command "
-                "again with a smaller workers= or max_document_bytes="
-            )
-        )
+        with _importable():
+            leader.start()
+        process = psutil.Process(leader.pid)
+    except (EOFError, ConnectionError, psutil.NoSuchProcess) as error:  # a kill hit the server or the leader at once
+        raise _ended(stage) from error
+    tell.close()
+    try:
+        error = _word(stage, leader, process, told)
         if error is not None:
             raise error
         leader.join(GRACE)
-    except EOFError:
-        raise UserError(
-            f"{stage.folder}: the tasks were ended; work done is kept: run the same command again"
-        ) from None
+    except (EOFError, ConnectionError):  # a task's, whose counters are kept by a process of datatrove's that was killed
+        raise _ended(stage) from None
     finally:
         for task in [process, *_below(process)]:  # its own `kill` does nothing once the server has died
             with contextlib.suppress(psutil.NoSuchProcess):
                 task.kill()
         leader.join()
+
+
+def _word(stage: Stage, leader: Any, process: psutil.Process, told: Any) -> Exception | None:
+    """Wait until the tasks have ended, all of them or one by a kill; what is missing then decides, not who died."""
+    born: set[int] = set()
+    while True:
+        # Once a process has died, the pool may never end: the others have GRACE to show that it has ended already.
+        present = {task.pid for task in _below(process)}
+        dead = born - present or not leader.is_alive()
+        born |= present
+        if told.poll(GRACE if dead else 0.5):
+            try:
+                word = told.recv()
+            except EOFError:
+                break
+            if not isinstance(word, int):
+                return word
+            born.add(word)
+        elif dead:
+            break
+    if not stage.missing():
+        return None
+    return UserError(
+        f"{stage.folder}: a task died, most likely for want of memory; work done is kept: run the same command "
+        "again with a smaller workers= or max_document_bytes="
+    )
+
+
+def _ended(stage: Stage) -> UserError:
+    return UserError(f"{stage.folder}: the tasks were ended; work done is kept: run the same command again")
 
 
 @contextmanager
@@ -197,7 +215,7 @@ def _below(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
-    """In the leading process: run datatrove's executor and tell None or the error."""
+    """In the leading process: run datatrove's executor; tell the numbers of its processes, then None or the error."""
     import multiprocess
     from datatrove.executor.local import LocalPipelineExecutor
 
@@ -206,7 +224,7 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
     method = "spawn"
     if sys.platform == "linux":  # datatrove keeps its counters in one more process, which would outlive this one
         method = "fork"  # no tokenizer has run here
-        os.register_at_fork(after_in_child=_end_with_parent)
+        os.register_at_fork(after_in_child=lambda: (_end_with_parent(), tell.send(os.getpid())))
         multiprocess.set_start_method(method, force=True)
     stage = STAGES[name](settings)
     missing = len(stage.missing())

@@ -182,7 +182,8 @@ def check_device(parallel: Parallel) -> Finding:
     slowest = {name: min(found[name] for found in everywhere) for name in PRECISIONS}
     told = [f"{name} {rate / 1e9:,.1f} GFLOP/s" if rate else f"{name} refused" for name, rate in slowest.items()]
     threads = f", {torch.get_num_threads()} threads a rank" if device.type == "cpu" else ""
-    return Finding("device", True, f"{describe(device)}: matrix products in {', '.join(told)}{threads}")
+    kernels = f" with kernels for {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
+    return Finding("device", True, f"{describe(device)}: matrix products{kernels} in {', '.join(told)}{threads}")
 
 
 def check_precision(parallel: Parallel, settings: ExperimentSettings | None) -> Finding:

@@ -15,7 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
+from data_prep.config import DataSettings
 from data_prep.manifest import read_manifest
+from data_prep.prepare import prepare
+from data_prep.settings import UserError, load
 from data_prep.synthetic import synthetic_documents
 
 COMMAND = [sys.executable, "data_prep/prepare.py"]
@@ -97,6 +100,27 @@ def test_a_preparation_killed_ten_times_ends_with_the_same_bytes(tmp_path, sized
             assert (process.returncode, "run the same command again" in stderr) == (130, True), stderr
         else:
             assert process.returncode == (2 if kill == "task" and tasks else -signal.SIGKILL), stderr
+
+
+@pytest.mark.slow
+def test_a_server_of_tasks_killed_as_it_starts_is_told_in_one_line(tmp_path, sized, whole, monkeypatch):
+    """The moment between its start and that of the first task, which a kill by the clock seldom meets."""
+    pytest.importorskip("datatrove")
+    from multiprocess.forkserver import _forkserver as server
+
+    start = server.ensure_running
+
+    def start_and_die() -> None:
+        start()
+        os.kill(server._forkserver_pid, signal.SIGKILL)
+
+    settings = load(DataSettings, str(sized[1]), [f"folder={tmp_path / 'out'}", "workers=2"])
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "ensure_running", start_and_die)
+        with pytest.raises(UserError, match=r"the tasks were ended; .* run the same command again"):
+            prepare(settings)
+    prepare(settings)
+    assert bytes_of(tmp_path / "out") == bytes_of(whole)
 
 
 CLUSTER = "import ray, sys; ray.init(num_cpus=2, include_dashboard=False, _node_ip_address='127.0.0.1'); "
