@@ -181,9 +181,10 @@ def check_device(parallel: Parallel) -> Finding:
     everywhere = parallel.gather(rates)
     slowest = {name: min(found[name] for found in everywhere) for name in PRECISIONS}
     told = [f"{name} {rate / 1e9:,.1f} GFLOP/s" if rate else f"{name} refused" for name, rate in slowest.items()]
-    threads = f", {torch.get_num_threads()} threads a rank" if device.type == "cpu" else ""
-    kernels = f" with kernels for {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else ""
-    return Finding("device", True, f"{describe(device)}: matrix products{kernels} in {', '.join(told)}{threads}")
+    how = ""
+    if device.type == "cpu":
+        how = f", {torch.get_num_threads()} threads a rank, kernels for {torch.backends.cpu.get_cpu_capability()}"
+    return Finding("device", True, f"{describe(device)}: matrix products in {', '.join(told)}{how}")
 
 
 def check_precision(parallel: Parallel, settings: ExperimentSettings | None) -> Finding:
