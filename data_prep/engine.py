@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import json
 import os
@@ -145,8 +146,8 @@ def _local(stage: Stage, workers: int) -> None:
         with _importable():
             leader.start()
         process = psutil.Process(leader.pid)
-    except (EOFError, ConnectionError, psutil.NoSuchProcess) as error:  # a kill hit the server or the leader at once
-        raise _ended(stage) from error
+    except (EOFError, ConnectionError, psutil.NoSuchProcess):  # a kill hit the server or the leader at once
+        raise _ended(stage) from None
     tell.close()
     try:
         error = _word(stage, leader, process, told)
@@ -224,7 +225,7 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
     method = "spawn"
     if sys.platform == "linux":  # datatrove keeps its counters in one more process, which would outlive this one
         method = "fork"  # no tokenizer has run here
-        os.register_at_fork(after_in_child=lambda: (_end_with_parent(), tell.send(os.getpid())))
+        os.register_at_fork(after_in_child=functools.partial(_born, tell))
         multiprocess.set_start_method(method, force=True)
     stage = STAGES[name](settings)
     missing = len(stage.missing())
@@ -244,9 +245,10 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
         tell.send(None)
 
 
-def _end_with_parent() -> None:
-    """In a forked process: do not outlive a parent that is killed."""
+def _born(tell: Any) -> None:
+    """In a forked process: do not outlive a parent that is killed; tell the process's number."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    tell.send(os.getpid())
 
 
 def _ray(settings: DataSettings, stage: Stage, missing: int) -> None:
