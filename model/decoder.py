@@ -245,8 +245,9 @@ def _true_first(flags: Tensor, size: int) -> Tensor:
 class Counts:
     """Numbers on their way from a device to the host, which goes on meanwhile."""
 
-    def __init__(self, values: Tensor):
-        """values: [G] integers."""
+    def __init__(self, values: Tensor, first: int = 0):
+        """values: integers of the gates from `first` on."""
+        self.first = first
         self.event: torch.cuda.Event | None = None
         self.values = values
         if values.is_cuda:
@@ -258,7 +259,7 @@ class Counts:
     def __getitem__(self, gate: int) -> int:
         if self.event is not None:
             self.event.synchronize()
-        return int(self.values[gate])
+        return int(self.values[gate - self.first])
 
 
 class Own:
@@ -307,7 +308,7 @@ class Run:
     heads: int = 0
     depth: Tensor | None = None
     kv: dict[int, KeyValue] = field(default_factory=dict)
-    ahead: Counts | None = None
+    ahead: dict[int, Counts] = field(default_factory=dict)
     laddered: bool = False
 
     def __post_init__(self) -> None:
@@ -342,6 +343,10 @@ class Run:
     def cached(self) -> bool:
         """Whether tokens to come will read keys of the tokens at hand."""
         return self.batch.cache is not None
+
+    def known(self, gate: int) -> int | None:
+        """How many tokens of the batch will pass a gate, where that was told ahead (`counts`, `foresee`)."""
+        return self.ahead[gate][gate] if gate in self.ahead else None
 
     def loss(self, name: str, value: Tensor) -> None:
         """Add to an auxiliary loss."""
@@ -395,7 +400,8 @@ class Run:
             if stage.gate == 0:
                 carry = method.begin(hidden, self)
                 ahead = method.counts(carry, self) if self.laddered and not self.fixed else None
-                self.ahead = None if ahead is None else Counts(ahead)
+                if ahead is not None:
+                    self.ahead = dict.fromkeys(range(method.gates), Counts(ahead))
             before = offered.take(hidden) if x is None else x
             hidden, x, offered, changed = self._pass(stage, hidden, before, offered, carry)
             carry = carry | changed
@@ -426,6 +432,11 @@ class Run:
         everyone = stage.uses[0].keys == "everyone"
         if self.routing_only or self._nobody(stage, entered):
             return hidden, x, entered, {}
+        if self.laddered and gate != self.last:
+            passes = method.foresee(gate, logits, Own(carry, entered), self)
+            if passes is not None:
+                passes = passes & entered.alive if isinstance(entered, Packed) else passes
+                self.ahead[gate + 1] = Counts(passes.sum()[None], gate + 1)
         if stage.whole:
             after = entered.take(self.apply(stage, method.prepare(gate, hidden, self), Everyone(self)))
         else:
@@ -472,8 +483,8 @@ class Run:
         elif self.routing_only:
             return torch.arange(len(chosen), device=chosen.device), chosen
         else:
-            count = int(chosen.sum()) if self.ahead is None or gate is None else self.ahead[gate]
-            local = _true_first(chosen, rung(count, self.shape.numel()))
+            count = None if gate is None else self.known(gate)
+            local = _true_first(chosen, rung(int(chosen.sum()) if count is None else count, self.shape.numel()))
         return local, chosen.index_select(0, local)
 
     def _top_k(self, gate: int, x: Tensor, logits: Tensor, offered: Everyone) -> tuple[Everyone, Tensor, Tensor]:

@@ -454,8 +454,9 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         In one call of the head, so that the gradient of its weight is kept once and not for every exit.
         """
         states = torch.cat([self.model.norm(x).flatten(0, 1) for x, _ in exits])
-        weights = torch.tensor([weight for _, weight in exits], device=states.device)
-        total = self.lm_head(states, shifted.flatten().repeat(len(exits)), weights.repeat_interleave(shifted.numel()))
+        # Written on the device: a list would be copied there, and waited for.
+        weights = torch.cat([torch.full((shifted.numel(),), weight, device=states.device) for _, weight in exits])
+        total = self.lm_head(states, shifted.flatten().repeat(len(exits)), weights)
         return total, sum(weight for _, weight in exits)
 
     @torch.no_grad()

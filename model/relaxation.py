@@ -46,7 +46,8 @@ class RelaxedLinear(nn.Linear):
             y = plain + (scale - 1) * F.linear(dropped, self.weight) + scale * low_rank
         else:
             y = scale * (plain + low_rank)
-        return y if self.bias is None else y + self.bias
+        # The magnitudes are fp32: under autocast they would make wider outputs than a plain projection's.
+        return (y if self.bias is None else y + self.bias).to(plain.dtype)
 
     @torch.no_grad()
     def effective_weight(self, recursion: int) -> Tensor:

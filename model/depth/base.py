@@ -9,7 +9,8 @@ What tokens carry from gate to gate is a name for each tensor [..., *] of that l
 `run` is a `model.decoder.Run`, or the engine's likeness of one: rules ask it for `mode`, `step`, `input_ids`,
 `positions`, `prompt` (of each text: how many positions were given; None: unknown), `threshold` (asked for in place of
 the configured one), `real`, `load`, `last` (the last gate), `cached`, `all_in` (every token takes all of the depth),
-`norm`, `readout` (norm and head), `keep_exits`; they give it `loss`, `exit`, `scored`, `figure`.
+`norm`, `readout` (norm and head), `keep_exits` and, of whole batches, `known` (how many pass a gate, told ahead); they
+give it `loss`, `exit`, `scored`, `figure`.
 """
 
 from __future__ import annotations
@@ -233,6 +234,13 @@ class DepthMethod(nn.Module):
 
     def counts(self, carry: dict[str, Tensor], run: Any) -> Tensor | None:
         """[G] tokens of the batch that each gate will let in, where `begin` settles it; None: each gate decides."""
+        return None
+
+    def foresee(self, gate: int, logits: Tensor | None, carry: Carry, run: Any) -> Tensor | None:
+        """Which of those let in will pass the next gate, bool [...], where that is settled before this one's stage.
+
+        A GPU's host is told their number while the stage's layers wait in the queue. None: the next gate decides.
+        """
         return None
 
     def prepare(self, gate: int, x: Tensor, run: Any) -> Tensor:

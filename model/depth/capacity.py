@@ -5,7 +5,9 @@ Shapes: B batch, C candidates of a gate.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -78,3 +80,15 @@ def selection_loss(logits: Tensor, selected: Tensor, used: Tensor | None) -> Ten
     """BCE between sigmoid(s) and "was selected", mean over the tokens offered (section 2.2.1)."""
     loss = F.binary_cross_entropy_with_logits(logits, selected.float(), reduction="none")
     return masked_mean(loss, used)
+
+
+def judged(logits: Tensor, selected: Tensor, used: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The selection loss, and the share of the tokens offered whose causal decision, s >= 0, is the selection's."""
+    agrees = (logits.detach() >= 0) == selected
+    return selection_loss(logits, selected, used), masked_mean(agrees.float(), used)
+
+
+@functools.cache
+def compiled_judged() -> Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]:
+    """The same as few kernels, for a GPU."""
+    return torch.compile(judged)

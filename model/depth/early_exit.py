@@ -36,6 +36,7 @@ from .exits import (
     softmax_gap,
 )
 from .layout import Stage, looped, stack
+from .routers import masked_mean
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
@@ -340,10 +341,10 @@ class EarlyExit(DepthMethod):
         super().describe(record, run)
         if not record.scores:
             record.offered = torch.zeros_like(record.offered)
-        passed = torch.tensor([*self.layers_at, self.config.num_hidden_layers], device=record.depth.device)
-        layers = passed[record.depth].float()
-        real = run.real
-        record.statistics["mean_layers"] = layers.mean() if real is None else layers[real].mean()
+        # Written on the device: a list would be copied there, and waited for.
+        passed = [record.depth.new_full((), layers) for layers in (*self.layers_at, self.config.num_hidden_layers)]
+        layers = torch.stack(passed)[record.depth].float()
+        record.statistics["mean_layers"] = masked_mean(layers, run.real)
 
 
 def _judging(method: type[EarlyExit], config: MoRConfig) -> list[int]:

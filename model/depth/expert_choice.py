@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .base import Carry, DepthMethod, Scorer, Setting
-from .capacity import factor_at, selection_loss
+from .capacity import compiled_judged, factor_at, judged
 from .layout import Stage, looped
-from .routers import GATING, ROUTER, Router, check_router, gate_of, masked_mean, random_logits, router_shapes, z_loss
+from .routers import GATING, ROUTER, Router, check_router, gate_of, random_logits, router_shapes, z_loss
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
@@ -200,14 +200,15 @@ class ExpertChoice(DepthMethod):
         """The selection's BCE and the z-loss, and how often the causal decision agrees with the selection."""
         config, learned = self.config, self.config.router != "random"
         decision = self.decision(gate, x, logits)
-        if self.training and learned:
-            if config.selection != "none":
-                run.loss("selection", selection_loss(decision, chosen, used))
-            if config.z_loss_coefficient > 0:
-                run.loss("z", z_loss(logits[..., None], used))
+        teaches = self.training and learned
         if config.selection != "none":
-            agrees = ((decision.detach() >= 0) == chosen).float()
-            run.figure("selection_accuracy", masked_mean(agrees, used))
+            judge = compiled_judged() if self.compiled and decision.is_cuda else judged
+            loss, accuracy = judge(decision, chosen, used)
+            if teaches:
+                run.loss("selection", loss)
+            run.figure("selection_accuracy", accuracy)
+        if teaches and config.z_loss_coefficient > 0:
+            run.loss("z", z_loss(logits[..., None], used))
 
     def apart(self) -> list[nn.Parameter]:
         return list(self.aux_routers.parameters()) if hasattr(self, "aux_routers") else []

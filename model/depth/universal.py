@@ -134,7 +134,25 @@ class Universal(DepthMethod):
         if run.cached:  # tokens to come may take more steps, and look at keys of all there
             return torch.ones_like(running)
         # Nobody looks at a step that nobody runs. (A graph of one piece cannot ask.)
-        return None if torch.compiler.is_compiling() or bool(running.any()) else running
+        return None if torch.compiler.is_compiling() or self._anyone(gate, running, run) else running
+
+    def _anyone(self, gate: int, running: Tensor, run: Any) -> bool:
+        count = run.known(gate)
+        return bool(running.any()) if count is None else count > 0
+
+    def foresee(self, gate: int, logits: Tensor | None, carry: Carry, run: Any) -> Tensor:
+        """Who halts at a step is settled by its score, before its layers."""
+        assert logits is not None
+        return ~carry["halted"] & ~self._halts(gate, elementwise(torch.sigmoid, logits.detach()), carry, run)
+
+    def _halts(self, gate: int, p: Tensor, carry: Carry, run: Any) -> Tensor:
+        """Who halts at this step. p: [...] halting probabilities."""
+        running = ~carry["halted"]
+        if run.all_in:  # exactly as many steps as are allowed
+            return running if gate == run.last else torch.zeros_like(running)
+        if gate == run.last and self.config.act_combine != "basic":
+            return running
+        return running & (carry["sum"] + p > 1.0 - self.config.act_epsilon)
 
     def merge(
         self, gate: int, before: Tensor, after: Tensor, logits: Tensor | None, carry: Carry, run: Any
@@ -142,11 +160,7 @@ class Universal(DepthMethod):
         assert logits is not None
         combine, total, running = self.config.act_combine, carry["sum"], ~carry["halted"]
         p = elementwise(torch.sigmoid, logits)
-        halts = running & (total + p > 1.0 - self.config.act_epsilon)
-        if run.all_in:  # exactly as many steps as are allowed
-            halts = torch.zeros_like(running)
-        if gate == run.last and (combine != "basic" or run.all_in):
-            halts = running
+        halts = self._halts(gate, p, carry, run)
         weight = torch.where(halts, 1.0 - total, torch.where(running, p, 0.0))
         wide = weight[..., None].to(after.dtype)
         output = carry["output"] * (1.0 - wide) if combine == "basic" else carry["output"]

@@ -34,7 +34,6 @@ SMALL = {
     "num_key_value_heads": 1,
     "max_position_embeddings": 512,
 }
-SUPPORTED = [name for name in VARIANTS if name not in ("ut-frozen", "ut-frozen-cycle")]  # see model/decoder.py, Counts
 
 
 def waits_of(seen: list[warnings.WarningMessage]) -> list[str]:
@@ -86,7 +85,7 @@ def main() -> int:
     parser.add_argument("--policy", default="none")
     options = parser.parse_args()
     dtype, failed = (torch.float32 if options.fp32 else torch.bfloat16), False
-    for name in options.variants or SUPPORTED:
+    for name in options.variants or VARIANTS:
         for documents in (False, True):
             line = {"variant": name, "documents": documents, "compiled": options.compiled, "policy": options.policy}
             rows, length = (16, 2048) if options.model else (4, 256)
