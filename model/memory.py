@@ -282,7 +282,7 @@ def _stretches(config: MoRConfig, work: Work, placement: Placement) -> list[_Str
         before = 0
         if gate is not None:
             passing += tokens * h * size  # and of the states that go past its layers
-            before = mask // size + _gate_bytes(config, work, passed, size, around, recompute)
+            before = mask // size + _gate_bytes(config, work, passed, placement, around)
         # The recursion, not the layer, is the stretch that is recomputed.
         whole = recompute == "recursion" and passed.stage.shared
         for uses in [passed.stage.uses] if whole else [(use,) for use in passed.stage.uses]:
@@ -291,9 +291,10 @@ def _stretches(config: MoRConfig, work: Work, placement: Placement) -> list[_Str
     return found
 
 
-def _gate_bytes(config: MoRConfig, work: Work, passed: Pass, size: int, around: bool, recompute: Recompute) -> int:
+def _gate_bytes(config: MoRConfig, work: Work, passed: Pass, placement: Placement, around: bool) -> int:
     """What a gate and its merge keep. around: keys are made of the states of everyone, left-out tokens included."""
     method, gate, h = method_of(config), passed.stage.gate, config.hidden_size
+    size, recompute = placement.value_bytes, placement.recompute
     assert gate is not None
     offered, scorers = work.offered[gate], [s for s in method.scorers(config) if s.gate == gate]
     prepared = method.prepare is not DepthMethod.prepare  # then states that are scored are not those that it takes
@@ -307,6 +308,8 @@ def _gate_bytes(config: MoRConfig, work: Work, passed: Pass, size: int, around: 
     # The scorers' fp32 inputs. In fp32 they are no copies, and the first layer's, or everyone's states kept already.
     known = passed.queries == work.tokens if gate == 0 else around and not prepared and recompute != "none"
     copies = len(scorers) if size != FP32 else int(bool(scorers) and not (known and offered == work.tokens))
+    if placement.compiled and placement.on_gpu:
+        copies = 0  # widened inside the kernel
     # Inner layers: before and after their function, which takes a copy on a CPU.
     inner = 4 * sum(width for scorer in scorers for _, width in scorer.shapes[:-1])
     return kept + round(offered) * (copies * h + inner) * FP32

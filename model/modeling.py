@@ -485,9 +485,9 @@ class MoRForCausalLM(MoRPreTrainedModel, GenerationMixin):
         dynamo_settings.recompile_limit = max(dynamo_settings.recompile_limit, 64)
         for module in (*self.units(), self.model.norm):
             module.compile(backend=backend)
-        self.lm_head.compiled = self.model.depth.compiled = True
+        self.lm_head.compiled = True
         for module in self.model.depth.modules():
-            if isinstance(module, Router):
+            if hasattr(module, "compiled"):
                 module.compiled = True
 
     def set_recompute(self, policy: RecomputePolicy) -> None:

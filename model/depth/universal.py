@@ -24,19 +24,22 @@ from torch import Tensor, nn
 
 from .base import Carry, DepthMethod, Scorer, Setting
 from .layout import Stage, looped
-from .routers import elementwise, exact_linear
+from .routers import compiled_exact_linear, elementwise, exact_linear
 
 if TYPE_CHECKING:
     from ..config import MoRConfig
 
 
 class Halting(nn.Linear):
-    """D -> 1, in fp32."""
+    """D -> 1, in fp32. compiled: as of `Router`."""
+
+    compiled = False
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x: [..., D] -> logits [...]."""
         with torch.autocast(x.device.type, enabled=False):
-            return (exact_linear(x.float(), self.weight.float()) + self.bias.float()).squeeze(-1)
+            product = compiled_exact_linear() if self.compiled and x.is_cuda else exact_linear
+            return (product(x, self.weight) + self.bias.float()).squeeze(-1)
 
 
 class Universal(DepthMethod):

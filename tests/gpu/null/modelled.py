@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
-from model import decoder
 from model.config import MoRConfig
-from model.flops import capacities, training_flops
+from model.flops import training_flops
 from model.modeling import MoRForCausalLM
 from tests.gpu.check import model_fields
 from tests.gpu.null.device import counters
+from tests.gpu.null.steps import in_balance
 
 MODELS = ["360m_vanilla", "360m_mor_expert_nr3"]
 ROWS, LENGTH = 16, 2048
@@ -132,8 +132,7 @@ def cost(name: str, dims: list[list[int]], types: list[str]) -> tuple[str, float
 
 def modelled(name: str, eager: bool, documents: bool) -> dict[str, Any]:
     config = MoRConfig(**(model_fields(name) | {"max_position_embeddings": LENGTH}))
-    balanced = [int(share * ROWS * LENGTH) for share in capacities(config)]
-    decoder.Counts.__getitem__ = lambda _, gate: balanced[gate]  # type: ignore[method-assign]
+    in_balance(config, ROWS * LENGTH)
     with torch.device("cuda"):
         model = MoRForCausalLM(config).train()
     if not eager:

@@ -3,23 +3,31 @@
     python -m tests.gpu.null.device OUT tests.gpu.null.steps [--compiled] [--model 360m_vanilla ...] [VARIANT ...]
 
 waits: operations at which the host would wait for the device, which torch's own debug mode names. launches, copies:
-of a forward and backward pass. largest: bytes of the largest tensor that attention makes beyond its operands. With
---model, a model of configs/model at 16 x 2,048 in place of small variants, and peak: GiB of torch's allocator.
+of a forward and backward pass. largest: bytes of the largest tensor that says who sees whom, made once a stage (form),
+and that a call of attention makes beyond its result, forward (attend; not compiled, where it can be told). With
+--model, a model of configs/model at 16 x 2,048 in place of small variants, its gates let in as many tokens as are
+expected, where that hangs on values, and peak: GiB of torch's allocator.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from model import decoder
+from model.attention import BACKENDS
 from model.config import MoRConfig
+from model.flops import capacities
 from model.memory import Placement, training_memory
 from model.modeling import MoRForCausalLM
 from tests.gpu.check import model_fields
@@ -36,14 +44,54 @@ SMALL = {
 }
 
 
+def in_balance(config: MoRConfig, tokens: int) -> None:
+    """From now on gates whose choice hangs on values, of which there are none, let in what is expected of a batch."""
+    expected = [int(share * tokens) for share in capacities(config)]
+    decoder.Counts.__getitem__ = lambda _, gate: expected[gate]  # type: ignore[method-assign]
+
+
+class Given:
+    """Bytes of the largest tensor that methods of attention's backends make, while it stands."""
+
+    def __init__(self, methods: list[str]) -> None:
+        self.methods, self.bytes = methods, dict.fromkeys(methods, 0)
+
+    def __enter__(self) -> Given:
+        torch.cuda.memory._record_memory_history(context=None, max_entries=10**6)
+        self.real = {(of, method): getattr(of, method) for of in BACKENDS.values() for method in self.methods}
+        for (backend, method), real in self.real.items():
+            setattr(backend, method, functools.partial(self.watched, method, real))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        torch.cuda.memory._record_memory_history(enabled=None)
+        for backend, method in self.real:
+            delattr(backend, method)
+
+    def watched(self, method: str, real: Callable[..., Any], *arguments: Any) -> Any:
+        before = len(allocator_trace())
+        result = real(*arguments)
+        sizes = [event["size"] for event in allocator_trace()[before:] if event["action"] == "alloc"]
+        if method == "attend":
+            sizes.remove(-(-result.nbytes // 512) * 512)  # as the allocator rounds it
+        self.bytes[method] = max(self.bytes[method], *sizes, 0)
+        return result
+
+
+def allocator_trace() -> list[dict[str, Any]]:
+    """What torch's allocator has done since its history is recorded."""
+    trace: list[dict[str, Any]] = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    return trace
+
+
 def waits_of(seen: list[warnings.WarningMessage]) -> list[str]:
     """`file:line` of what waited."""
     found = (w for w in seen if "synchronizing CUDA operation" in str(w.message))
     return sorted({f"{os.path.relpath(w.filename)}:{w.lineno}" for w in found})
 
 
-def measure(model: MoRForCausalLM, rows: int, length: int, documents: bool, dtype: torch.dtype) -> dict:
-    """One micro-batch, after one that nothing is asked about."""
+def measure(model: MoRForCausalLM, rows: int, length: int, documents: bool, dtype: torch.dtype, compiled: bool) -> dict:
+    """One micro-batch, after one of which only attention's bytes are asked."""
     ids = torch.zeros(rows, length, dtype=torch.long, device="cuda")
     each = length // 3
     belongs = torch.arange(length).div(each, rounding_mode="floor").expand(rows, -1).contiguous().to("cuda")
@@ -60,7 +108,8 @@ def measure(model: MoRForCausalLM, rows: int, length: int, documents: bool, dtyp
             ).loss
         loss.backward()
 
-    one()
+    with Given(["form"] if compiled else ["form", "attend"]) as attention:
+        one()
     torch.cuda.reset_peak_memory_stats()
     before = counters()
     with warnings.catch_warnings(record=True) as seen:
@@ -71,7 +120,8 @@ def measure(model: MoRForCausalLM, rows: int, length: int, documents: bool, dtyp
         finally:
             torch.cuda.set_sync_debug_mode("default")
     after = counters()
-    facts = {name: after[name] - before[name] for name in before}
+    facts: dict[str, Any] = {name: after[name] - before[name] for name in before}
+    facts["largest"] = attention.bytes
     peak = torch.cuda.max_memory_allocated()
     return facts | {"operations_that_wait": waits_of(seen), "peak_gib": round(peak / 2**30, 3)}
 
@@ -97,10 +147,12 @@ def main() -> int:
                 with torch.device("cuda"):
                     model = MoRForCausalLM(config).train()
                 model.set_recompute(options.policy)
+                if options.model:
+                    in_balance(config, rows * length)
                 if options.compiled:
                     model.compile_layers()
                     line["graph_breaks"] = 0
-                line |= measure(model, rows, length, documents, dtype)
+                line |= measure(model, rows, length, documents, dtype, options.compiled)
                 if options.compiled:
                     line["graph_breaks"] = dict(torch._dynamo.utils.counters["graph_break"])
                 if options.model:
