@@ -17,6 +17,7 @@ import difflib
 import gc
 import os
 import re
+import select
 import signal
 import sys
 import types
@@ -405,16 +406,32 @@ def describe(settings: BaseModel, prefix: str = "") -> list[tuple[str, str, str]
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main`; a UserError becomes its message on stderr and exit code 2, a Ctrl-C exit code 130.
 
-    A Ctrl-C that comes once `main` has done its work changes nothing any more.
+    A Ctrl-C that comes once `main` has done its work changes nothing any more. Where whoever read the output has gone
+    (`... | head`), the command ends without a word, as by SIGPIPE.
     """
     gc.freeze()  # what is imported stays: Python's end need not look through it once more
     try:
         code = main() or 0
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Python gives back the default as it ends, which kills it
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue where it was", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        sys.exit(128 + signal.SIGPIPE)
     sys.exit(code)
+
+
+def _unread() -> bool:
+    """Whether nobody reads this process's output any more; then what is left of it goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    broken = bool(output.poll(0))  # nothing but an error was asked for
+    if broken:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return broken

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,6 +144,26 @@ def test_a_ctrl_c_after_all_is_done_changes_nothing(tmp_path):
     command = signalled_at_the_end(signal.SIGINT, str(script))
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (3, "all done\n", "")
+
+
+@pytest.mark.parametrize("flushed", [False, True])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(tmp_path, flushed):
+    """As by SIGPIPE; a pipe that breaks elsewhere is told as ever."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\nfrom data_prep.settings import run_command\n"
+        f"def main():\n    while True:\n        print('a line', flush={flushed})\n"
+        "def elsewhere():\n    raise BrokenPipeError('elsewhere')\n"
+        "run_command(elsewhere if sys.argv[1:] else main)\n"
+    )
+    command, environment = [sys.executable, str(script)], os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None and run.stderr is not None
+        assert run.stdout.readline() == "a line\n"
+        run.stdout.close()
+        assert (run.wait(60), run.stderr.read()) == (128 + signal.SIGPIPE, "")
+    other = subprocess.run([*command, "elsewhere"], env=environment, capture_output=True, text=True)
+    assert other.returncode == 1 and "BrokenPipeError: elsewhere" in other.stderr
 
 
 # The schema says what a value is
