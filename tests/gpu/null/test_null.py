@@ -17,6 +17,7 @@ import pytest
 from tests.gpu.null import build
 from tests.gpu.null.device import FOLDER, environment
 
+pytestmark = pytest.mark.timeout(1800)  # minutes of compiling, on a busy machine many
 ROOT = Path(__file__).resolve().parents[3]
 WHY_NOT = build.refusal() or (None if FOLDER in os.environ else f"{FOLDER} names no folder; see `make null-gpu`")
 
