@@ -180,13 +180,17 @@ def _gradients_of_rows(
     tensors: dO, query, key, value, log_sum and delta = sum(dO * O), [B, H, K]. With the softmax P = exp(s - log_sum),
     dV = P' dO and dS = P * (dO V' - delta). Both differences come out of the product itself: its left factor has minus
     the subtrahend in two more columns, the value in bf16 and what that leaves out, and its right factor has ones there.
-    Products are keys by queries; heads that share a key stand side by side.
+    Products are keys by queries; heads that share a key stand side by side. Keys are scaled by a power of two, which
+    loses no digit of theirs, and what is left of the scale, `rest`, multiplies scores less their log_sum, which are
+    small where it counts.
     """
     grad, query, key, value, log_sum, delta = tensors
     (batch, heads, _, width), kv_heads, dtype = query.shape, key.shape[1], query.dtype
     group, scale = heads // kv_heads, width**-0.5
-    left, left_grad = _widened(query, *_in_two(-log_sum, dtype)), _widened(grad, *_in_two(-delta, dtype))
-    keys, values = (_widened(x, 1.0, 1.0).flatten(0, 1) for x in (key * scale, value))
+    exact = 2.0 ** math.floor(math.log2(scale))
+    rest = scale / exact
+    left, left_grad = _widened(query, *_in_two(-log_sum / rest, dtype)), _widened(grad, *_in_two(-delta, dtype))
+    keys, values = (_widened(x, 1.0, 1.0).flatten(0, 1) for x in (key * exact, value))
     grad_key, grad_value = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
     longest = max((block.end - block.start) * (block.high - block.low) for block in blocks)
     memory = [query.new_empty(batch * heads * longest) for _ in range(2)]  # fresh pages cost more than the arithmetic
@@ -200,12 +204,12 @@ def _gradients_of_rows(
             seen = _past(count) if mask is None else mask[:, :, start:end, clear:high]
             hidden = _hidden(seen.transpose(-2, -1), dtype).repeat(*[1] * (seen.dim() - 1), group)
             scores.view(batch, kv_heads, high - low, group * count)[:, :, clear - low :] += hidden
-        weights = scores.exp_()
+        weights = (scores if rest == 1 else scores.mul_(rest)).exp_()
         torch.bmm(values[:, low:high], grads.transpose(1, 2), out=changes).mul_(weights)
         grad_value[:, low:high] += torch.bmm(weights, grads)
         grad_key[:, low:high] += torch.bmm(changes, queries)
         block = torch.bmm(changes.transpose(1, 2), keys[:, low:high])[..., :width]
-        results[0][:, :, start:end] = block.view(batch, heads, count, width)
+        results[0][:, :, start:end] = block.view(batch, heads, count, width) * rest
     results[1].copy_(grad_key[..., :width].view(key.shape) * scale)
     results[2].copy_(grad_value[..., :width].view(value.shape))
 

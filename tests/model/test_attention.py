@@ -77,11 +77,8 @@ def run(tensors: list[Tensor], mask: Tensor | None, config: MoRConfig, spans: Te
     return [output.detach(), *torch.autograd.grad(output, leaves, tensors[3])]
 
 
-@given(problems(), st.sampled_from([4, 8, 192]), st.booleans())
-@settings(max_examples=60, deadline=None)
-def test_operators_equal_attention_written_out(problem, span, known):
-    """Output and gradients, whatever the shape of the blocks and whether spans are given."""
-    tensors, mask = problem
+def compare_operators(tensors: list[Tensor], mask: Tensor | None, spans: Tensor | None, **sizes: int) -> None:
+    """Output and gradients against attention written out in fp32, and against what torch's own kernel misses of it."""
     written_out = tiny_config("vanilla")
     written_out._attn_implementation = "eager"
     exact = run([x.float() for x in tensors], mask, written_out)
@@ -89,10 +86,8 @@ def test_operators_equal_attention_written_out(problem, span, known):
         patch.setattr(attention, "HAS_AMX", False)
         kernel = run(tensors, mask, tiny_config("vanilla"))
         patch.setattr(attention, "HAS_AMX", True)
-        sizes = {"SPAN": span, "KERNEL_BLOCK": 3 * span, "PRODUCT_BLOCK": 2 * span, "PRODUCT_SIZE": 900}
         for name, size in sizes.items():
             patch.setattr(attention, name, size)
-        spans = attention.spans_of(mask) if known and mask is not None else None
         got = run(tensors, mask, tiny_config("vanilla"), spans=spans)
     # Where the softmax is one-hot, gradients are differences that cancel.
     terms = tensors[3].float().norm() * max(1.0, *(x.abs().max().item() ** 2 for x in tensors[:3]))
@@ -100,6 +95,28 @@ def test_operators_equal_attention_written_out(problem, span, known):
         assert ours.dtype == torch.bfloat16 and ours.shape == value.shape
         missed, theirs_missed = (ours.float() - value).norm(), (theirs.float() - value).norm()
         assert missed <= 0.02 * value.norm() + 3 * theirs_missed + 1e-4 * terms
+
+
+@given(problems(), st.sampled_from([4, 8, 192]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_operators_equal_attention_written_out(problem, span, known):
+    """Whatever the shape of the blocks and whether spans are given."""
+    tensors, mask = problem
+    sizes = {"SPAN": span, "KERNEL_BLOCK": 3 * span, "PRODUCT_BLOCK": 2 * span, "PRODUCT_SIZE": 900}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SPAN", span)
+        spans = attention.spans_of(mask) if known and mask is not None else None
+    compare_operators(tensors, mask, spans, **sizes)
+
+
+@pytest.mark.parametrize("width", [16, 24, 32])
+def test_large_scores_keep_their_gradients(width):
+    """Scores of 50 that differ by few: what a scale rounds off a key would show (24 and 32 are no powers of 4)."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(80):
+        tensors = [4 * torch.randn(1, 3, 4, width, generator=generator) for _ in range(3)]
+        tensors.append(torch.randn(1, 3, 4, width, generator=generator))
+        compare_operators([x.bfloat16() for x in tensors], None, None)
 
 
 def test_a_key_that_nobody_sees_gets_no_gradient():
