@@ -23,6 +23,7 @@ from tests.helpers.reference import Case
 KEPT = Path(__file__).parent / "depth_cases"
 ALL = Path(os.environ.get("MOR_DEPTH_CASES", Path(__file__).parents[3] / "shared" / "depth_cases"))
 LOGITS, GRADIENTS, LOSSES = {"rtol": 0, "atol": 2e-5}, {"rtol": 1e-4, "atol": 1e-6}, {"rel": 2e-6}
+STATES = {"rtol": 5e-6, "atol": 2e-5}  # they reach 35, where 2e-5 are five steps of fp32
 
 
 def folders(groups: str) -> list[Any]:
@@ -105,7 +106,7 @@ def test_mixture_of_depths(folder: Path):
             chosen = torch.stack([row.nonzero().squeeze(1) for row in chosen])
         assert torch.equal(output.routing.selected[gate], chosen.long())
         torch.testing.assert_close(
-            output.hidden_states[depth + 1], case.tensors[f"hidden_after_layer.{depth}"], **LOGITS
+            output.hidden_states[depth + 1], case.tensors[f"hidden_after_layer.{depth}"], **STATES
         )
         if f"router_logits.{depth}" in case.tensors:
             scores = case.tensors[f"router_logits.{depth}"]

@@ -35,7 +35,7 @@ def test_shift_labels_are_targets(name):
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"every_n_layers": 2}], ids=str)
 @pytest.mark.parametrize("name", TRAINING)
 def test_standard_checkpointing_changes_nothing(name, options):
-    """Losses, auxiliary ones too, and gradients are identical, and the layers it covers run again."""
+    """Losses, auxiliary ones too, are identical, gradients but for the order of sums; layers it covers run again."""
     model, ids = build(name), batch()
     torch.manual_seed(1)
     plain = model(ids, labels=ids)
@@ -56,7 +56,8 @@ def test_standard_checkpointing_changes_nothing(name, options):
     assert {k: v.item() for k, v in again.losses.items()} == {k: v.item() for k, v in plain.losses.items()}
     assert gradients(model).keys() == expected.keys()
     for key, value in gradients(model).items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-8)
+        largest = float(expected[key].abs().max())
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6 * largest)
 
 
 def test_standard_checkpointing_is_the_policy_block():
