@@ -46,8 +46,8 @@ from data_prep.settings import UserError, run_command
 from model.depth import current_name
 from pretrain.dcp_reader import SafeReader, read_metadata
 from pretrain.facts import run_facts
+from pretrain.parallel.deepspeed_files import read_deepspeed
 from pretrain.parallel.strategy import Parallel
-from pretrain.parallel.zero import read_deepspeed
 from pretrain.stop import disk_error
 
 MARKER = "COMMITTED.json"

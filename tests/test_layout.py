@@ -28,7 +28,7 @@ OURS = {*MAY_IMPORT, "tests"}
 # wing of pretrain -> modules of pretrain that it may import beside its own: nothing of training
 WINGS = {"report": {"config"}, "parallel": {"stop"}}
 DISTRIBUTED = {"accelerate", "deepspeed"}
-MAY_DISTRIBUTE = ("pretrain/parallel/fsdp2.py", "pretrain/parallel/zero.py")
+MAY_DISTRIBUTE = tuple(f"pretrain/parallel/{name}.py" for name in ("fsdp2", "zero", "deepspeed_files"))
 OPTIONAL = {"wandb", "deepspeed", "webdataset", "datasets", "datatrove"}  # slow to import or absent on some machines
 LONGEST_FUNCTION = 80
 LARGEST_FILE = 1_000_000

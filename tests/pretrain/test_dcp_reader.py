@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import CheckpointException
 from data_prep.settings import UserError
 from pretrain.checkpoint import Marker, read_tensors
 from pretrain.dcp_reader import SafeReader, read_metadata
-from pretrain.parallel.zero import BUFFERS, FACTS, NATIVE_TAG, read_deepspeed, safe_loading
+from pretrain.parallel.deepspeed_files import BUFFERS, FACTS, NATIVE_TAG, read_deepspeed, safe_loading
 
 
 class Payload:
