@@ -10,7 +10,8 @@ EXTRAS ?= prepare,serve,evaluate,gguf,test,lint
 # Of pytest, for instance --durations=25.
 OPTIONS ?=
 # Each file to one process, in the order of tests/conftest.py.
-WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+FILES := --dist loadfile --no-loadscope-reorder
+WORKERS := -n 2 $(FILES)
 export OMP_NUM_THREADS ?= 2
 
 .PHONY: setup setup-oldest compare test test-fast test-explore test-plain test-oldest lint bench-model bench-reference \
@@ -28,8 +29,9 @@ $(VENV)/.complete: pyproject.toml $(CONSTRAINTS)
 compare: setup
 	$(BIN)/python launchers/compare.py --config configs/compare/cpu.yaml
 
+# A third process, for those whose tests wait for Slurm leave a core idle.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(OPTIONS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 $(FILES) $(OPTIONS)
 
 test-fast: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m 'not slow and not slurm' $(OPTIONS)
