@@ -374,12 +374,16 @@ def test_compiles_without_graph_breaks(name, packed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_strategy", ["recursion_wise", "shared"])
-def test_token_choice_compiles_once_for_all_lengths(kv_strategy):
+@pytest.mark.parametrize(
+    ("backend", "changes"),
+    [("aot_eager", {"num_recursions": 2, "num_hidden_layers": 4}), ("eager", {"kv_strategy": "shared"})],
+    ids=["recursion_wise", "shared"],
+)
+def test_token_choice_compiles_once_for_all_lengths(backend, changes):
     """Every step sends another number of tokens to each depth; after the first steps nothing is compiled again."""
     torch._dynamo.reset()
-    model = build("token-z", kv_strategy=kv_strategy)
-    compiled = torch.compile(model, backend="eager" if kv_strategy == "shared" else "aot_eager")
+    model = build("token-z", **changes)
+    compiled = torch.compile(model, backend=backend)
     for i in range(4):
         compiled(batch(i), targets=batch(i)).loss.backward()
     counts = set()
