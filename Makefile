@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= prepare,serve,evaluate,gguf,test,lint
+# Of pip, for instance --no-compile.
+INSTALL ?=
 # Of pytest, for instance --durations=25.
 OPTIONS ?=
 # Each file to one process, in the order of tests/conftest.py.
@@ -22,8 +24,8 @@ setup: $(VENV)/.complete
 $(VENV)/.complete: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name it with PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch -c $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet $(INSTALL) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet $(INSTALL) -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	touch $@
 
 compare: setup

@@ -13,6 +13,7 @@ others are ended. Real launchers are tested beside this, in tests/pretrain/test_
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
@@ -120,6 +121,7 @@ def _variables(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 def _run(name: tuple[str, str], rank: int, variables: dict[str, str], folder: Path, arguments: bytes) -> None:
     """What a rank does: output to its file, the launcher's environment, the function, its result to a file."""
+    gc.freeze()  # no collection of garbage goes through what the server has imported
     log = os.open(folder / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
