@@ -27,7 +27,7 @@ from pretrain.config import ExperimentSettings, Flops, make_model_config, read_s
 from pretrain.lock import LOCK
 from pretrain.metrics import last_line
 from pretrain.precision import of_comparison
-from pretrain.report.analysis import seeds_needed
+from pretrain.report.analysis import MATCHED_SHARE, seeds_needed
 from pretrain.report.controls import CONTROLS, control_fields, described
 from pretrain.report.records import unpack
 from pretrain.report.summary import Results
@@ -266,7 +266,10 @@ def model_fields(model: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def control_rows(compare: CompareSettings, entry: BudgetEntry) -> list[tuple[str, dict[str, Any], Any]]:
-    """(name, fields, FLOPs) of every control at a budget; one that is a model of the comparison already is left out.
+    """(name, fields, FLOPs) of every control at a budget.
+
+    One that is a model of the comparison already is left out, or another's control: two that route alike see nearly as
+    many tokens, and one vanilla model serves both.
 
     Raises UserError that names a control which cannot be built for the model that asks for it, or for any model.
     """
@@ -280,7 +283,7 @@ def control_rows(compare: CompareSettings, entry: BudgetEntry) -> list[tuple[str
     by_name = isinstance(compare.controls, dict)
     asked = compare.controls if isinstance(compare.controls, dict) else dict.fromkeys(routes, compare.controls)
     rows: list[tuple[str, dict[str, Any], Any]] = []
-    taken = {json.dumps([described(config), entry.flops], default=str) for config in configs.values()}
+    taken = [(described(config), entry.flops) for config in configs.values()]
     refused: dict[str, list[str]] = {}
     for name, kind in [(name, kind) for name, kinds in asked.items() for kind in kinds]:
         try:
@@ -291,14 +294,19 @@ def control_rows(compare: CompareSettings, entry: BudgetEntry) -> list[tuple[str
         fields = {key: value for key, value in fields.items() if key in models[name] or key not in known}
         config = make_model_config(fields | known)
         flops = equal_tokens(entry, configs[name], config, length) if kind == "equal_tokens" else entry.flops
-        key = json.dumps([described(config), flops], default=str)
-        if key not in taken:
-            taken.add(key)
+        if not any(described(config) == there and _nearly(flops, spent) for there, spent in taken):
+            taken.append((described(config), flops))
             rows.append((f"{name}_{kind}", fields, flops))
     wrong = [f"{kind}: {'; '.join(why)}" for kind, why in refused.items() if by_name or len(why) == len(asked)]
     if wrong or not asked:
         raise UserError(f"controls: cannot be built: {' | '.join(wrong) or 'no model here routes tokens'}")
     return rows
+
+
+def _nearly(one: int | list[int], other: int | list[int]) -> bool:
+    """Whether two budgets, or all of two lists of them, are matched."""
+    pairs = [list(flops) if isinstance(flops, list) else [flops] for flops in (one, other)]
+    return len(pairs[0]) == len(pairs[1]) and all(abs(a / b - 1) < MATCHED_SHARE for a, b in zip(*pairs, strict=True))
 
 
 def data_fields(compare: CompareSettings, model: dict[str, Any]) -> tuple[dict[str, Any], int]:

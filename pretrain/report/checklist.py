@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pretrain.report.analysis import MATCHED_SHARE
-from pretrain.report.controls import control_fields, same_model
+from pretrain.report.controls import EQUAL_TOKENS_SHARE, control_fields, same_model
 
 LOOK_AHEAD = 0.01  # what rounding may do: nats, or the share of tokens that take another depth
 TOKENS_PER_PARAMETER = 15  # below it a model is far from its compute optimum (about 20: arXiv 2203.15556)
@@ -231,7 +231,8 @@ def _has_control(kind: str, row: Row, other: Results) -> bool:
     """Whether another report holds a control of this variant at its budget."""
     for variant in other["variants"]:
         if kind == "equal_tokens":
-            if variant["architecture"] == "vanilla" and abs(variant["tokens"] / row["tokens"] - 1) < MATCHED_SHARE:
+            share = abs(variant["tokens"] / row["tokens"] - 1)
+            if variant["architecture"] == "vanilla" and share < EQUAL_TOKENS_SHARE:
                 return True
         elif abs(variant["flops"] / row["flops"] - 1) < MATCHED_SHARE:
             wanted = control_fields(kind, row["model"], None, int(other["sequence_length"]))

@@ -32,6 +32,8 @@ CONTROLS = {
 # What each step from the baseline to the model adds; a control that is missing joins its step to the next one.
 STEPS = {"recursive": "sharing", "gate_only": "gate", "random_router": "more tokens"}
 LAST_STEP = "choice of tokens"
+# Tokens that count as equal: token-choice's learned routing sees a few percent more or fewer than its budget plans.
+EQUAL_TOKENS_SHARE = 0.03
 UNSTABLE = ("transformers_version", "dtype", "architectures", "_name_or_path")  # of a configuration that was written
 Fields = dict[str, Any]
 
@@ -121,7 +123,8 @@ def find_controls(
     found: dict[str, Variant] = {}
     for kind in kinds:
         if kind == "equal_tokens":
-            same = [other for other in vanilla if abs(other.tokens / variant.tokens - 1) < analysis.MATCHED_SHARE]
+            same = [other for other in vanilla if abs(other.tokens / variant.tokens - 1) < EQUAL_TOKENS_SHARE]
+            same.sort(key=lambda other: abs(other.tokens / variant.tokens - 1))
         else:
             wanted = control_fields(kind, variant.model, None, length)
             same = [other for other in members if same_model(other.model, wanted)]

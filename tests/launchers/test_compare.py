@@ -477,6 +477,12 @@ def test_controls_are_rows_of_the_grid(grid):
     assert by_name["mor_expert_nr3_gate_only"].settings.model["capacity_factors"] == [1.0, 1.0, 1.0]
 
 
+def test_one_vanilla_model_gives_its_tokens_to_two_that_see_nearly_as_many(grid):
+    models = MODELS | {"mor_token_nr3": {**TINY, "num_recursions": 3, "routing": "token_choice"}}
+    runs = planning.plan_runs(changed(grid[0], models=models, controls=["equal_tokens"], seeds=[0]))
+    assert [planned.settings.name for planned in runs] == [*models, "mor_expert_nr3_equal_tokens"]
+
+
 @pytest.mark.parametrize(
     ("controls", "said"),
     [

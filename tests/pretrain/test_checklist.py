@@ -153,6 +153,20 @@ def test_the_difference_is_taken_apart(clean):
     assert found["equal_tokens"]["baseline"] == "mor_equal_tokens"
 
 
+def test_the_vanilla_model_nearest_in_tokens_is_the_control_and_one_too_far_is_none(tmp_path):
+    """Learned depths move a model's tokens by a few percent from those that its control was planned with."""
+    sound(tmp_path, "vanilla", 3.0)
+    sound(tmp_path, "mor_expert_nr3", 2.9)
+    costs = [
+        flops_per_token(MoRConfig(**model), SEQUENCE_LENGTH) for model in (SHAPE, SHAPE | MODELS["mor_expert_nr3"])
+    ]
+    expected = {"far": (0.95, None), "off": (0.98, "off"), "near": (1.005, "near")}
+    for name, (share, control) in expected.items():
+        sound(tmp_path, name, 2.9, family="vanilla", model=SHAPE, budget=share * BUDGET * costs[0] / costs[1])
+        found = answers(tmp_path)[0]["decompositions"]
+        assert [row["equal_tokens"]["baseline"] for row in found] == ([control] if control else [])
+
+
 def test_a_missing_control_joins_its_step_to_the_next(tmp_path):
     sound(tmp_path, "vanilla", 3.0)
     sound(tmp_path, "mor_expert_nr3", 2.9)
