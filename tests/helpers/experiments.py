@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pretrain.trainer
 from data_prep.settings import build, merge
 from pretrain.config import ExperimentSettings
 from pretrain.energy import EnergyMeter
@@ -58,11 +57,6 @@ def trainer_for(settings: ExperimentSettings, energy: EnergyMeter | None = None)
     """A trainer on one process."""
     parallel = start_parallel(settings.parallel, settings.precision, settings.seed)
     return Trainer(settings, settings.data.read(), parallel, energy)
-
-
-def without_export() -> None:
-    """For a process whose weights nobody reads: under ZeRO an export starts another, for seconds."""
-    pretrain.trainer.export = lambda *_: None
 
 
 def train(settings: ExperimentSettings) -> list[dict[str, Any]]:

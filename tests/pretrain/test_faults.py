@@ -25,7 +25,7 @@ from pretrain.parallel.watchdog import STALLED, Beat, Watchdog
 from pretrain.trainer import Trainer
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import Ranks, run_ranks, start_ranks
-from tests.helpers.experiments import figures, read_lines, settings_for, trainer_for, without_export
+from tests.helpers.experiments import figures, read_lines, settings_for, trainer_for
 
 STEPS = 20
 SINGLE = {"strategy": "single"}
@@ -116,7 +116,6 @@ def train_and_die(
 
         setattr(owner, name, run_or_die)
     micro_size = min(2, 4 // int(os.environ["WORLD_SIZE"]))
-    without_export()
     return finish(make_trainer(run_dir, data, parallel, batch={"size": 4, "micro_size": micro_size}))
 
 

@@ -30,7 +30,7 @@ from pretrain.parallel.start import start_parallel
 from pretrain.parallel.strategy import Parallel
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import run_ranks
-from tests.helpers.experiments import ROUTED, read_lines, settings_for, trainer_for, without_export
+from tests.helpers.experiments import ROUTED, read_lines, settings_for, trainer_for
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs" / "parallel"
@@ -349,12 +349,6 @@ def train_on_ranks(run_dir: Path, data: Path, architecture: str, changes: dict[s
     return read_lines(run_dir)
 
 
-def go_on_on_ranks(*arguments: Any) -> list[dict[str, Any]]:
-    """`train_on_ranks`, of a run that was trained before."""
-    without_export()
-    return train_on_ranks(*arguments)
-
-
 def changes_for(parallel: dict[str, Any]) -> dict[str, Any]:
     return {
         "budget": {"steps": STEPS},
@@ -394,7 +388,7 @@ class Runs:
         lines = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "finished" not in line]
         (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         architecture, ranks, parallel = RUNS.get(target, (target, 1, {"strategy": "single"}))
-        return run_ranks(go_on_on_ranks, ranks, folder, self.data, architecture, changes_for(parallel))[0]
+        return run_ranks(train_on_ranks, ranks, folder, self.data, architecture, changes_for(parallel))[0]
 
 
 @pytest.fixture(scope="module")
@@ -481,7 +475,7 @@ def test_other_ways_of_spending_depth_resume_under_another_strategy(
     run, stopping = tmp_path / "run", {"checkpoint": {"every_steps": 3, "keep": 9}}
     for ranks, strategy in (source, target):
         arguments = (run, data, architecture, changes | stopping | {"parallel": {"strategy": strategy}})
-        found = run_ranks(go_on_on_ranks, ranks, *arguments)[0]
+        found = run_ranks(train_on_ranks, ranks, *arguments)[0]
         if (ranks, strategy) == source:  # as if it had died after its first checkpoint
             shutil.rmtree(run / "checkpoints" / "step-00000006")
             lines = [line for line in (run / "metrics.jsonl").read_text().splitlines() if "finished" not in line]
