@@ -30,6 +30,7 @@ from pretrain.precision import of_comparison
 from pretrain.report.analysis import MATCHED_SHARE, seeds_needed
 from pretrain.report.controls import CONTROLS, control_fields, described
 from pretrain.report.records import unpack
+from pretrain.report.runs import counted
 from pretrain.report.summary import Results
 from pretrain.report.sweep import Values, flatten, halving, points_of
 from pretrain.stop import REQUEUE_FILE
@@ -74,6 +75,11 @@ class CompareSettings(Settings):
         description="what a model's sweep may spend, in whole runs; null: as many as it has seeds, so that seeds given "
         "later ask for a longer sweep",
     )
+    sweep_budget: BudgetEntry | None = Field(
+        None,
+        description="the budget at which each model is swept once, for every budget of the comparison; null: a sweep "
+        "at each of them",
+    )
     noise: list[Literal["order", "precision"]] = Field(
         [], description="repeat the baseline in another order of the data, in the other precision: what noise does"
     )
@@ -108,6 +114,8 @@ class CompareSettings(Settings):
     def _sweeps_apart(self) -> Self:
         shared = sorted(set(self.seeds) & set(self.sweep_seeds))
         swept = self.sweep or self.sweep_models
+        if self.sweep_budget and not swept:
+            raise ValueError("sweep_budget: nothing is swept; give `sweep`, or leave it out")
         if swept and shared:
             raise ValueError(f"sweep_seeds: {shared} are seeds of the report too: a winner would be judged by its luck")
         for name in [*self.sweep_models, *(self.controls if isinstance(self.controls, dict) else ())]:
@@ -398,6 +406,20 @@ def with_configurations(compare: CompareSettings, runs: list[PlannedRun], gpus: 
 # --- sweeps and noise -------------------------------------------------------------------------------------------
 
 
+def sweep_of(compare: CompareSettings, cell: Cell) -> Cell:
+    """The cell whose sweep settles this one: itself, or the model at the one budget that is swept."""
+    if compare.sweep_budget is None:
+        return cell
+    convention = compare.sweep_budget.convention
+    label = cell.name + ("" if convention == "exact" else f"-{convention}")
+    return replace(cell, label=label, entry=compare.sweep_budget)
+
+
+def sweeps_of(compare: CompareSettings) -> list[Cell]:
+    """The cells that are swept, each once."""
+    return list({swept.label: swept for cell in cells_of(compare) if (swept := sweep_of(compare, cell)).keys}.values())
+
+
 def rounds_of(compare: CompareSettings, cell: Cell) -> list[tuple[int, float]]:
     """The rounds of a cell's sweep; all of them together spend at most `sweep_runs` runs of the report."""
     if not cell.keys:
@@ -451,6 +473,7 @@ def winner(compare: CompareSettings, cell: Cell) -> Values | None:
 
     A run that failed, as one that diverged does, comes last in its round and holds up nothing.
     """
+    cell = sweep_of(compare, cell)
     rounds = rounds_of(compare, cell)
     if not rounds:
         return {}
@@ -466,27 +489,28 @@ def winner(compare: CompareSettings, cell: Cell) -> Values | None:
 
 def plan_round(compare: CompareSettings, number: int, gpus: bool | None = None) -> list[PlannedRun]:
     """The runs of one round of every cell's sweep; empty past the last round."""
-    cells = [cell for cell in cells_of(compare) if len(rounds_of(compare, cell)) > number]
+    cells = [cell for cell in sweeps_of(compare) if len(rounds_of(compare, cell)) > number]
     return with_configurations(compare, [run for cell in cells for run in round_runs(compare, cell, number)], gpus)
 
 
 def round_size(compare: CompareSettings, number: int) -> int:
     """Runs of a round, known before the round before it has run."""
-    rounds = [rounds_of(compare, cell) for cell in cells_of(compare)]
+    rounds = [rounds_of(compare, cell) for cell in sweeps_of(compare)]
     return sum(found[number][0] for found in rounds if len(found) > number) * len(compare.sweep_seeds)
 
 
 def round_count(compare: CompareSettings) -> int:
     """Rounds of the longest sweep."""
-    return max((len(rounds_of(compare, cell)) for cell in cells_of(compare)), default=0)
+    return max((len(rounds_of(compare, cell)) for cell in sweeps_of(compare)), default=0)
 
 
 def sweep_cost(compare: CompareSettings) -> float:
     """FLOPs of all sweeps over those of the runs of the report."""
     swept = reported = 0.0
-    for cell in cells_of(compare):
+    for cell in sweeps_of(compare):
         for count, share in rounds_of(compare, cell):
             swept += count * len(compare.sweep_seeds) * sweep_flops(cell, share)
+    for cell in cells_of(compare):
         flops = cell.entry.flops
         reported += len(compare.seeds) * (flops[-1] if isinstance(flops, list) else flops)
     return swept / reported
@@ -611,7 +635,7 @@ def plan_table(runs: Sequence[PlannedRun]) -> Table:
         for config, row in plans_of(run):
             table.add_row(
                 row.model,
-                f"{unique_parameters(config) / 1e6:,.2f}M",
+                counted(unique_parameters(config)),
                 f"{row.budget:.4g} {row.convention}",
                 f"{row.flops_per_token:.4g}",
                 f"{row.steps:,}",

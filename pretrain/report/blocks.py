@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from model.flops import CONVENTIONS
 from pretrain.report import analysis
 from pretrain.report.document import Block, Heading, Picture, Table, Text
-from pretrain.report.runs import Run, Variant, shown
+from pretrain.report.runs import Run, Variant, counted, shown
 from pretrain.report.summary import Results, ordered_variants
 from pretrain.report.sweep import TIE
 
@@ -135,7 +135,7 @@ def loss_table(results: Results) -> Table:
         rows.append(
             [
                 row["name"] + ("" if row["finished"] else " (not finished)"),
-                f"{row['unique_parameters'] / 1e6:,.2f}M",
+                counted(row["unique_parameters"]),
                 f"{row['flops']:.4g}",
                 f"{row['tokens'] / 1e6:,.2f}M",
                 f"{row['steps']:,.0f}",
@@ -394,9 +394,9 @@ def isoflop_blocks(results: Results, prefix: str) -> list[Block]:
         panels.setdefault(row["architecture"], []).append(
             (row["flops"], row["effective_parameters"], row["losses"], fit)
         )
-        size = "–" if fit.optimal_parameters is None else f"{fit.optimal_parameters / 1e6:,.2f}M"
+        size = "–" if fit.optimal_parameters is None else counted(fit.optimal_parameters)
         if fit.low is not None and fit.high is not None:
-            size += f" [{fit.low / 1e6:,.2f}M, {fit.high / 1e6:,.2f}M]"
+            size += f" [{counted(fit.low)}, {counted(fit.high)}]"
         loss = "–" if fit.optimal_loss is None else f"{fit.optimal_loss:.4f}"
         rows.append([row["architecture"], f"{row['flops']:.4g}", size, loss, fit.note])
     header = ["architecture", "FLOPs", "compute-optimal effective parameters (95% bootstrap)", "loss there", "note"]

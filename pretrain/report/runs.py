@@ -39,6 +39,11 @@ def shown(value: float | None, format: str = ".4f") -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:{format}}"
 
 
+def counted(parameters: float) -> str:
+    """A number of parameters for a reader, in millions or, below a tenth of one, in thousands."""
+    return f"{parameters / 1e6:,.2f}M" if parameters >= 1e5 else f"{parameters / 1e3:,.1f}k"
+
+
 @dataclass(frozen=True)
 class Run:
     """One run directory.

@@ -398,6 +398,11 @@ def isoflop_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
     return rows
 
 
+def recurs(group: Variant) -> bool:
+    """Whether the variant's model applies a block several times; methods that skip layers do not."""
+    return int(group.model.get("num_recursions", 1)) > 1
+
+
 def law_points(groups: Sequence[Variant]) -> list[tuple[float, float, float, float, float]]:
     """(parameters applied once, of the shared block, mean recursions, tokens, loss) of every run that has a loss."""
     points: list[tuple[float, float, float, float, float]] = []
@@ -416,7 +421,7 @@ def law_points(groups: Sequence[Variant]) -> list[tuple[float, float, float, flo
 def scaling_law_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
     """The joint law for each looped architecture together with the vanilla runs; a note where they cannot tell it."""
     groups = [group for members in matched for group in members]
-    looped = dict.fromkeys(group.architecture for group in groups if group.architecture != "vanilla")
+    looped = dict.fromkeys(group.architecture for group in groups if recurs(group))
     if (note := _too_few_budgets(matched)) is not None:
         return [{"architecture": architecture, "fit": None, "note": note} for architecture in looped]
     rows: list[Results] = []
@@ -433,9 +438,13 @@ def scaling_law_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
 
 
 def joint_law(matched: Sequence[Sequence[Variant]]) -> Results | None:
-    """One law for all architectures, with phi of each; None where the runs cannot tell it, or of one alone."""
-    groups = [group for members in matched for group in members]
-    if _too_few_budgets(matched) or len({g.architecture for g in groups if g.model.get("num_recursions", 1) > 1}) < 2:
+    """One law for vanilla and all that recur, with phi of each; None where the runs cannot tell it, or of one alone.
+
+    A method that leaves out layers of its own, as Mixture-of-Depths does, applies fewer parameters than it has: its
+    runs would bend the constants that all share.
+    """
+    groups = [group for members in matched for group in members if group.architecture == "vanilla" or recurs(group)]
+    if _too_few_budgets(matched) or len({group.architecture for group in groups if recurs(group)}) < 2:
         return None
     points = [(*point, group.architecture) for group in groups for point in law_points([group])]
     try:
@@ -447,7 +456,7 @@ def joint_law(matched: Sequence[Sequence[Variant]]) -> Results | None:
 
 def _too_few_budgets(matched: Sequence[Sequence[Variant]]) -> str | None:
     """Why no law is fitted to runs of one budget: size and tokens would be one variable."""
-    budgets = sum(any(group.architecture != "vanilla" for group in members) for members in matched)
+    budgets = sum(any(map(recurs, members)) for members in matched)
     return None if budgets > 1 else f"losses: {budgets} FLOP budget of looped models (at least 2) tells no law"
 
 

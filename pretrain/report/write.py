@@ -14,7 +14,7 @@ from data_prep.settings import UserError, read_yaml
 from pretrain.report import document, records
 from pretrain.report.blocks import half_width, has_exits, set_blocks, side_by_side, with_spread
 from pretrain.report.document import Block, Heading, Picture, Table, Text
-from pretrain.report.runs import Run, comparable_sets, read_runs, shown
+from pretrain.report.runs import Run, comparable_sets, counted, read_runs, shown
 from pretrain.report.summary import Results, build_results, merge_sets
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "configs" / "report" / "published.yaml"
@@ -100,7 +100,7 @@ def terminal_tables(results: Results) -> list[Table]:
     rows = [
         [
             row["name"] + ("" if row["finished"] else " *"),
-            f"{row['unique_parameters'] / 1e6:,.2f}M",
+            counted(row["unique_parameters"]),
             f"{row['flops']:.4g}",
             f"{row['tokens'] / 1e6:,.1f}M",
             with_spread(row["validation_loss"], row["validation_loss_std"]),

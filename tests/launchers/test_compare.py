@@ -413,6 +413,30 @@ def test_a_sweep_runs_before_the_report_and_its_winner_is_reported(grid):
     assert run(swept)[0] == 0 and [name for name in starts(settings)[7:] if "0.5" not in name] == []
 
 
+def test_one_sweep_of_a_model_can_serve_every_budget(grid):
+    """Swept at the budget that is named, once; the checklist takes it for each budget that it is long enough for."""
+    settings, use = grid
+    use("sweep")
+    budgets = [{"flops": flops} for flops in (1e10, 2e10, 2e11)]
+    rates = {"optimizer.learning_rate": [2e-3, 4e-3, 8e-3, 1.6e-2]}
+    swept = one_model(settings, sweep=rates, sweep_budget={"flops": 2e10}, sweep_runs=2, budgets=budgets)
+    assert planning.sweep_cost(swept) == pytest.approx(2 * 2e10 / 2.3e11)
+    code, text = run(swept)
+    assert code == 0, text
+    short, ended = [name for name in starts(settings) if name.endswith("-seed1000")], starts(settings)[6:]
+    assert [name.split("-")[-2] for name in short] == ["5e09"] * 4 + ["1e10"] * 2
+    assert ended == [f"vanilla-budget{place}-learning_rate0.004-seed0" for place in range(3)]
+    results = json.loads((settings.output / "report" / "results.json").read_text())
+    (check,) = [check for check in results["checklist"] if check["question"] == "learning rate"]
+    (long,) = [row["name"] for row in results["variants"] if row["flops"] > 1e11]
+    assert list(check["holds_up"]) == [long] and "5% of its own" in check["holds_up"][long]
+
+
+def test_a_budget_to_sweep_at_needs_a_sweep(grid):
+    with pytest.raises(ValueError, match="sweep_budget: nothing is swept"):
+        one_model(grid[0], sweep_budget={"flops": 2e10})
+
+
 def test_seeds_that_are_added_keep_the_rate_that_won(grid, monkeypatch):
     settings, use = grid
     use("sweep")

@@ -247,10 +247,14 @@ def test_isoflop_and_scaling_law_from_runs(tmp_path):
 
 
 def test_one_law_takes_the_runs_of_all_methods(tmp_path, monkeypatch):
-    """With the mean depth that happened, a phi for each, and a table of them; controls are no models of a method."""
-    for name in ("vanilla", "recursive_nr3", "mor_expert_nr3"):
-        for budget in (1e12, 2e12):
+    """With the mean depth that happened, a phi for each, and a table of them; controls are no models of a method, and
+    what leaves out layers of its own has no part in a law of what is applied again."""
+    for budget in (1e12, 2e12):
+        for name in ("vanilla", "recursive_nr3", "mor_expert_nr3"):
             make_run(tmp_path / f"{name}-{budget}", name, budget=budget)
+        for size in (32, 64):
+            folder = tmp_path / f"mod-{budget}-{size}"
+            make_run(folder, "mod", budget=budget, hidden_size=size, model={"routing": "mixture_of_depths"})
     make_run(tmp_path / "dice", "mor_expert_nr3", model={"router": "random"}, name="dice")
     seen = []
 
@@ -265,6 +269,7 @@ def test_one_law_takes_the_runs_of_all_methods(tmp_path, monkeypatch):
     assert sorted(methods) == ["mor_expert"] * 2 + ["recursive"] * 2 + ["vanilla"] * 2
     assert {m: round(d, 2) for m, d in zip(methods, depths)} == {"vanilla": 1.0, "recursive": 3.0, "mor_expert": 2.0}
     assert all((part > 0) == (name != "vanilla") for part, name in zip(shared, methods)) and min(once) > 0
+    assert [law["architecture"] for law in results["scaling_law"]] == ["recursive", "mor_expert"]
     *_, text, table = blocks.law_blocks(results)
     assert "0.46" in text.text and table.rows[1] == ["mor_expert", "0.800 [0.700, 0.900]"]
 
