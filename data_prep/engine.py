@@ -168,7 +168,8 @@ def _word(stage: Stage, leader: Any, process: psutil.Process, told: Any) -> Exce
     born: set[int] = set()
     while True:
         # Once a process has died, the pool may never end: the others have GRACE to show that it has ended already.
-        present = {task.pid for task in _below(process)}
+        # Programs that a task runs, as dpkg-deb, come and go: its own children are none of the pool's.
+        present = {task.pid for task in _below(process, recursive=False)}
         dead = born - present or not leader.is_alive()
         born |= present
         if told.poll(GRACE if dead else 0.5):
@@ -207,10 +208,10 @@ def _importable() -> Iterator[None]:
             os.environ["PYTHONPATH"] = before
 
 
-def _below(process: psutil.Process) -> list[psutil.Process]:
-    """Living descendants of a process."""
+def _below(process: psutil.Process, recursive: bool = True) -> list[psutil.Process]:
+    """Living descendants of a process, or its children alone."""
     try:
-        return process.children(recursive=True)
+        return process.children(recursive=recursive)
     except psutil.NoSuchProcess:
         return []
 
@@ -225,7 +226,7 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
     method = "spawn"
     if sys.platform == "linux":  # datatrove keeps its counters in one more process, which would outlive this one
         method = "fork"  # no tokenizer has run here
-        os.register_at_fork(after_in_child=functools.partial(_born, tell))
+        os.register_at_fork(after_in_child=functools.partial(_born, tell, os.getpid()))
         multiprocess.set_start_method(method, force=True)
     stage = STAGES[name](settings)
     missing = len(stage.missing())
@@ -245,10 +246,11 @@ def _lead(settings: DataSettings, name: str, workers: int, tell: Any) -> None:
         tell.send(None)
 
 
-def _born(tell: Any) -> None:
-    """In a forked process: do not outlive a parent that is killed; tell the process's number."""
+def _born(tell: Any, leader: int) -> None:
+    """In a forked process: do not outlive a parent that is killed; tell the number of one of the leader's own."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    tell.send(os.getpid())
+    if os.getppid() == leader:
+        tell.send(os.getpid())
 
 
 def _ray(settings: DataSettings, stage: Stage, missing: int) -> None:

@@ -1,5 +1,6 @@
 """The preparation as a user runs it: worker processes, exit codes, kills at any moment, memory. Slow tests."""
 
+import functools
 import json
 import os
 import random
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 
+from data_prep import engine
 from data_prep.config import DataSettings
 from data_prep.manifest import read_manifest
 from data_prep.prepare import prepare
@@ -125,6 +128,47 @@ def test_a_server_of_tasks_killed_as_it_starts_is_told_in_one_line(tmp_path, siz
 
 CLUSTER = "import ray, sys; ray.init(num_cpus=2, include_dashboard=False, _node_ip_address='127.0.0.1'); "
 CLUSTER += "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+
+
+def leads(kind: str, tell: Any) -> None:
+    """Leads one task, which runs a program as the sources of packages do, and works on once that has ended; or dies."""
+    import multiprocess
+
+    os.register_at_fork(after_in_child=functools.partial(engine._born, tell, os.getpid()))
+
+    def task() -> None:
+        subprocess.run(["sleep", "1"], check=True)
+        if kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(2)
+
+    one = multiprocess.get_context("fork").Process(target=task)
+    one.start()
+    one.join()
+    if kind == "killed":
+        time.sleep(60)  # as a pool that waits for what a task will never tell
+    tell.send(None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ends", "killed"])
+def test_a_program_that_a_task_runs_may_end_but_not_the_task(kind, monkeypatch):
+    """A preparation of packages was given up ten seconds after the first dpkg-deb that was seen had ended."""
+    import multiprocess
+
+    monkeypatch.setattr(engine, "GRACE", 0.5)
+    context = multiprocess.get_context("fork")
+    told, tell = context.Pipe(duplex=False)
+    leader = context.Process(target=leads, args=(kind, tell))
+    leader.start()
+    tell.close()
+    stage: Any = SimpleNamespace(folder="folder", missing=lambda: [1])
+    try:
+        error = engine._word(stage, leader, psutil.Process(leader.pid), told)
+        assert (error is None) if kind == "ends" else "folder: a task died" in str(error)
+    finally:
+        leader.kill()
+        leader.join()
 
 
 @pytest.mark.slow
