@@ -31,7 +31,7 @@ $(VENV)/.complete: pyproject.toml $(CONSTRAINTS)
 compare: setup
 	$(BIN)/python launchers/compare.py --config configs/compare/cpu.yaml
 
-# A third process, for those whose tests wait for Slurm leave a core idle.
+# A third process, for those whose tests wait, for Slurm or for a rank that hangs, leave a core idle.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 $(FILES) $(OPTIONS)
 
@@ -55,13 +55,11 @@ test-plain: setup
 # The fast suite, and all that holds checkpoints, faults and resumes, with the oldest versions that pyproject.toml allows.
 OLDEST ?= .venv-oldest
 OLDEST_SETUP := VENV=$(OLDEST) CONSTRAINTS=constraints-oldest.txt EXTRAS=prepare,serve,evaluate,gguf,test
-SLOW := $(addprefix tests/pretrain/test_,checkpoint.py faults.py resume.py)
 setup-oldest:
 	$(MAKE) setup $(OLDEST_SETUP)
 
 test-oldest: setup-oldest
-	$(MAKE) test-fast $(OLDEST_SETUP) OPTIONS='$(OPTIONS)'
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist worksteal -m slow $(OPTIONS) $(SLOW)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 3 $(FILES) -m 'not slurm and (not slow or oldest)' $(OPTIONS)
 
 lint: setup
 	$(BIN)/ruff check .

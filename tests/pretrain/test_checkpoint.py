@@ -27,6 +27,8 @@ from pretrain.parallel.start import start_parallel
 from pretrain.parallel.strategy import Parallel
 from tests.helpers.experiments import ROUTED
 
+pytestmark = pytest.mark.oldest
+
 CONFIG = MoRConfig(**ROUTED["mor_token"], vocab_size=50, max_position_embeddings=16, balancing="loss_free")
 TOKENS = torch.randint(0, 50, (2, 8), generator=torch.Generator().manual_seed(3))
 

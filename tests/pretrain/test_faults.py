@@ -27,6 +27,8 @@ from tests.helpers.corpus import prepare_tiny
 from tests.helpers.distributed import Ranks, run_ranks, start_ranks
 from tests.helpers.experiments import figures, read_lines, settings_for, trainer_for
 
+pytestmark = pytest.mark.oldest
+
 STEPS = 20
 SINGLE = {"strategy": "single"}
 # name: (ranks, parallel section)

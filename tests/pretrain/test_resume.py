@@ -19,6 +19,8 @@ from pretrain.metrics import MetricsFile
 from tests.helpers.corpus import prepare_tiny
 from tests.helpers.experiments import figures, read_lines, settings_for, train, trainer_for
 
+pytestmark = pytest.mark.oldest
+
 RUN: dict[str, Any] = {
     "budget": {"steps": 12},
     "batch": {"micro_size": 2},
