@@ -12,6 +12,9 @@ from pretrain.report.runs import Run, Variant, counted, shown
 from pretrain.report.summary import Results, ordered_variants
 from pretrain.report.sweep import TIE
 
+FEW = 6  # names in a cell of a table, before the others are counted
+MOST = 24  # variants in a figure that can be told apart
+
 if TYPE_CHECKING:  # where a figure is drawn: matplotlib is slow to import
     from pretrain.report import figures
 
@@ -26,17 +29,29 @@ def set_blocks(results: Results, runs: Sequence[Run], published: Results | None,
     blocks += parent_blocks(results)
     if not groups:
         return [*blocks, conventions_table(results), runs_table(results)]
-    blocks += curve_blocks(results, groups, prefix)
+    chosen = names_drawn(results)
+    drawn = [group for group in groups if group.name in chosen]
+    blocks += curve_blocks(results, drawn, prefix)
     blocks += difference_blocks(results, prefix)
     blocks += decomposition_blocks(results, prefix)
     blocks += sweep_blocks(results, prefix)
-    blocks += cost_blocks(results, groups, prefix)
+    blocks += cost_blocks(results, groups, drawn, prefix)
     blocks += isoflop_blocks(results, prefix)
     blocks += law_blocks(results)
     if published is not None:
         blocks += published_blocks(results, published, prefix)
     blocks.append(conventions_table(results))
     return [*blocks, runs_table(results)]
+
+
+def few_are_drawn(results: Results) -> bool:
+    """Whether there are more variants than can be told apart in a figure, of sizes of which one is the best."""
+    return len(results["variants"]) > MOST and bool(results["best_sizes"])
+
+
+def names_drawn(results: Results) -> set[str]:
+    """The variants that figures show: all; of too many, each architecture's best size at each budget."""
+    return {row["name"] for row in results["best_sizes" if few_are_drawn(results) else "variants"]}
 
 
 def curve_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> list[Block]:
@@ -50,7 +65,8 @@ def curve_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> li
         Picture(
             f"{prefix}loss_flops",
             "Validation loss against training FLOPs. A thin line per seed, the "
-            "marker is the mean of the last validations.",
+            "marker is the mean of the last validations."
+            + (" Of each architecture the best of its sizes at each budget." if few_are_drawn(results) else ""),
             figures.loss_curves(groups, "flops", counted, note),
         ),
         Picture(
@@ -195,7 +211,7 @@ def checklist_blocks(results: Results) -> list[Block]:
         why: dict[str, list[str]] = {}
         for name, reason in check["holds_up"].items():
             why.setdefault(reason, []).append(name)
-        told = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in why.items())
+        told = some([f"{some(names)}: {reason}" for reason, names in why.items()], "; ")
         rows.append(
             [
                 check["question"],
@@ -213,6 +229,12 @@ def checklist_blocks(results: Results) -> list[Block]:
         text = "No difference is drawn here: no two of these models are compared."
     header = ["question", "passes", "answer", "what is missing"]
     return [Heading("A sceptic's checklist"), Text(text), Table("Checklist, computed from the runs", header, rows)]
+
+
+def some(names: Sequence[str], between: str = ", ") -> str:
+    """The first few of a list, and how many more there are."""
+    told = list(names[:FEW]) + ([f"{len(names) - FEW} more"] if len(names) > FEW else [])
+    return between.join(told)
 
 
 def verdict(row: Results) -> str:
@@ -244,7 +266,8 @@ def decomposition_blocks(results: Results, prefix: str) -> list[Block]:
         Text(text),
         Table("Decomposition", header, rows),
     ]
-    drawn = [found for found in results["decompositions"] if len(found["steps"]) > 1]
+    chosen = names_drawn(results)
+    drawn = [row for row in results["decompositions"] if len(row["steps"]) > 1 and row["name"] in chosen]
     if drawn:
         from pretrain.report import figures
 
@@ -346,8 +369,8 @@ def difference_blocks(results: Results, prefix: str) -> list[Block]:
     return blocks
 
 
-def cost_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> list[Block]:
-    """Loss against what inference costs."""
+def cost_blocks(results: Results, groups: Sequence[Variant], drawn: Sequence[Variant], prefix: str) -> list[Block]:
+    """Loss against what inference costs: a table of all, a picture of those that are drawn."""
     from pretrain.report import figures
 
     by_name = {row["name"]: row for row in results["variants"]}
@@ -355,7 +378,7 @@ def cost_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> lis
         "inference_flops_per_token": "forward FLOPs per token (exact)",
         "kv_bytes_per_token": "KV cache, bytes per token (bf16)",
     }
-    costs = {kind: [by_name[group.name][kind] for group in groups] for kind in labels}
+    costs = {kind: [by_name[group.name][kind] for group in drawn] for kind in labels}
     rows = [
         [
             group.name,
@@ -377,7 +400,7 @@ def cost_blocks(results: Results, groups: Sequence[Variant], prefix: str) -> lis
             ["model", labels["inference_flops_per_token"], labels["kv_bytes_per_token"], "validation loss, causal"],
             rows,
         ),
-        Picture(f"{prefix}inference", "Loss against inference cost.", figures.loss_against_cost(groups, costs, labels)),
+        Picture(f"{prefix}inference", "Loss against inference cost.", figures.loss_against_cost(drawn, costs, labels)),
     ]
 
 
@@ -402,6 +425,13 @@ def isoflop_blocks(results: Results, prefix: str) -> list[Block]:
     header = ["architecture", "FLOPs", "compute-optimal effective parameters (95% bootstrap)", "loss there", "note"]
     return [
         Heading("IsoFLOP"),
+        Text(
+            "Each architecture at the best of the sizes tried, by the seeds that all of them have, against vanilla at "
+            "the best of its own. Differences are paired by seed, brackets 95% t intervals, p values corrected for the "
+            f"{sum('baseline' in row for row in results['best_sizes'])} comparisons of the table (Holm); a size at the "
+            "end of those tried may not be the best there is. Verdicts as above, where the checklist supports them."
+        ),
+        best_size_table(results),
         Table("Compute-optimal sizes", header, rows),
         Picture(
             f"{prefix}isoflop",
@@ -409,6 +439,31 @@ def isoflop_blocks(results: Results, prefix: str) -> list[Block]:
             figures.isoflop(panels, SIZE_LABEL),
         ),
     ]
+
+
+def best_size_table(results: Results) -> Table:
+    """Every architecture at the best of its sizes, a row per budget."""
+    by_name = {row["name"]: row for row in results["variants"]}
+    rows = []
+    for row in results["best_sizes"]:
+        variant = by_name[row["name"]]
+        compared = "baseline" in row
+        rows.append(
+            [
+                row["name"],
+                row["at"],
+                counted(variant["unique_parameters"]),
+                f"{variant['tokens'] / variant['unique_parameters']:.0f}",
+                str(len(variant["seeds"])),
+                with_spread(variant["validation_loss"], variant["validation_loss_std"]),
+                interval(row) if compared else "",
+                shown(row["p_holm"], ".2g") if compared else "",
+                verdict(row) if compared else "",
+            ]
+        )
+    header = ["model", "among the sizes tried", "unique parameters", "tokens per parameter", "seeds", "loss, causal",
+              "minus vanilla's best", "p, corrected", "verdict"]  # fmt: skip
+    return Table("Each at its best size", header, rows)
 
 
 def law_blocks(results: Results) -> list[Block]:

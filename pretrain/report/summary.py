@@ -13,7 +13,7 @@ from model.config import MoRConfig
 from model.depth import architectures
 from model.memory import kv_cache_bytes_per_token
 from pretrain.report import analysis
-from pretrain.report.checklist import checks_of, open_questions
+from pretrain.report.checklist import FEWEST_SEEDS, SEEDS, checks_of, open_questions
 from pretrain.report.controls import buildable, decomposition, described, find_controls
 from pretrain.report.runs import Run, Variant, variants
 from pretrain.report.sweep import settings_of, sweep_rows
@@ -87,12 +87,17 @@ def build_results(
         "sweep": swept,
         "noise": noise_rows(groups, repeats),
         "isoflop": isoflop_rows(own),
+        "best_sizes": best_size_rows(own),
         "scaling_law": scaling_law_rows(own),
         "joint_law": joint_law(own),
     }
     checks = checks_of(results, evidence, command)
     for row in differences:
         row["open"] = open_questions(row, checks)
+    for row in results["best_sizes"]:
+        if "baseline" in row:  # its seeds are its own: the models of its width may have fewer
+            row["open"] = [question for question in open_questions(row, checks) if question != SEEDS]
+            row["open"] += [SEEDS] if row["num_seeds"] < FEWEST_SEEDS else []
     return results | {"checklist": [check.plain() for check in checks]}
 
 
@@ -395,6 +400,37 @@ def isoflop_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
                         "fit": asdict(fit),
                     }
                 )
+    return rows
+
+
+def best_size_rows(matched: Sequence[Sequence[Variant]]) -> list[Results]:
+    """Each architecture at the best of its sizes, with its paired difference to vanilla at the best of vanilla's.
+
+    Per class of matched FLOPs, of architectures with at least three sizes. The best is that of the lowest mean loss
+    over the seeds that all of its sizes have. at: whether it is `inside` the sizes tried, or the `smallest` or
+    `largest` of them.
+    """
+    rows: list[Results] = []
+    for members in matched:
+        best: dict[str, tuple[Variant, str]] = {}
+        for architecture in dict.fromkeys(member.architecture for member in members):
+            same = [member for member in members if member.architecture == architecture and member.has_losses]
+            shared = set.intersection(*(set(member.losses()) for member in same)) if same else set()
+            size = {group.name: flops.effective_parameters(MoRConfig.from_dict(group.model)) for group in same}
+            if len(set(size.values())) < 3 or not shared:
+                continue
+            found = min(same, key=lambda group: sum(group.losses()[seed] for seed in shared))
+            ends = {min(size.values()): "smallest", max(size.values()): "largest"}
+            best[architecture] = found, ends.get(size[found.name], "inside")
+        against = best.get("vanilla", (None, ""))[0]
+        for architecture, (found, place) in best.items():
+            row: Results = {"name": found.name, "architecture": architecture, "flops": found.flops, "at": place}
+            compared = against is not None and found is not against
+            if compared and against is not None and set(found.losses()) & set(against.losses()):
+                difference = analysis.paired_difference(found.losses(), against.losses())
+                row |= {"baseline": against.name, **analysis.plain(difference)}
+            rows.append(row)
+    correct([row for row in rows if "baseline" in row])
     return rows
 
 

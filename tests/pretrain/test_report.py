@@ -243,7 +243,33 @@ def test_isoflop_and_scaling_law_from_runs(tmp_path):
     assert law["architecture"] == "recursive" and law["fit"]["num_runs"] == 18 and law["fit"]["phi"] < 1
     told = [*blocks.isoflop_blocks(results, ""), *blocks.law_blocks(results)]
     kinds = [type(block).__name__ for block in told]
-    assert kinds == ["Heading", "Table", "Picture", "Heading", "Text", "Table"]
+    assert kinds == ["Heading", "Text", "Table", "Table", "Picture", "Heading", "Text", "Table"]
+
+
+def test_each_architecture_is_compared_at_its_own_best_size(tmp_path):
+    """Not at vanilla's width: by the seeds that all sizes have, with the seeds that the best ones have besides."""
+    losses = {"vanilla": {32: 3.2, 48: 3.0, 64: 3.1}, "recursive_nr3": {32: 3.3, 48: 3.15, 64: 3.05}}
+    best = {"vanilla": 48, "recursive_nr3": 64}
+    for name, by_size in losses.items():
+        for size, loss in by_size.items():
+            for seed in range(3 if size == best[name] else 1):
+                folder = tmp_path / f"{name}-{size}-{seed}"
+                make_run(folder, name, hidden_size=size, seed=seed, loss=loss + 0.3 * (seed > 0), name=f"{name}_{size}")
+    results = numbers(tmp_path)
+    vanilla, recursive = results["best_sizes"]
+    assert (vanilla["name"], vanilla["at"], "baseline" in vanilla) == ("vanilla_48", "inside", False)
+    assert (recursive["name"], recursive["at"], recursive["baseline"]) == ("recursive_nr3_64", "largest", "vanilla_48")
+    assert recursive["num_seeds"] == 3 and recursive["mean"] == pytest.approx(0.05)
+    assert "seeds" not in recursive["open"]
+    (same_width,) = [row for row in results["differences"] if row["name"] == "recursive_nr3_64"]
+    assert same_width["baseline"] == "vanilla_64" and "seeds" in same_width["open"]
+    table = blocks.best_size_table(results)
+    assert table.rows[1][:2] == ["recursive_nr3_64", "largest"] and table.rows[1][6].startswith("+0.0500 [")
+
+
+def test_a_cell_of_many_names_counts_those_that_it_leaves_out():
+    names = [f"model{n}" for n in range(9)]
+    assert blocks.some(names[:6]) == ", ".join(names[:6]) and blocks.some(names).endswith("model5, 3 more")
 
 
 def test_one_law_takes_the_runs_of_all_methods(tmp_path, monkeypatch):
