@@ -39,6 +39,7 @@ from launchers.grid import (
     PlannedRun,
     cells_of,
     more_seeds,
+    plan_best,
     plan_noise,
     plan_round,
     plan_runs,
@@ -296,7 +297,12 @@ def run_locally(compare: CompareSettings, runs: Sequence[PlannedRun], console: C
     runs = plan_runs(compare) if round_count(compare) else runs
     while True:
         local = run_missing(compare, [*runs, *plan_noise(compare)], console)
-        results, code = report(compare, runs, console, command)
+        if (best := plan_best(compare)) and not local.stopped:
+            console.print(f"best_seeds: {', '.join(run.label for run in best)}", highlight=False, soft_wrap=True)
+            of_best = run_missing(compare, best, console)
+            local.failed += of_best.failed
+            local.stopped += of_best.stopped
+        results, code = report(compare, [*runs, *best], console, command)
         if local.failed or local.stopped:
             console.print(
                 f"not finished: {', '.join([*local.failed, *local.stopped])}; logs in {local.log_folder}; "

@@ -20,7 +20,7 @@ from rich.table import Table
 from data_prep.settings import Settings, UserError, load, merge, read_yaml
 from model.config import MoRConfig
 from model.depth import method_fields, method_of
-from model.flops import training_flops, unique_parameters
+from model.flops import effective_parameters, training_flops, unique_parameters
 from model.hardware import Precision
 from pretrain.budget import Plan, plan
 from pretrain.config import ExperimentSettings, Flops, make_model_config, read_settings
@@ -87,6 +87,11 @@ class CompareSettings(Settings):
         None, gt=0, description="add seeds until every 95% interval is at most so wide to either side, in nats"
     )
     most_seeds: int = Field(10, gt=0, description="seeds at which `until` gives up")
+    best_seeds: list[int] = Field(
+        [],
+        description="further seeds for each architecture's best size at each budget, of three sizes or more, once all "
+        "of them have run; on Slurm by submitting the same again",
+    )
     evidence: list[Path] = Field(
         [], description="reports whose sweeps, sizes and controls stand for those that are not run here"
     )
@@ -112,12 +117,14 @@ class CompareSettings(Settings):
 
     @model_validator(mode="after")
     def _sweeps_apart(self) -> Self:
-        shared = sorted(set(self.seeds) & set(self.sweep_seeds))
+        shared = sorted({*self.seeds, *self.best_seeds} & set(self.sweep_seeds))
         swept = self.sweep or self.sweep_models
         if self.sweep_budget and not swept:
             raise ValueError("sweep_budget: nothing is swept; give `sweep`, or leave it out")
         if swept and shared:
             raise ValueError(f"sweep_seeds: {shared} are seeds of the report too: a winner would be judged by its luck")
+        if again := sorted(set(self.seeds) & set(self.best_seeds)):
+            raise ValueError(f"best_seeds: {again} are among seeds already; name further ones")
         for name in [*self.sweep_models, *(self.controls if isinstance(self.controls, dict) else ())]:
             if name not in self.models:
                 raise ValueError(f"{name!r} is no model of this comparison; there are {', '.join(self.models)}")
@@ -534,6 +541,39 @@ def plan_noise(compare: CompareSettings, gpus: bool | None = None) -> list[Plann
 
 
 # --- seeds ------------------------------------------------------------------------------------------------------
+
+
+def plan_best(compare: CompareSettings, gpus: bool | None = None) -> list[PlannedRun]:
+    """The runs of `best_seeds`: of each architecture and budget the size of the lowest mean loss over `seeds`.
+
+    Of architectures with three sizes or more among `models`, all of which have finished; empty before.
+    """
+    sizes: dict[tuple[str, str], list[tuple[Cell, int]]] = {}
+    for cell in cells_of(compare) if compare.best_seeds else ():
+        if cell.name in compare.models:
+            config = make_model_config(model_fields(cell.model))
+            of_one = sizes.setdefault((config.architecture, cell.label.removeprefix(cell.name)), [])
+            of_one.append((cell, effective_parameters(config)))
+    runs: list[PlannedRun] = []
+    for same in sizes.values():
+        losses = [(loss, cell) for cell, _ in same if (loss := ended_at(compare, cell)) is not None]
+        if len({size for _, size in same}) >= 3 and len(losses) == len(same):
+            _, cell = min(losses, key=lambda found: found[0])
+            runs += [planned(compare, cell, seed, winner(compare, cell) or {}) for seed in compare.best_seeds]
+    return with_configurations(compare, runs, gpus) if runs else []
+
+
+def ended_at(compare: CompareSettings, cell: Cell) -> float | None:
+    """Mean causal loss of a cell over the seeds of the comparison; None while one of its runs has not ended."""
+    if (won := winner(compare, cell)) is None or isinstance(cell.entry.flops, list):
+        return None
+    lines = []
+    for seed in compare.seeds:
+        run = planned(compare, cell, seed, won)
+        lines.append(last_line(run.folder / "metrics.jsonl") if run.finished() else None)
+    losses = [line.get("validation_loss") for line in lines if line is not None]
+    known = [float(loss) for loss in losses if loss is not None]
+    return sum(known) / len(known) if len(known) == len(compare.seeds) else None
 
 
 def more_seeds(compare: CompareSettings, results: Results | None) -> list[int]:

@@ -47,6 +47,7 @@ from launchers.grid import (
     cells_of,
     data_shape,
     more_seeds,
+    plan_best,
     plan_noise,
     plan_round,
     plan_runs,
@@ -217,7 +218,7 @@ def read_comparison(options: argparse.Namespace) -> tuple[CompareSettings, list[
     compare, gpus = read_compare(Path(options.compare), options.overrides), options.gpus_per_node > 0
     if options.round is not None:
         return compare, plan_round(compare, options.round, gpus)
-    return compare, [*plan_runs(compare, gpus), *plan_noise(compare, gpus)]
+    return compare, [*plan_runs(compare, gpus), *plan_noise(compare, gpus), *plan_best(compare, gpus)]
 
 
 def remember(options: argparse.Namespace, numbers: Mapping[str, str]) -> None:

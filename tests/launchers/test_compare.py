@@ -432,6 +432,39 @@ def test_one_sweep_of_a_model_can_serve_every_budget(grid):
     assert list(check["holds_up"]) == [long] and "5% of its own" in check["holds_up"][long]
 
 
+def test_the_best_size_of_each_architecture_gets_further_seeds(grid):
+    """At each budget its own, by the seeds of the comparison; not before all sizes have run, and once."""
+    settings, use = grid
+    use("sweep")
+    sizes = {f"vanilla_h{size}": TINY | {"hidden_size": size} for size in (16, 32, 48)}
+    models = sizes | {"recursive_nr3": MODELS["recursive_nr3"]}  # of one size: none is its best
+    budgets = [{"flops": 1e12}, {"flops": 2e12}]
+    asked = changed(settings, models=models, budgets=budgets, seeds=[0], best_seeds=[1, 2], at_once=4)
+    assert planning.plan_best(asked) == []
+    best = {"vanilla_h32-budget0": 0.2, "vanilla_h48-budget1": 0.1}
+    for planned in compare.plan_runs(asked):
+        loss = 3.0 - best.get(planned.label.removesuffix("-seed0"), 0)
+        kind = "recursive_nr3" if "recursive" in planned.label else "vanilla"
+        width = {"hidden_size": planned.settings.model.get("hidden_size")}
+        for seed in (0, 1, 2):
+            folder = settings.output.parent / "staged" / planned.label.replace("seed0", f"seed{seed}")
+            budget = planned.settings.budget.flops
+            make_run(folder, kind, seed=seed, loss=loss + seed, budget=budget, name=planned.settings.name, model=width)
+    code, text = run(asked)
+    assert code == 0, text
+    further = [f"{name}-seed{seed}" for name in best for seed in (1, 2)]
+    assert sorted(starts(settings)[-4:]) == sorted(further) and len(starts(settings)) == 12
+    results = json.loads((settings.output / "report" / "results.json").read_text())
+    found = {row["name"].partition(" ")[0]: row for row in results["best_sizes"]}
+    assert set(found) == {"vanilla_h32", "vanilla_h48"}
+    assert sorted(len(row["seeds"]) for row in results["variants"]) == [1] * 6 + [3] * 2
+    assert [(r.label, r.finished()) for r in planning.plan_best(asked)] == [(name, True) for name in further]
+    with pytest.raises(ValueError, match=r"best_seeds: \[0\] are among seeds"):
+        changed(asked, best_seeds=[0, 1])
+    with pytest.raises(ValueError, match="a winner would be judged by its luck"):
+        changed(asked, sweep=RATES, sweep_seeds=[1])
+
+
 def test_a_budget_to_sweep_at_needs_a_sweep(grid):
     with pytest.raises(ValueError, match="sweep_budget: nothing is swept"):
         one_model(grid[0], sweep_budget={"flops": 2e10})
