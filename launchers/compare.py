@@ -376,6 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.dry_run and (taken := take_records(compare)):
         console.print(f"{taken} finished runs taken from records", highlight=False)
     runs = plan_runs(compare)
+    best = plan_best(compare)  # refused here, before anything runs
     console.print(plan_table(runs))
     if cost := sweep_cost(compare):
         console.print(f"before them sweeps, of {cost:.0%} of their FLOPs", highlight=False)
@@ -384,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         submission = submit_command(compare, given.config, [*dry_run, *given.overrides])
         return subprocess.run(submission, check=False).returncode
     if given.dry_run:
-        for run in [*(plan_round(compare, 0) if round_count(compare) else ()), *runs, *plan_noise(compare)]:
+        for run in [*(plan_round(compare, 0) if round_count(compare) else ()), *runs, *plan_noise(compare), *best]:
             console.print(shlex.join(local_command(compare, run)), highlight=False, soft_wrap=True, markup=False)
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the runs as Ctrl-C does

@@ -125,6 +125,8 @@ class CompareSettings(Settings):
             raise ValueError(f"sweep_seeds: {shared} are seeds of the report too: a winner would be judged by its luck")
         if again := sorted(set(self.seeds) & set(self.best_seeds)):
             raise ValueError(f"best_seeds: {again} are among seeds already; name further ones")
+        if self.best_seeds and any(isinstance(entry.flops, list) for entry in self.budgets):
+            raise ValueError("best_seeds: for budgets of one number; a trunk's branches have no best size of their own")
         for name in [*self.sweep_models, *(self.controls if isinstance(self.controls, dict) else ())]:
             if name not in self.models:
                 raise ValueError(f"{name!r} is no model of this comparison; there are {', '.join(self.models)}")
@@ -546,7 +548,8 @@ def plan_noise(compare: CompareSettings, gpus: bool | None = None) -> list[Plann
 def plan_best(compare: CompareSettings, gpus: bool | None = None) -> list[PlannedRun]:
     """The runs of `best_seeds`: of each architecture and budget the size of the lowest mean loss over `seeds`.
 
-    Of architectures with three sizes or more among `models`, all of which have finished; empty before.
+    Of architectures with three sizes or more among `models`, all of which have finished; empty before. Raises UserError
+    where no architecture has so many.
     """
     sizes: dict[tuple[str, str], list[tuple[Cell, int]]] = {}
     for cell in cells_of(compare) if compare.best_seeds else ():
@@ -554,10 +557,13 @@ def plan_best(compare: CompareSettings, gpus: bool | None = None) -> list[Planne
             config = make_model_config(model_fields(cell.model))
             of_one = sizes.setdefault((config.architecture, cell.label.removeprefix(cell.name)), [])
             of_one.append((cell, effective_parameters(config)))
+    several = [same for same in sizes.values() if len({size for _, size in same}) >= 3]
+    if compare.best_seeds and not several:
+        raise UserError("best_seeds: no architecture has three sizes among `models`, so that none has a best one")
     runs: list[PlannedRun] = []
-    for same in sizes.values():
+    for same in several:
         losses = [(loss, cell) for cell, _ in same if (loss := ended_at(compare, cell)) is not None]
-        if len({size for _, size in same}) >= 3 and len(losses) == len(same):
+        if len(losses) == len(same):
             _, cell = min(losses, key=lambda found: found[0])
             runs += [planned(compare, cell, seed, winner(compare, cell) or {}) for seed in compare.best_seeds]
     return with_configurations(compare, runs, gpus) if runs else []
@@ -565,7 +571,7 @@ def plan_best(compare: CompareSettings, gpus: bool | None = None) -> list[Planne
 
 def ended_at(compare: CompareSettings, cell: Cell) -> float | None:
     """Mean causal loss of a cell over the seeds of the comparison; None while one of its runs has not ended."""
-    if (won := winner(compare, cell)) is None or isinstance(cell.entry.flops, list):
+    if (won := winner(compare, cell)) is None:
         return None
     lines = []
     for seed in compare.seeds:
@@ -591,7 +597,8 @@ def more_seeds(compare: CompareSettings, results: Results | None) -> list[int]:
         return []
     wanted = max([3, *(seeds_needed(row["by_seed"], compare.until) for row in rows if len(row["by_seed"]) > 1)])
     count = min(max(wanted, len(compare.seeds) + 1), compare.most_seeds) - len(compare.seeds)
-    free = (seed for seed in itertools.count() if seed not in {*compare.seeds, *compare.sweep_seeds})
+    taken = {*compare.seeds, *compare.sweep_seeds, *compare.best_seeds}
+    free = (seed for seed in itertools.count() if seed not in taken)
     return list(itertools.islice(free, count))
 
 

@@ -460,6 +460,12 @@ def test_the_best_size_of_each_architecture_gets_further_seeds(grid, monkeypatch
     assert [(r.label, r.finished()) for r in planning.plan_best(asked)] == [(name, True) for name in further]
     with pytest.raises(ValueError, match=r"best_seeds: \[0\] are among seeds"):
         changed(asked, best_seeds=[0, 1])
+    with pytest.raises(ValueError, match="best_seeds: for budgets of one number"):
+        changed(asked, budgets=[{"flops": [1e12, 2e12]}])
+    with pytest.raises(UserError, match="no architecture has three sizes"):
+        planning.plan_best(changed(asked, models=MODELS))
+    wide = {"differences": [{"high": 1.0, "mean": 0.0, "by_seed": [0.0, 1.0]}]}
+    assert not {1, 2} & set(planning.more_seeds(changed(asked, until=0.1), wide))
     with pytest.raises(ValueError, match="a winner would be judged by its luck"):
         changed(asked, sweep=RATES, sweep_seeds=[1])
 
