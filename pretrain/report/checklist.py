@@ -133,9 +133,7 @@ def _bracket(row: Row, variants: Iterable[Row]) -> str | None:
     same = [
         (other["effective_parameters"], other["validation_loss"])
         for other in variants
-        if other["architecture"] == "vanilla"
-        and other["validation_loss"] is not None
-        and abs(other["flops"] / row["flops"] - 1) < MATCHED_SHARE
+        if other["architecture"] == "vanilla" and other["validation_loss"] is not None and _matched(other, row)
     ]
     size = row["effective_parameters"]
     own = [loss for found, loss in same if abs(found / size - 1) < MATCHED_SHARE]
@@ -152,11 +150,15 @@ def _bracket(row: Row, variants: Iterable[Row]) -> str | None:
     return f"a {' and a '.join(better)} vanilla is better" if better else None
 
 
+def _matched(one: Row, other: Row) -> bool:
+    """Whether two variants spent the same FLOPs."""
+    return abs(one["flops"] / other["flops"] - 1) < MATCHED_SHARE
+
+
 def _rate(results: Results, evidence: Sequence[Results], command: str) -> Check:
     check, settled = Check("learning rate", ""), 0
     for row in results["variants"]:
-        own = [found for found in results["sweep"] if _swept(found, row)]
-        found = own or [found for other in evidence for found in other.get("sweep", []) if _settles(found, row)]
+        found = [found for found in results["sweep"] if _swept(found, row)] or _swept_elsewhere(evidence, row)
         if why := _unsettled(row, found):
             check.holds_up[row["name"]] = why
         else:
@@ -175,9 +177,23 @@ def _swept(found: Row, row: Row) -> bool:
     return (found["name"] == name or found["name"].startswith(f"{name}-")) and found["flops"] <= 1.01 * row["flops"]
 
 
-def _settles(found: Row, row: Row) -> bool:
-    """Whether a sweep of another comparison is one of this model."""
-    return same_model(found["model"], row["model"]) and found["flops"] <= 1.01 * row["flops"]
+def _swept_elsewhere(evidence: Sequence[Results], row: Row) -> list[Row]:
+    """Sweeps of this model in other comparisons: of its own budget where there are any, else of others below it.
+
+    The same model may stand there at a larger budget too (vanilla at equal tokens), whose sweep is about its own rate.
+    """
+    sweeps = [
+        (found, other)
+        for other in evidence
+        for found in other.get("sweep", [])
+        if same_model(found["model"], row["model"]) and found["flops"] <= 1.01 * row["flops"]
+    ]
+    of_its_budget = [
+        found
+        for found, other in sweeps
+        if any(_swept(found, variant) and _matched(variant, row) for variant in other["variants"])
+    ]
+    return of_its_budget or [found for found, _ in sweeps]
 
 
 def _unsettled(row: Row, sweeps: Sequence[Row]) -> str:
@@ -236,7 +252,7 @@ def _has_control(kind: str, row: Row, other: Results) -> bool:
             share = abs(variant["tokens"] / row["tokens"] - 1)
             if variant["architecture"] == "vanilla" and share < EQUAL_TOKENS_SHARE:
                 return True
-        elif abs(variant["flops"] / row["flops"] - 1) < MATCHED_SHARE:
+        elif _matched(variant, row):
             wanted = control_fields(kind, row["model"], None, int(other["sequence_length"]))
             if same_model(variant["model"], wanted):
                 return True

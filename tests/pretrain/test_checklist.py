@@ -186,6 +186,20 @@ def test_another_report_may_answer_and_only_for_the_same_data(tmp_path, clean):
         assert not checks["seeds"]
 
 
+@pytest.mark.parametrize(("edge_of", "passed"), [("mor_equal_tokens", True), ("vanilla", False)])
+def test_a_sweep_at_another_budget_says_nothing_of_this_one(tmp_path, clean, edge_of, passed):
+    """Vanilla at equal tokens is the same model, swept in longer runs, for a rate of its own."""
+    make_run(tmp_path / "vanilla", "vanilla", rate=2e-3, budget=BUDGET)
+    flops = {sweep["name"]: sweep["flops"] for sweep in clean[0]["sweep"]}
+    assert flops["vanilla"] < flops["mor_equal_tokens"] <= BUDGET
+    sweeps = [
+        sweep | ({"edge": ["optimizer.learning_rate"]} if sweep["name"] == edge_of else {})
+        for sweep in clean[0]["sweep"]
+    ]
+    results = summary.build_results(read_runs([tmp_path])[0], evidence=[clean[0] | {"sweep": sweeps}])
+    assert {check["question"]: check["passed"] for check in results["checklist"]}["learning rate"] == passed
+
+
 def test_the_report_shows_checklist_sweep_decomposition_and_noise(tmp_path, clean):
     comparison(tmp_path)
     make_run(tmp_path / "noise" / "bf16", "vanilla", seed=0, loss=3.01, precision="bf16", budget=BUDGET, rate=2e-3)
