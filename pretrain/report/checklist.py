@@ -262,6 +262,8 @@ def _has_control(kind: str, row: Row, other: Results) -> bool:
 def _precision(results: Results, evidence: Sequence[Results], command: str) -> Check:
     noise = {row["kind"]: row["deviation"] for row in results["noise"]}
     told = f"; the other precision moves a loss by {noise['precision']:.4f}" if "precision" in noise else ""
+    if others := sorted({other["precision"] for other in evidence} - {results["precision"]}):
+        told += f"; other reports that answer here are of {', '.join(others)}"
     return Check("precision", f"{results['precision']} for all{told}")
 
 

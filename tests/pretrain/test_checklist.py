@@ -186,6 +186,17 @@ def test_another_report_may_answer_and_only_for_the_same_data(tmp_path, clean):
         assert not checks["seeds"]
 
 
+def test_evidence_of_another_precision_is_named(tmp_path, clean):
+    make_run(tmp_path / "vanilla", "vanilla", rate=2e-3, budget=BUDGET)
+    runs = read_runs([tmp_path])[0]
+    for precision, told in (
+        ("fp32", "fp32 for all"),
+        ("bf16", "fp32 for all; other reports that answer here are of bf16"),
+    ):
+        results = summary.build_results(runs, evidence=[clean[0] | {"precision": precision}])
+        assert [row["answer"] for row in results["checklist"] if row["question"] == "precision"] == [told]
+
+
 @pytest.mark.parametrize(("edge_of", "passed"), [("mor_equal_tokens", True), ("vanilla", False)])
 def test_a_sweep_at_another_budget_says_nothing_of_this_one(tmp_path, clean, edge_of, passed):
     """Vanilla at equal tokens is the same model, swept in longer runs, for a rate of its own."""
