@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,11 @@ def batches(spans: np.ndarray) -> Iterator[np.ndarray]:
         start += count
 
 
-def encoded(spans: np.ndarray, encoder: Encoder, threads: int) -> Iterator[np.ndarray]:
-    """Yield the tokens of each batch in order. At most three batches for each thread are under way."""
+def encoded(spans: np.ndarray, encoder: Encoder, threads: int) -> Generator[np.ndarray]:
+    """Yield the tokens of each batch in order. At most three batches for each thread are under way.
+
+    To be closed by who leaves early: closing waits for threads, which a collector of garbage must never do.
+    """
     if threads == 1:
         yield from (encoder(batch) for batch in batches(spans))
         return
@@ -100,8 +104,8 @@ def encode(spans: np.ndarray, encoder: Encoder, output: Path, threads: int = 1) 
     """
     tokens = unknown = 0
     lengths = np.zeros(0, np.int64)
-    with atomic(output) as file:
-        for batch in encoded(spans, encoder, threads):
+    with atomic(output) as file, closing(encoded(spans, encoder, threads)) as parts:
+        for batch in parts:
             file.write(batch.tobytes())
             tokens += len(batch)
             ends = np.flatnonzero(batch == encoder.files.eos_token_id)

@@ -32,7 +32,7 @@ import threading
 import weakref
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -290,23 +290,39 @@ def _micro_batch(rows: torch.Tensor, eos_token_id: int, document_masking: bool, 
     return MicroBatch(input_ids, targets, documents, samples, num_documents=count)
 
 
-def read_ahead(load: Callable[[int], Result], arguments: Iterable[int], depth: int, workers: int) -> Generator[Result]:
+class ReadAhead(Iterator[Result]):
     """`map(load, arguments)` in order, with at most `depth` results computed ahead by `workers` threads.
 
-    An exception of `load` is raised where its result would have come. Closing the generator ends the threads.
+    An exception of `load` is raised where its result would have come, and nothing comes after it. `close` ends the
+    threads. One that is dropped instead waits for nothing: the collector of garbage may find it in any thread, also in
+    one that holds the locks of `threading`, where a generator that joined its threads at its end hung for good.
     """
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-    remaining = iter(arguments)
-    pending: deque[Future[Result]] = deque()
-    try:
-        while True:
-            for argument in itertools.islice(remaining, depth + 1 - len(pending)):
-                pending.append(executor.submit(load, argument))
-            if not pending:
-                return
-            yield pending.popleft().result()
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(self, load: Callable[[int], Result], arguments: Iterable[int], depth: int, workers: int) -> None:
+        self._load, self._remaining, self._depth = load, iter(arguments), depth
+        self._executor = ThreadPoolExecutor(workers, thread_name_prefix="loader")
+        self._pending: deque[Future[Result]] = deque()
+        self._closed = False
+
+    def __next__(self) -> Result:
+        if self._closed:
+            raise StopIteration
+        try:
+            for argument in itertools.islice(self._remaining, self._depth + 1 - len(self._pending)):
+                self._pending.append(self._executor.submit(self._load, argument))
+            if self._pending:
+                return self._pending.popleft().result()
+        except BaseException:
+            self.close()
+            raise
+        self.close()
+        raise StopIteration
+
+    def close(self) -> None:
+        """End the threads; what is being loaded is waited for."""
+        self._closed = True
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
 
 
 def accumulation_steps(batch_size: int, micro_batch_size: int, world_size: int) -> int:
@@ -369,7 +385,7 @@ class BlockLoader(Iterator[list[MicroBatch]]):
         self._starts = [0] * len(manifest.shares) if isinstance(manifest, Mixture) else [0]
         self._set_starts([0] + [NEVER] * (len(self._starts) - 1))
         self._depth, self._workers = max(1, read_ahead_batches), workers
-        self._batches: Generator[list[MicroBatch]] | None = None
+        self._batches: ReadAhead[list[MicroBatch]] | None = None
         self._device = device
         self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
 
@@ -427,10 +443,10 @@ class BlockLoader(Iterator[list[MicroBatch]]):
 
     def __next__(self) -> list[MicroBatch]:
         if self._batches is None:
-            self._batches = read_ahead(self.load, self._batch_starts(), self._depth, self._workers)
+            self._batches = ReadAhead(self.load, self._batch_starts(), self._depth, self._workers)
         try:
             batch = next(self._batches)
-        except BaseException:  # a generator that raised is finished: the next call must raise too, not end the run
+        except BaseException:  # nothing comes after it: the next call must raise too, not end the run
             self._batches = None
             raise
         self.position = self._past_skipped(self.position) + self.batch_size
@@ -538,7 +554,7 @@ def fixed_batches(
             documents = number_documents(ids, manifest.eos_token_id) if document_masking else None
             return MicroBatch(ids, torch.full_like(ids, -100), documents, 0, error)
 
-    return read_ahead(load, range(0, total, at_once), depth=2, workers=1)
+    return ReadAhead(load, range(0, total, at_once), depth=2, workers=1)
 
 
 BIGRAM_VOCABULARY, BIGRAM_TOKENS = 4096, 50_000_000  # beyond which counting pairs would hold up a run's start
